@@ -1,0 +1,411 @@
+"""The two IRs as one model that behaves like transformers' `MllamaForConditionalGeneration`.
+
+    processor's tensors -> vision IR -> cross-attention K/V -> language IR (stateful) -> logits -> generate
+
+This file knows what `generate` asks of a model and what the IRs take. It knows nothing of text (tokens in, tokens out)
+nor of how the IRs came to be: that is `ov_mllama_convert.py`, whose `convert_mllama` can be imported from here too.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import torch
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ov_mllama_convert import (
+    CONVERTER_VERSION,
+    LANGUAGE_MODEL_NAME,
+    MASKED,
+    VISION_ENCODER_NAME,
+    MllamaShapes,
+    convert_mllama,
+    ir_stamp,
+)
+
+__all__ = ["OVMLlamaForConditionalGeneration", "convert_mllama"]
+
+
+# ---- What the language model reads of the pictures ------------------------------------------------------------------
+
+
+@dataclass
+class CrossAttention:
+    """The pictures as one step of the language model reads them. Any axis of 1 broadcasts.
+
+    Attributes:
+        key_values: by port name, f32: key [batch, kv heads, head_dim, rows], value [batch, kv heads, rows, head_dim].
+        bias: f32 [batch, 1, query, rows], 0 or MASKED; a single 0 where every token may see every row.
+        rows: f32 [batch, query, 1], 0 for tokens that may see no picture, else 1.
+    """
+
+    key_values: dict[str, np.ndarray]
+    bias: np.ndarray
+    rows: np.ndarray
+
+
+def no_pictures(shapes: MllamaShapes) -> CrossAttention:
+    """For text only: one all-zero row and `rows` closed, so that the cross-attention layers add exactly nothing."""
+    key, value = (1, shapes.num_kv_heads, shapes.head_dim, 1), (1, shapes.num_kv_heads, 1, shapes.head_dim)
+    key_values = {name: np.zeros(key if name.endswith(".key") else value, np.float32) for name in shapes.cross_kv_names}
+    return CrossAttention(key_values, bias=np.zeros((1, 1, 1, 1), np.float32), rows=np.zeros((1, 1, 1), np.float32))
+
+
+def restrict(key_values: dict[str, np.ndarray], mask: np.ndarray, shapes: MllamaShapes) -> CrossAttention:
+    """The part of the pictures that tokens may see, and the bias that hides the rest.
+
+    A token that may see no tile at all (text before the first picture) attends to every row, padding tiles included,
+    and only its MLP is switched off: what transformers does, and its open question (transformers#39379). So no row can
+    be left out of a step that has such a token.
+
+    Args:
+        key_values: of all rows, as the vision encoder wrote them.
+        mask: bool [batch, query, images * tiles].
+    """
+    sees_any = mask.any(-1, keepdims=True)
+    needed = mask.any((0, 1)) if sees_any.all() else np.ones(mask.shape[-1], bool)
+    if not needed.all():
+        key_values = {name: take_tiles(name, array, needed) for name, array in key_values.items()}
+    visible = mask[..., needed] | ~sees_any
+    if visible.all():
+        bias = np.zeros((1, 1, 1, 1), np.float32)
+    else:
+        bias = np.where(visible, np.float32(0), np.float32(MASKED)).repeat(shapes.patches_per_tile, axis=-1)[:, None]
+    return CrossAttention(key_values, bias, rows=sees_any.astype(np.float32))
+
+
+def take_tiles(name: str, array: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """A contiguous copy of a key's or value's rows that belong to `tiles` (bool [images * tiles])."""
+    axis = 3 if name.endswith(".key") else 2
+    by_tile = array.reshape(*array.shape[:axis], len(tiles), -1, *array.shape[axis + 1 :])
+    taken = by_tile.compress(tiles, axis)
+    return taken.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
+
+
+def language_inputs(
+    input_ids: np.ndarray,
+    cross_attention: CrossAttention,
+    attention_mask: np.ndarray | None = None,
+    position_ids: np.ndarray | None = None,
+    beam_idx: np.ndarray | None = None,
+    past: int = 0,
+    logits_to_keep: int = 1,
+) -> dict[str, np.ndarray]:
+    """Everything that one inference of the language IR takes, by port name.
+
+    Args:
+        input_ids: i64 [batch, query].
+        attention_mask: i64 [batch, past + query]; default all ones.
+        position_ids: i64 [batch, query]; default consecutive after `past`.
+        beam_idx: i32 [batch], state row that each row continues; default its own.
+        past: columns that the state holds already.
+        logits_to_keep: how many of the last positions get logits.
+    """
+    batch, query = input_ids.shape
+    if attention_mask is None:
+        attention_mask = np.ones((batch, past + query), np.int64)
+    if position_ids is None:
+        position_ids = np.arange(past, past + query)[None].repeat(batch, 0)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
+        "position_ids": np.ascontiguousarray(np.broadcast_to(position_ids, (batch, query)), np.int64),
+        "beam_idx": np.arange(batch, dtype=np.int32) if beam_idx is None else beam_idx,
+        "logits_to_keep": np.array(logits_to_keep, np.int64),
+        "cross_attention_bias": cross_attention.bias,
+        "cross_attention_rows": cross_attention.rows,
+        **cross_attention.key_values,
+    }
+
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+
+
+class OVCache:
+    """What `generate` may know of the KV cache, which itself never leaves the language IR.
+
+    Attributes:
+        length: columns (tokens) in the state.
+        beam_idx: i32 [batch], the state row that each row continues; None for its own.
+        cross_attention: the pictures, for tokens after the prompt.
+    """
+
+    is_compileable = False  # generate asks: this is nothing for torch.compile
+
+    def __init__(self):
+        self.length = 0
+        self.beam_idx: np.ndarray | None = None
+        self.cross_attention: CrossAttention | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Between two steps of beam search. The pictures stay: a beam never leaves its prompt."""
+        self.beam_idx = beam_idx.numpy().astype(np.int32)
+
+
+class InVocabularyProcessors(LogitsProcessorList):
+    """Logits processors that see no token id outside the logits.
+
+    `<|image|>` has an embedding but no logit, and processors such as the repetition penalty index the logits by the
+    prompt's ids. They are shown the row's first token (BOS or padding) in its place.
+    """
+
+    def __call__(self, input_ids, scores, **kwargs):
+        in_vocabulary = torch.where(input_ids < scores.shape[-1], input_ids, input_ids[:, :1])
+        return super().__call__(in_vocabulary, scores, **kwargs)
+
+
+class OVMLlamaForConditionalGeneration(GenerationMixin):
+    """Llama 3.2 Vision on OpenVINO, used as transformers' class is: `model.generate(**processor(...))`.
+
+    One model holds one conversation: the KV cache lives in its infer request, and a new prompt starts it anew.
+
+    Args:
+        model_dir: folder written by `convert_mllama`.
+        device: OpenVINO device of both IRs: "CPU", "GPU", "AUTO", ...
+        ov_config: OpenVINO properties for both. By default a CPU with bf16 instructions computes in bf16 and keeps the
+            KV cache in 8 bit; {"EXECUTION_MODE_HINT": "ACCURACY"} computes and keeps all in f32, and then gives
+            transformers' tokens (INFERENCE_PRECISION_HINT alone leaves the cache in 8 bit).
+        language_model_name, image_encoder_name: file names in `model_dir`, to choose compressed variants.
+        slice_lm_head: compute only the logits that are asked for (the last position's, when generating). False computes
+            all of them and returns the same.
+
+    Attributes:
+        vision_encoder_infer_time: seconds for each picture that the last prompt brought; empty for text only.
+        llm_infer_time: seconds for each step of the language model since then; the first is the prompt's.
+
+    Raises:
+        FileNotFoundError: the folder lacks an IR or the config.
+        ValueError: an IR is incomplete or made by another converter version, or the two are of different checkpoints.
+    """
+
+    # Read by GenerationMixin (transformers 5.23, generation/utils.py)
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    _is_stateful = False  # True would rule out beam search; OVCache tells generate about the state instead
+    device = torch.device("cpu")  # of inputs and logits, whichever device computes
+    dtype = torch.float32
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        device: str = "CPU",
+        ov_config: dict | None = None,
+        language_model_name: str = LANGUAGE_MODEL_NAME,
+        image_encoder_name: str = VISION_ENCODER_NAME,
+        slice_lm_head: bool = True,
+    ):
+        model_dir = Path(model_dir)
+        check_model_dir(model_dir, (image_encoder_name, language_model_name))
+        self.config = AutoConfig.from_pretrained(model_dir)
+        if (model_dir / "generation_config.json").is_file():
+            self.generation_config = GenerationConfig.from_pretrained(model_dir)
+        else:
+            self.generation_config = GenerationConfig.from_model_config(self.config)
+        self.shapes = MllamaShapes.from_config(self.config)
+        self.slice_lm_head = slice_lm_head
+        self.vision_encoder_infer_time: list[float] = []
+        self.llm_infer_time: list[float] = []
+        self._cache: OVCache | None = None  # whose tokens are in the language request's state
+
+        core = ov.Core()
+        self._vision_request, self._language_request = (
+            core.compile_model(model_dir / name, device, ov_config or {}).create_infer_request()
+            for name in (image_encoder_name, language_model_name)
+        )
+
+    def __call__(self, *args, **kwargs) -> CausalLMOutputWithPast:
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor | None = None,
+        aspect_ratio_mask: torch.LongTensor | None = None,
+        aspect_ratio_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        cross_attention_mask: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: OVCache | None = None,
+        use_cache: bool | None = True,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """Logits for new tokens: a whole prompt, or what follows the tokens in `past_key_values`.
+
+        Args:
+            input_ids: i64 [batch, query].
+            pixel_values: f32 [batch, images, tiles, channels, height, width], with `aspect_ratio_ids` [batch, images],
+                `aspect_ratio_mask` [batch, images, tiles] and `cross_attention_mask` [batch, query, images, tiles]: all
+                from the processor, and only with a prompt. Later tokens see what the prompt's last one does.
+            attention_mask: i64 [batch, past + query], all ones by default.
+            position_ids: i64 [batch, query], consecutive by default.
+            past_key_values: from the output of the step before; None or a new one starts anew.
+            use_cache: False returns no `past_key_values`.
+            logits_to_keep: how many of the last positions get logits; 0 for all.
+            return_dict: accepted because generate passes it; the output always is one.
+        Returns:
+            `logits` f32 [batch, kept, vocab] and `past_key_values`.
+        Raises:
+            ValueError: pictures without their masks or after the prompt, or a cache that a later prompt has replaced.
+        """
+        cache = OVCache() if past_key_values is None else past_key_values
+        if cache.length == 0:
+            cross_attention = self._start(
+                cache, input_ids.shape[1], pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask
+            )
+        elif cache is not self._cache:
+            raise ValueError("This cache's tokens are gone: the model has begun another prompt since. Start anew.")
+        elif pixel_values is not None:
+            raise ValueError("Pictures can only come with the prompt: call without past_key_values, with all the text.")
+        else:
+            cross_attention = cache.cross_attention
+
+        inputs = language_inputs(
+            input_ids.numpy(),
+            cross_attention,
+            None if attention_mask is None else attention_mask.numpy(),
+            None if position_ids is None else position_ids.numpy(),
+            cache.beam_idx,
+            past=cache.length,
+            logits_to_keep=logits_to_keep if logits_to_keep and self.slice_lm_head else input_ids.shape[1],
+        )
+        started = time.perf_counter()
+        self._language_request.infer(inputs, share_inputs=True)
+        self.llm_infer_time.append(time.perf_counter() - started)
+
+        # copied, because the next step's logits go into the same memory
+        logits = torch.from_numpy(self._language_request.get_tensor("logits").data.copy())
+        cache.length += input_ids.shape[1]
+        cache.beam_idx = None
+        return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], past_key_values=cache if use_cache else None)
+
+    def encode_images(
+        self, pixel_values: np.ndarray, aspect_ratio_ids: np.ndarray, aspect_ratio_mask: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Pictures -> cross-attention K/V by port name (shapes in `CrossAttention`), rows = images * tiles * patches.
+
+        Pictures are encoded one by one (batching gains nothing where arithmetic is the limit), and each different one
+        once: beams, repeated pictures and the processor's fill-up pictures cost nothing more. When all rows of the
+        batch hold the same pictures, the result has a batch of 1, which broadcasts.
+
+        Args:
+            pixel_values: f32 [batch, images, tiles, channels, height, width].
+            aspect_ratio_ids: i64 [batch, images].
+            aspect_ratio_mask: i64 [batch, images, tiles].
+        """
+        encoded, prompts = {}, []
+        for row in zip(pixel_values, aspect_ratio_ids, aspect_ratio_mask, strict=True):
+            prompt = []
+            for picture in zip(*row, strict=True):
+                key = b"".join(hashlib.sha256(np.ascontiguousarray(part)).digest() for part in picture)
+                if key not in encoded:
+                    encoded[key] = self._encode_image(*picture)
+                prompt.append(key)
+            prompts.append(tuple(prompt))
+        if len(set(prompts)) == 1:
+            prompts = prompts[:1]
+
+        joined = {}
+        for name in self.shapes.cross_kv_names:
+            row_axis = 3 if name.endswith(".key") else 2
+            rows = [np.concatenate([encoded[key][name] for key in prompt], row_axis) for prompt in prompts]
+            joined[name] = np.concatenate(rows)
+        return joined
+
+    def _encode_image(self, pixels: np.ndarray, aspect_ratio_id: np.ndarray, tile_mask: np.ndarray) -> dict:
+        started = time.perf_counter()
+        self._vision_request.infer(
+            {
+                "pixel_values": np.ascontiguousarray(pixels, np.float32),
+                "aspect_ratio_ids": np.array([aspect_ratio_id], np.int64),
+                "aspect_ratio_mask": np.ascontiguousarray(tile_mask, np.int64),
+            },
+            share_inputs=True,
+        )
+        self.vision_encoder_infer_time.append(time.perf_counter() - started)
+        return {name: self._vision_request.get_tensor(name).data.copy() for name in self.shapes.cross_kv_names}
+
+    def _start(self, cache, length, pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask):
+        """Begins a prompt of `length` tokens: clears the state, encodes the pictures, returns the prompt's view of them
+        and leaves the later tokens' view in the cache."""
+        self._language_request.reset_state()
+        self._cache = cache
+        self.vision_encoder_infer_time, self.llm_infer_time = [], []
+        if pixel_values is None:
+            cache.cross_attention = no_pictures(self.shapes)
+            return cache.cross_attention
+        if aspect_ratio_ids is None or aspect_ratio_mask is None or cross_attention_mask is None:
+            raise ValueError(
+                "pixel_values need aspect_ratio_ids, aspect_ratio_mask and cross_attention_mask beside them: pass all "
+                "that the processor returns for text and images together, model.generate(**inputs)."
+            )
+        key_values = self.encode_images(pixel_values.numpy(), aspect_ratio_ids.numpy(), aspect_ratio_mask.numpy())
+        mask = cross_attention_mask.numpy().astype(bool).reshape(*cross_attention_mask.shape[:2], -1)
+        last = mask[:, -1:]
+        missing = max(length - mask.shape[1], 0)  # tokens appended to the processor's, as when continuing an answer
+        mask = np.concatenate([mask[:, :length], last.repeat(missing, axis=1)], axis=1)
+        cache.cross_attention = restrict(key_values, last, self.shapes)
+        return restrict(key_values, mask, self.shapes)
+
+    # ---- What GenerationMixin calls ----
+
+    def can_generate(self) -> bool:
+        return True
+
+    def is_remote_code(self) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> dict:
+        return {}
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
+        """After the prompt only text goes in: the cache holds the pictures."""
+        if use_cache and not is_first_iteration:
+            for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"):
+                kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = OVCache()
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        return InVocabularyProcessors(super()._get_logits_processor(*args, **kwargs))
+
+
+def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> None:
+    """Refuses a folder whose IRs are missing, incomplete, foreign, outdated or of two different checkpoints.
+
+    Raises:
+        FileNotFoundError, ValueError: with the sentence that names the fix.
+    """
+    for name in ("config.json", *names):
+        if not (model_dir / name).is_file():
+            raise FileNotFoundError(
+                f"{model_dir / name} is missing: run convert_mllama(model_id, '{model_dir}') first."
+            )
+    stamps = {name: ir_stamp(model_dir / name) for name in names}
+    for name, stamp in stamps.items():
+        if not stamp:
+            raise ValueError(
+                f"{model_dir / name} is incomplete or was not written by convert_mllama: delete it and convert again."
+            )
+        if stamp["converter_version"] != CONVERTER_VERSION:
+            raise ValueError(
+                f"{model_dir / name} was made by converter version {stamp['converter_version']}, this is version "
+                f"{CONVERTER_VERSION}: run convert_mllama again, it replaces what is outdated."
+            )
+    if len({stamp["checkpoint"] for stamp in stamps.values()}) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} in {model_dir} come from different checkpoints: run convert_mllama again with the "
+            "one you want, into a folder of its own."
+        )

@@ -1,0 +1,107 @@
+"""Shared fixtures: tiny random checkpoints beside their conversions, and the inputs that both sides get."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama  # noqa: E402
+from tiny_mllama import LLAMA3_ROPE, make_checkpoint  # noqa: E402
+
+F32 = {"EXECUTION_MODE_HINT": "ACCURACY"}  # f32 throughout, KV cache included
+
+# what Mllama checkpoints differ in: attention heads, tiles, rotary embedding, picture size
+CHECKPOINTS = {
+    "gqa-llama3": dict(heads=8, kv_heads=2, tiles=4, rope=LLAMA3_ROPE),
+    "mha-two-tiles": dict(heads=4, kv_heads=4, tiles=2, rope=None, seed=1),
+    "mqa-large-image": dict(heads=4, kv_heads=1, tiles=4, rope=None, image_size=49, cross_layers=(2, 4), seed=2),
+    "gqa-two-tiles": dict(heads=8, kv_heads=4, tiles=2, rope=LLAMA3_ROPE, image_size=42, cross_layers=(3,), seed=3),
+}
+
+
+class Pair:
+    """One checkpoint in transformers (f32) and, converted, in OpenVINO (f32), with its processor."""
+
+    def __init__(self, name: str, folder: Path):
+        self.checkpoint = make_checkpoint(folder / name, **CHECKPOINTS[name])
+        self.model_dir = convert_mllama(self.checkpoint, folder / f"{name}-ov")
+        self.processor = AutoProcessor.from_pretrained(self.model_dir)
+        self.hf = MllamaForConditionalGeneration.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
+        self.ov = OVMLlamaForConditionalGeneration(self.model_dir, ov_config=F32)
+        self.tile = CHECKPOINTS[name].get("image_size", 28)
+
+    def picture(self, tiles_wide: float, tiles_high: float, seed: int = 0) -> Image.Image:
+        """Seeded noise, sized in tiles."""
+        size = round(tiles_high * self.tile), round(tiles_wide * self.tile), 3
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
+
+    def inputs(self, case: str):
+        """The processor's output for a named case; `CASES` lists them."""
+        small, wide, tall = self.picture(1, 1, 1), self.picture(2, 1, 2), self.picture(0.9, 2, 3)
+        large = self.picture(2, 2, 4)
+        text, images = {
+            "one tile": ("<|image|>what is it", [small]),
+            "wide": ("<|image|>what is it", [wide]),
+            "tall": ("<|image|>what is it", [tall]),
+            "large": ("<|image|>what is it", [large]),
+            "two images": ("<|image|>one <|image|>two, and?", [wide, small]),
+            "images side by side": ("<|image|><|image|>both", [[small, tall]]),
+            "text before image": ("first some words, <|image|>then a picture", [small]),
+            "text only": ("no picture here", None),
+            "padded text only": (["short", "a rather longer prompt"], None),
+            "mixed batch": (
+                ["<|image|>a", "<|image|>several words <|image|>and more", "x<|image|>"],
+                [[small], [wide, large], [tall]],
+            ),
+            "chat": (self.chat(), [wide, small]),
+        }[case]
+        return self.processor(
+            text=text, images=images, padding=isinstance(text, list), return_tensors="pt", add_special_tokens=False
+        )
+
+    def chat(self) -> str:
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Noise."}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And this?"}]},
+        ]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+CASES = [
+    "one tile",
+    "wide",
+    "tall",
+    "large",
+    "two images",
+    "images side by side",
+    "text before image",
+    "text only",
+    "padded text only",
+    "mixed batch",
+    "chat",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session", params=CHECKPOINTS)
+def any_pair(request, tiny_folder):
+    return Pair(request.param, tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def pair(tiny_folder):
+    """The checkpoint most like the real ones, for what does not depend on the architecture."""
+    return Pair("gqa-llama3", tiny_folder)

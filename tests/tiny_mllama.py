@@ -1,0 +1,136 @@
+"""Random tiny Mllama checkpoints, complete with processor, for comparing against transformers. No network."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GenerationConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaImageProcessor,
+    MllamaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|finetune_right_pad_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",  # last: its id equals vocab_size, outside the logits, as in the real checkpoints
+]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for block in message.content %}"
+    "{% if block.type == 'image' %}<|image|>{% else %}{{ block.text }}{% endif %}{% endfor %}{% endif %}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte a token, then the special tokens; BOS is added unless asked not to."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    bos = SPECIAL[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_checkpoint(
+    folder: Path,
+    heads: int = 8,
+    kv_heads: int = 2,
+    tiles: int = 4,
+    image_size: int = 28,
+    rope: dict | None = LLAMA3_ROPE,
+    cross_layers: tuple[int, ...] = (1, 3),
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Path:
+    """Writes a random checkpoint of five text and 3+2 vision layers, every gate open, and returns its folder."""
+    tokenizer = byte_tokenizer()
+    ratios = (
+        [[1, 1], [1, 2], [2, 1]] if tiles == 2 else [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
+    )
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    eos = [ids["<|end_of_text|>"], ids["<|eom_id|>"], ids["<|eot_id|>"]]
+    config = MllamaConfig(
+        text_config={
+            "vocab_size": len(tokenizer) - 1,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 5,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "cross_attention_layers": list(cross_layers),
+            "max_position_embeddings": 512,
+            "rope_parameters": rope or {"rope_type": "default", "rope_theta": 10000.0},
+            "initializer_range": 0.2,
+            "bos_token_id": ids["<|begin_of_text|>"],
+            "eos_token_id": eos,
+            "pad_token_id": ids["<|finetune_right_pad_id|>"],
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_global_layers": 2,
+            "attention_heads": 4,
+            "image_size": image_size,
+            "patch_size": 7,
+            "max_num_tiles": tiles,
+            "intermediate_layers_indices": [0, 2],
+            "vision_output_dim": 32 * 3,
+            "supported_aspect_ratios": ratios,
+            "initializer_range": 0.2,
+        },
+        image_token_index=ids["<|image|>"],
+    )
+    torch.manual_seed(seed)
+    model = MllamaForConditionalGeneration(config)
+    open_gates(model)
+    model.to(dtype).save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=ids["<|begin_of_text|>"], eos_token_id=eos, pad_token_id=ids["<|finetune_right_pad_id|>"]
+    ).save_pretrained(folder)
+    images = MllamaImageProcessor(size={"height": image_size, "width": image_size}, max_image_tiles=tiles)
+    MllamaProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def open_gates(model: MllamaForConditionalGeneration) -> None:
+    """transformers starts gates at zero (closed), where a comparison would see nothing of the picture; tile
+    embeddings and norm weights get values too, so that swapping them would show."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name and "gate_proj" not in name:
+                parameter.uniform_(0.4, 1.2)
+            elif "embedding" in name and "patch" not in name:
+                parameter.normal_(std=0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.6, 1.4) if name.endswith("weight") else parameter.normal_(std=0.1)
