@@ -5,10 +5,13 @@ It knows files, OpenVINO devices and notebooks, nothing of what the model comput
 
 import importlib.metadata
 import platform
+import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import nbformat
 import openvino as ov
 import psutil
@@ -57,6 +60,36 @@ def show_ports(ir_path: Path) -> None:
             print(f"  {direction} {port.get_any_name():<32} {port.element_type.get_type_name()} {shape}")
 
 
+def show_answers(samples, answers: list[str], columns: int = 5) -> None:
+    """Shows each sample's picture with its question and the model's answer, green if it is the right one, and counts.
+
+    Args:
+        samples: of columns "image", "question" and "answer" (the right one), such as an imagefolder data set.
+    """
+    rows = -(-len(answers) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.2 * rows), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, sample, answer in zip(axes.flat, samples, answers, strict=False):
+        right = answer == sample["answer"]
+        width, height = sample["image"].size
+        axis.imshow(sample["image"])
+        axis.set_title(f"{width} × {height}\n" + textwrap.fill(sample["question"], 34), fontsize=9)
+        text = textwrap.fill(answer if right else f"{answer} (right: {sample['answer']})", 34)
+        axis.text(
+            0.5,
+            -0.04,
+            text,
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color="green" if right else "red",
+        )
+    plt.show()
+    print(f"{sum(a == s['answer'] for a, s in zip(answers, samples, strict=True))} of {len(answers)} answers are right")
+
+
 def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
     """Runs a notebook from top to bottom without a screen and prints its answers.
 
@@ -78,14 +111,18 @@ def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
 
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / notebook.name
-    with tqdm(total=len(nb.cells), desc=f"Running {notebook.name}", unit="cell") as bar:
+    with tqdm(
+        total=sum(cell.cell_type == "code" for cell in nb.cells), desc=f"Running {notebook.name}", unit="cell"
+    ) as bar:
         client = NotebookClient(
             nb,
             timeout=None,
+            coalesce_streams=True,
             record_timing=False,
             store_widget_state=False,
             resources={"metadata": {"path": str(notebook.parent)}},
-            on_cell_complete=lambda **_: bar.update(),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            on_cell_executed=lambda **_: bar.update(),
         )
         try:
             client.execute()
@@ -104,6 +141,7 @@ def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
 
 
 def readable(output):
-    """An output without what only a live kernel can show: widgets become their text, progress bars nothing."""
+    """An output without what only a live kernel can show: a widget becomes its text, a progress bar nothing."""
     widget = output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    return None if widget and "%|" in output["data"].get("text/plain", "") else output
+    is_bar = widget and not re.match(r"\w+\(", output["data"].get("text/plain", ""))  # widgets print as Name(...)
+    return None if is_bar else output

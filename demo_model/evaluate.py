@@ -1,0 +1,66 @@
+"""Exact match of the demo checkpoint on held-out questions: python demo_model/evaluate.py --questions 2000
+
+PyTorch in f32, the real processor, greedy `generate`: what a user would run.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scenes import draw, random_scene
+from tqdm import tqdm
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+SIZES = ((112, 112), (224, 112), (112, 224), (224, 224), (336, 112), (112, 448), (100, 80), (300, 200), (500, 500))
+
+
+def heldout_samples(count: int, seed: int = 2026) -> Iterator[dict]:
+    """`count` held-out questions as {"image": PIL picture, "question", "answer", "task"}, one for each picture."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        scene = random_scene(rng, *SIZES[rng.integers(len(SIZES))], held_out=True)
+        task, question, answer = scene.questions[rng.integers(len(scene.questions))]
+        yield {"image": Image.fromarray(draw(scene, rng)), "question": question, "answer": answer, "task": task}
+
+
+def ask(model, processor, samples: list[dict], max_new_tokens: int = 80) -> list[str]:
+    """The model's greedy answers to a batch of samples."""
+    messages = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample["question"]}]}]
+        for sample in samples
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    images = [[sample["image"]] for sample in samples]
+    inputs = processor(text=text, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--show-errors", type=int, default=0)
+    options = parser.parse_args()
+    processor = AutoProcessor.from_pretrained(options.model)
+    model = MllamaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
+    samples, results, errors = list(heldout_samples(options.questions)), {}, []
+    for start in tqdm(range(0, len(samples), 50)):
+        batch = samples[start : start + 50]
+        for sample, answer in zip(batch, ask(model, processor, batch), strict=True):
+            results.setdefault(sample["task"], []).append(answer == sample["answer"])
+            if answer != sample["answer"]:
+                errors.append(f"{sample['image'].size} {sample['question']} {sample['answer']} <- {answer}")
+    for error in errors[: options.show_errors]:
+        print(error)
+    for task, right in sorted(results.items()):
+        print(f"| {task} | {len(right)} | {100 * np.mean(right):.1f} % |")
+    right = [value for values in results.values() for value in values]
+    print(f"| **all** | {len(right)} | **{100 * np.mean(right):.1f} %** |")
+
+
+if __name__ == "__main__":
+    main()
