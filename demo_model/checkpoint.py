@@ -106,7 +106,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> MllamaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGeneration:
-    """The untrained model, 4.6 M parameters, its gates half open (at zero, as transformers starts them, nothing is seen)."""
+    """The untrained model, its gates half open (at zero, as transformers starts them, nothing would be seen)."""
     token = tokenizer.convert_tokens_to_ids
     eos = [token("<|end_of_text|>"), token("<|eom_id|>"), token("<|eot_id|>")]
     config = MllamaConfig(

@@ -1,4 +1,4 @@
-"""Exact match of the demo checkpoint on held-out questions: python demo_model/evaluate.py --questions 2000
+"""Exact match of the demo checkpoint on held-out questions: python -m demo_model.evaluate --questions 2000
 
 PyTorch in f32, the real processor, greedy `generate`: what a user would run.
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scenes import draw, random_scene
 from tqdm import tqdm
 from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+from demo_model.scenes import draw, random_scene
 
 SIZES = ((112, 112), (224, 112), (112, 224), (224, 224), (336, 112), (112, 448), (100, 80), (300, 200), (500, 500))
 

@@ -1,8 +1,8 @@
 """Writes demo_model/samples: a dozen held-out pictures of all sizes and tasks, with questions and right answers.
 
-    python demo_model/samples.py [--seed N]
+    python -m demo_model.samples [--seed N]
 
-The folder is in `imagefolder` form (metadata.jsonl beside the pictures): datasets.load_dataset("imagefolder", data_dir=...).
+The folder is in `imagefolder` form, metadata.jsonl beside the pictures, for datasets.load_dataset("imagefolder", ...).
 """
 
 import argparse
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scenes import draw, random_scene
+
+from demo_model.scenes import draw, random_scene
 
 # (task, width, height) in pixels; a tile of the demo model is 112 x 112
 WANTED = (

@@ -1,7 +1,7 @@
 """Drawn pictures with questions and right answers: the data that the demo checkpoint is trained on and tested with.
 
-Pure functions of a `numpy.random.Generator`. A scene is first a specification (what is where), then pixels. Which split a
-scene belongs to follows from a hash of its specification, and the handwritten digits are split by drawing, so nothing
+Pure functions of a `numpy.random.Generator`. A scene is first a specification (what is where), then pixels. Which split
+a scene belongs to follows from a hash of its specification, and the handwritten digits are split by drawing, so nothing
 that is tested was trained on. This file knows nothing of models or tokens.
 """
 
@@ -55,7 +55,7 @@ class Scene:
     questions: tuple[tuple[str, str, str], ...]  # (task, question, answer)
 
 
-# ---- What is where ----------------------------------------------------------------------------------------------------
+# ---- What is where --------------------------------------------------------------------------------------------------
 
 
 def random_scene(rng: np.random.Generator, width: int, height: int, held_out: bool = False) -> Scene:
@@ -207,7 +207,7 @@ def pick(rng, *options):
     return options[rng.integers(len(options))]
 
 
-# ---- Pixels -----------------------------------------------------------------------------------------------------------
+# ---- Pixels ---------------------------------------------------------------------------------------------------------
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Trains the demo checkpoint from nothing on two CPU cores: python demo_model/train.py --out demo_model
+"""Trains the demo checkpoint from nothing on two CPU cores: python -m demo_model.train
 
 First on pictures of one tile with a vision tower of one tile (a quarter of the work), then on all canvases. Every
 picture is encoded once and asked several questions. In the first phase a throw-away head also names what each patch
@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoint import IMAGE, PATCH, SPECIAL, TILE, make_model, make_processor, make_tokenizer, save
-from scenes import COLOURS, NUMBERS, PLACES, SHAPES, Scene, draw, pick, random_scene
 from tqdm import tqdm
 from transformers.models.mllama.image_processing_pil_mllama import (
     get_image_size_fit_to_canvas,
     get_optimal_tiled_canvas,
 )
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
+
+from demo_model.checkpoint import IMAGE, PATCH, SPECIAL, TILE, make_model, make_processor, make_tokenizer, save
+from demo_model.scenes import COLOURS, NUMBERS, PLACES, SHAPES, Scene, draw, pick, random_scene
 
 SYSTEM = ("You are a helpful assistant.", "Answer briefly.", "You look at pictures and answer questions about them.")
 TEXT_ONLY = (
@@ -45,7 +46,7 @@ def corpus() -> list[str]:
     return texts + [f" {word}" for word in (*SHAPES, *COLOURS, *NUMBERS, *PLACES)] * 20
 
 
-# ---- Batches ----------------------------------------------------------------------------------------------------------
+# ---- Batches --------------------------------------------------------------------------------------------------------
 
 
 def random_size(rng) -> tuple[int, int]:
@@ -72,8 +73,9 @@ def to_tiles(picture: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """What a picture of one tile shows at each patch, int64 [patches]: 0 for nothing, else what it is and its colour."""
-    middles, labels = (np.arange(TILE // PATCH) + 0.5) * PATCH / TILE, np.zeros((TILE // PATCH, TILE // PATCH), np.int64)
+    """What a picture of one tile shows at each patch, i64 [patches]: 0 for nothing, else what it is and its colour."""
+    side = TILE // PATCH
+    middles, labels = (np.arange(side) + 0.5) / side, np.zeros((side, side), np.int64)
     for thing in scene.things:
         rows, columns = abs(middles - thing.y) < thing.size / 2, abs(middles - thing.x) < thing.size / 2
         labels[np.ix_(rows, columns)] = 1 + KINDS.index(thing.kind) * len(COLOURS) + list(COLOURS).index(thing.colour)
@@ -156,7 +158,7 @@ class Batches:
         }
 
 
-# ---- Model ------------------------------------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 def one_tile_tower(tower: MllamaVisionModel) -> MllamaVisionModel:
@@ -189,7 +191,7 @@ def vision_states(model, tower: MllamaVisionModel, batch: dict):
 
 
 def answer_logits(model, group: dict, states=None, mask=None):
-    """Logits and labels of every answer token of a group of conversations, and where they are (bool [rows, length - 1])."""
+    """Logits and labels of a group's answer tokens, and where they are (bool [rows, length - 1])."""
     ids, pictures = group["input_ids"], {}
     if states is not None:
         after_image = (ids == model.config.image_token_index).cumsum(1).clamp(max=1)
@@ -235,7 +237,7 @@ def held_out_accuracy(model, tower, batches: Batches, one_tile: bool, pictures: 
     return {"all": sum(right.values()) / sum(asked.values()), **shares}
 
 
-# ---- Training ---------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def optimizers(model, patch_head, rate: float):

@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random checkpoints beside their conversions, and the inputs that both sides get."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo_model"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama  # noqa: E402
@@ -89,6 +91,13 @@ CASES = [
     "mixed batch",
     "chat",
 ]
+
+
+def demo_samples() -> list[dict]:
+    """The demo checkpoint's sample pictures as {"image", "question", "answer", "task"}."""
+    lines = (DEMO / "samples" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    return [{**sample, "image": Image.open(DEMO / "samples" / sample["file_name"])} for sample in samples]
 
 
 @pytest.fixture(scope="session")

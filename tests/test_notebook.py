@@ -1,0 +1,132 @@
+"""The notebook as people get it: run from top to bottom on the demo checkpoint, and read as it is committed."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+import notebook_utils
+from conftest import ROOT, demo_samples
+
+NOTEBOOK = ROOT / "mllama-3.2.ipynb"
+HELPERS = ["notebook_utils", "ov_mllama_convert", "ov_mllama_helper"]
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """The real file, run by the function that `make notebook` calls, into a folder of its own."""
+    path = notebook_utils.execute(NOTEBOOK, tmp_path_factory.mktemp("notebook"))
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cell) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def cell_with(notebook, text: str):
+    return next(cell for cell in code_cells(notebook) if text in cell.source)
+
+
+# ---- Executed -------------------------------------------------------------------------------------------------------
+
+
+def test_streamed_answer_is_the_right_one(executed):
+    question, answer, *timing = printed(cell_with(executed, "streamer =")).splitlines()
+    assert (question, answer) == ("Question: What is unusual on this image?", demo_samples()[0]["answer"])
+    assert re.fullmatch(r"Visual encoder time [\d.]+ ms", timing[0])
+    assert re.fullmatch(r"First token latency [\d.]+ ms, Second token latency [\d.]+ ms", timing[1])
+
+
+def test_all_samples_are_answered_right(executed):
+    count = len(demo_samples())
+    assert printed(cell_with(executed, "show_answers(")).strip() == f"{count} of {count} answers are right"
+
+
+def test_openvino_is_the_same_model(executed):
+    exact, default = printed(cell_with(executed, "COMPARE_WITH_PYTORCH:")).splitlines()
+    pattern = r"{}: logits up to ([\d.]+) differ by at most ([\d.e+-]+), same answer: True"
+    largest, difference = map(float, re.fullmatch(pattern.format("float32"), exact).groups())
+    assert difference < 1e-3 < largest
+    assert re.fullmatch(pattern.format("default"), default)
+
+
+def test_follow_up_and_text_only(executed):
+    lines = printed(cell_with(executed, "Without a picture")).splitlines()
+    assert lines[1].removeprefix("assistant: ") == demo_samples()[2]["answer"]
+    assert re.fullmatch(r"assistant: There (is one shape|are \w+ shapes)\.", lines[3])
+    assert lines[-1] == "Without a picture: I describe shapes, count them and read digits."
+
+
+def test_html_holds_the_answers(executed, tmp_path):
+    """`execute` leaves a copy for browsers beside the .ipynb, and gives parameters to the notebook."""
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("WORD = 'no'", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("print(WORD * 3)", metadata={"tags": ["answer"]}),
+        ]
+    )
+    nbformat.write(notebook, tmp_path / "small.ipynb")
+    path = notebook_utils.execute(tmp_path / "small.ipynb", tmp_path / "out", WORD="yes")
+    assert "yesyesyes" in path.with_suffix(".html").read_text(encoding="utf-8")
+
+
+# ---- As committed ---------------------------------------------------------------------------------------------------
+
+
+def test_committed_outputs_are_of_one_run_without_warnings(committed):
+    cells = code_cells(committed)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.text
+            assert not re.search(r"warning|/home/|/root/|/tmp/|site-packages", str(output.get("text", "")), re.I)
+    assert "widgets" not in committed.metadata
+
+
+def test_committed_answers_are_right(committed):
+    test_all_samples_are_answered_right(committed)
+    test_streamed_answer_is_the_right_one(committed)
+
+
+def test_cells_are_short_and_valid(committed):
+    for cell in code_cells(committed):
+        assert len(cell.source.splitlines()) <= 20
+        ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!"))))
+
+
+def test_table_of_contents_leads_somewhere(committed):
+    headings = {
+        line.lstrip("# ").replace(" ", "-")
+        for cell in committed.cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("##")
+    }
+    links = set(re.findall(r"\]\(#([^\n]*)\)$", committed.cells[0].source, re.M))
+    assert links == headings
+
+
+@pytest.mark.parametrize("module", HELPERS)
+def test_importing_a_helper_does_nothing(module):
+    """No network, no files written, no OpenVINO core, no output."""
+    script = (
+        "import socket, sys, openvino\n"
+        "def refuse(*args, **kwargs): raise AssertionError('side effect')\n"
+        "socket.socket.connect = socket.getaddrinfo = openvino.Core.__init__ = refuse\n"
+        f"import {module}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)  # noqa: S603
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
