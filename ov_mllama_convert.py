@@ -511,8 +511,11 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_ir(model: ov.Model, path: Path) -> None:
-    """Writes an IR so that `path` exists only once it is whole: into a folder beside it, then renamed, .xml last."""
+def save_ir(model: ov.Model, path: Path, stamp: dict[str, str]) -> None:
+    """Writes an IR with its `stamp` (see `ir_stamp`) so that `path` exists only once it is whole: into a folder beside
+    it, then renamed, .xml last."""
+    for key, value in stamp.items():
+        model.set_rt_info(value, ["mllama", key])
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as scratch:
         part = Path(scratch) / path.name
         # 16-bit weights are stored as they are; what is left in f32 (norms, rotary frequencies) must stay exact
@@ -523,7 +526,7 @@ def save_ir(model: ov.Model, path: Path) -> None:
 
 
 def ir_stamp(path: Path) -> dict[str, str]:
-    """What `convert_mllama` wrote into an IR about its origin: `converter_version` and `checkpoint`.
+    """What `save_ir` wrote into an IR about its origin: `converter_version`, `checkpoint`, if compressed `samples`.
 
     Returns an empty dict for an IR that is missing, incomplete or made by another program.
     """
@@ -542,7 +545,12 @@ def ir_stamp(path: Path) -> dict[str, str]:
     return dict(re.findall(r'<(\w+) value="([^"]*)"', section))
 
 
-def convert_mllama(model_id: str | Path, out_dir: str | Path) -> Path:
+def checkpoint_stamp(folder: Path) -> dict[str, str]:
+    """The stamp of the IRs that this version of the converter makes of a checkpoint."""
+    return {"converter_version": CONVERTER_VERSION, "checkpoint": fingerprint(folder)}
+
+
+def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bool = True) -> Path:
     """Converts a Mllama checkpoint to OpenVINO; whatever `out_dir` already holds of it, whole, is kept.
 
     Args:
@@ -550,6 +558,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path) -> Path:
             checkpoint keeps its weights bit for bit; a float32 one is stored as float16.
         out_dir: folder for `openvino_vision_encoder.xml`, `openvino_language_model.xml` (and their .bin), the config,
             the generation config and the processor with its chat template.
+        language_model: False leaves it to `compress(..., checkpoint=model_id)`, which then never writes it in 16 bit.
     Returns:
         out_dir as a Path.
     Raises:
@@ -557,11 +566,10 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path) -> Path:
     """
     out_dir = Path(out_dir)
     source = checkpoint_folder(model_id)
-    stamp = {"converter_version": CONVERTER_VERSION, "checkpoint": fingerprint(source)}
-    parts = {
-        "vision encoder": (out_dir / VISION_ENCODER_NAME, convert_vision_encoder),
-        "language model": (out_dir / LANGUAGE_MODEL_NAME, convert_language_model),
-    }
+    stamp = checkpoint_stamp(source)
+    parts = {"vision encoder": (out_dir / VISION_ENCODER_NAME, convert_vision_encoder)}
+    if language_model:
+        parts["language model"] = (out_dir / LANGUAGE_MODEL_NAME, convert_language_model)
     missing = {what: part for what, part in parts.items() if ir_stamp(part[0]) != stamp}
     if not missing:
         print(f"✅ {out_dir} already holds the converted model")
@@ -576,9 +584,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path) -> Path:
     for what, (path, convert) in missing.items():
         print(f"⌛ Convert {what}...")
         ov_model = convert(model)
-        for key, value in stamp.items():
-            ov_model.set_rt_info(value, ["mllama", key])
-        save_ir(ov_model, path)
+        save_ir(ov_model, path, stamp)
         del ov_model
         print(f"✅ {what.capitalize()} successfully converted")
     print(f"✅ Model successfully converted and can be found in {out_dir}")

@@ -78,6 +78,22 @@ def restrict(key_values: dict[str, np.ndarray], mask: np.ndarray, shapes: Mllama
     return CrossAttention(key_values, bias, rows=sees_any.astype(np.float32))
 
 
+def views(
+    key_values: dict[str, np.ndarray], cross_attention_mask: np.ndarray, length: int, shapes: MllamaShapes
+) -> tuple[CrossAttention, CrossAttention]:
+    """What a prompt of `length` tokens sees of its pictures, and what every token after it sees: as its last one.
+
+    Args:
+        cross_attention_mask: [batch, tokens, images, tiles] from the processor; of tokens beyond it (as when an answer
+            is continued) each sees what the last one does.
+    """
+    mask = cross_attention_mask.astype(bool).reshape(*cross_attention_mask.shape[:2], -1)
+    last = mask[:, -1:]
+    missing = max(length - mask.shape[1], 0)
+    prompt = np.concatenate([mask[:, :length], last.repeat(missing, axis=1)], axis=1)
+    return restrict(key_values, prompt, shapes), restrict(key_values, last, shapes)
+
+
 def take_tiles(name: str, array: np.ndarray, tiles: np.ndarray) -> np.ndarray:
     """A contiguous copy of a key's or value's rows that belong to `tiles` (bool [images * tiles])."""
     axis = 3 if name.endswith(".key") else 2
@@ -120,6 +136,79 @@ def language_inputs(
         "cross_attention_rows": cross_attention.rows,
         **cross_attention.key_values,
     }
+
+
+# ---- The pictures ---------------------------------------------------------------------------------------------------
+
+
+def image_inputs(pixels: np.ndarray, aspect_ratio_id: int, tile_mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Everything that one inference of the vision IR takes, by port name, for one picture as the processor gives it.
+
+    Args:
+        pixels: f32 [tiles, channels, height, width].
+        tile_mask: i64 [tiles], 1 for real tiles.
+    """
+    return {
+        "pixel_values": np.ascontiguousarray(pixels, np.float32),
+        "aspect_ratio_ids": np.array([aspect_ratio_id], np.int64),
+        "aspect_ratio_mask": np.ascontiguousarray(tile_mask, np.int64),
+    }
+
+
+class OVImageEncoder:
+    """The vision IR: pictures -> cross-attention K/V.
+
+    Args:
+        path: of the IR.
+        device, ov_config: as for `OVMLlamaForConditionalGeneration`.
+
+    Attributes:
+        infer_time: seconds for each picture encoded; whoever reads it clears it.
+    """
+
+    def __init__(self, path: str | Path, shapes: MllamaShapes, device: str = "CPU", ov_config: dict | None = None):
+        self.shapes = shapes
+        self.infer_time: list[float] = []
+        self._request = ov.Core().compile_model(path, device, ov_config or {}).create_infer_request()
+
+    def encode(
+        self, pixel_values: np.ndarray, aspect_ratio_ids: np.ndarray, aspect_ratio_mask: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Pictures -> cross-attention K/V by port name (shapes in `CrossAttention`), rows = images * tiles * patches.
+
+        Pictures are encoded one by one (batching gains nothing where arithmetic is the limit), and each different one
+        once: beams, repeated pictures and the processor's fill-up pictures cost nothing more. When all rows of the
+        batch hold the same pictures, the result has a batch of 1, which broadcasts.
+
+        Args:
+            pixel_values: f32 [batch, images, tiles, channels, height, width].
+            aspect_ratio_ids: i64 [batch, images].
+            aspect_ratio_mask: i64 [batch, images, tiles].
+        """
+        encoded, prompts = {}, []
+        for row in zip(pixel_values, aspect_ratio_ids, aspect_ratio_mask, strict=True):
+            prompt = []
+            for picture in zip(*row, strict=True):
+                key = b"".join(hashlib.sha256(np.ascontiguousarray(part)).digest() for part in picture)
+                if key not in encoded:
+                    encoded[key] = self._encode_image(*picture)
+                prompt.append(key)
+            prompts.append(tuple(prompt))
+        if len(set(prompts)) == 1:
+            prompts = prompts[:1]
+
+        joined = {}
+        for name in self.shapes.cross_kv_names:
+            row_axis = 3 if name.endswith(".key") else 2
+            rows = [np.concatenate([encoded[key][name] for key in prompt], row_axis) for prompt in prompts]
+            joined[name] = np.concatenate(rows)
+        return joined
+
+    def _encode_image(self, *picture) -> dict[str, np.ndarray]:
+        started = time.perf_counter()
+        self._request.infer(image_inputs(*picture), share_inputs=True)
+        self.infer_time.append(time.perf_counter() - started)
+        return {name: self._request.get_tensor(name).data.copy() for name in self.shapes.cross_kv_names}
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------
@@ -210,15 +299,16 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
             self.generation_config = GenerationConfig.from_model_config(self.config)
         self.shapes = MllamaShapes.from_config(self.config)
         self.slice_lm_head = slice_lm_head
-        self.vision_encoder_infer_time: list[float] = []
         self.llm_infer_time: list[float] = []
         self._cache: OVCache | None = None  # whose tokens are in the language request's state
 
-        core = ov.Core()
-        self._vision_request, self._language_request = (
-            core.compile_model(model_dir / name, device, ov_config or {}).create_infer_request()
-            for name in (image_encoder_name, language_model_name)
-        )
+        self.image_encoder = OVImageEncoder(model_dir / image_encoder_name, self.shapes, device, ov_config)
+        language_model = ov.Core().compile_model(model_dir / language_model_name, device, ov_config or {})
+        self._language_request = language_model.create_infer_request()
+
+    @property
+    def vision_encoder_infer_time(self) -> list[float]:
+        return self.image_encoder.infer_time
 
     def __call__(self, *args, **kwargs) -> CausalLMOutputWithPast:
         return self.forward(*args, **kwargs)
@@ -286,58 +376,12 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         cache.beam_idx = None
         return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], past_key_values=cache if use_cache else None)
 
-    def encode_images(
-        self, pixel_values: np.ndarray, aspect_ratio_ids: np.ndarray, aspect_ratio_mask: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Pictures -> cross-attention K/V by port name (shapes in `CrossAttention`), rows = images * tiles * patches.
-
-        Pictures are encoded one by one (batching gains nothing where arithmetic is the limit), and each different one
-        once: beams, repeated pictures and the processor's fill-up pictures cost nothing more. When all rows of the
-        batch hold the same pictures, the result has a batch of 1, which broadcasts.
-
-        Args:
-            pixel_values: f32 [batch, images, tiles, channels, height, width].
-            aspect_ratio_ids: i64 [batch, images].
-            aspect_ratio_mask: i64 [batch, images, tiles].
-        """
-        encoded, prompts = {}, []
-        for row in zip(pixel_values, aspect_ratio_ids, aspect_ratio_mask, strict=True):
-            prompt = []
-            for picture in zip(*row, strict=True):
-                key = b"".join(hashlib.sha256(np.ascontiguousarray(part)).digest() for part in picture)
-                if key not in encoded:
-                    encoded[key] = self._encode_image(*picture)
-                prompt.append(key)
-            prompts.append(tuple(prompt))
-        if len(set(prompts)) == 1:
-            prompts = prompts[:1]
-
-        joined = {}
-        for name in self.shapes.cross_kv_names:
-            row_axis = 3 if name.endswith(".key") else 2
-            rows = [np.concatenate([encoded[key][name] for key in prompt], row_axis) for prompt in prompts]
-            joined[name] = np.concatenate(rows)
-        return joined
-
-    def _encode_image(self, pixels: np.ndarray, aspect_ratio_id: np.ndarray, tile_mask: np.ndarray) -> dict:
-        started = time.perf_counter()
-        self._vision_request.infer(
-            {
-                "pixel_values": np.ascontiguousarray(pixels, np.float32),
-                "aspect_ratio_ids": np.array([aspect_ratio_id], np.int64),
-                "aspect_ratio_mask": np.ascontiguousarray(tile_mask, np.int64),
-            },
-            share_inputs=True,
-        )
-        self.vision_encoder_infer_time.append(time.perf_counter() - started)
-        return {name: self._vision_request.get_tensor(name).data.copy() for name in self.shapes.cross_kv_names}
-
     def _start(self, cache, length, pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask):
         """Begins a prompt of `length` tokens: clears the state, encodes the pictures, returns the prompt's view of them
         and leaves the later tokens' view in the cache."""
         self._language_request.reset_state()
         self._cache = cache
-        self.vision_encoder_infer_time, self.llm_infer_time = [], []
+        self.image_encoder.infer_time, self.llm_infer_time = [], []
         if pixel_values is None:
             cache.cross_attention = no_pictures(self.shapes)
             return cache.cross_attention
@@ -346,13 +390,11 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
                 "pixel_values need aspect_ratio_ids, aspect_ratio_mask and cross_attention_mask beside them: pass all "
                 "that the processor returns for text and images together, model.generate(**inputs)."
             )
-        key_values = self.encode_images(pixel_values.numpy(), aspect_ratio_ids.numpy(), aspect_ratio_mask.numpy())
-        mask = cross_attention_mask.numpy().astype(bool).reshape(*cross_attention_mask.shape[:2], -1)
-        last = mask[:, -1:]
-        missing = max(length - mask.shape[1], 0)  # tokens appended to the processor's, as when continuing an answer
-        mask = np.concatenate([mask[:, :length], last.repeat(missing, axis=1)], axis=1)
-        cache.cross_attention = restrict(key_values, last, self.shapes)
-        return restrict(key_values, mask, self.shapes)
+        key_values = self.image_encoder.encode(
+            pixel_values.numpy(), aspect_ratio_ids.numpy(), aspect_ratio_mask.numpy()
+        )
+        prompt, cache.cross_attention = views(key_values, cross_attention_mask.numpy(), length, self.shapes)
+        return prompt
 
     # ---- What GenerationMixin calls ----
 

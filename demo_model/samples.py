@@ -33,14 +33,18 @@ WANTED = (
 
 
 def make_samples(folder: Path, seed: int) -> None:
-    """One picture for each entry of WANTED: the first held-out scene of that size which has a question of that task."""
+    """A picture for each of WANTED: the first held-out scene of that size with that task and more than one thing."""
     rng, lines = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for task, width, height in WANTED:
         questions = []
         while not questions:
             scene = random_scene(rng, width, height, held_out=True)
-            questions = [(question, answer) for name, question, answer in scene.questions if name == task]
+            questions = [
+                (question, answer)
+                for name, question, answer in scene.questions
+                if name == task and len(scene.things) > 1 and not answer.startswith("Nothing")
+            ]
         name = f"{len(lines):02d}-{task}-{width}x{height}.png"
         Image.fromarray(draw(scene, rng)).save(folder / name)
         lines.append({"file_name": name, "question": questions[0][0], "answer": questions[0][1], "task": task})
@@ -49,5 +53,5 @@ def make_samples(folder: Path, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=6)
     make_samples(Path(__file__).parent / "samples", parser.parse_args().seed)
