@@ -8,14 +8,15 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-MODEL_ID ?= demo_model
+MODEL_ID ?=
 BIN := .venv/bin
+comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: notebook test lab lint clean
 
 notebook: .venv/.run
-	$(BIN)/python -c "import notebook_utils; notebook_utils.execute('mllama-3.2.ipynb', 'build', MODEL_ID='$(MODEL_ID)')"
+	$(BIN)/python -c "import notebook_utils; notebook_utils.execute('mllama-3.2.ipynb', 'build'$(if $(MODEL_ID),$(comma) MODEL_ID='$(MODEL_ID)'))"
 
 lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
