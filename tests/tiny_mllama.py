@@ -13,23 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-SPECIAL = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|finetune_right_pad_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|image|>",  # last: its id equals vocab_size, outside the logits, as in the real checkpoints
-]
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for block in message.content %}"
-    "{% if block.type == 'image' %}<|image|>{% else %}{{ block.text }}{% endif %}{% endfor %}{% endif %}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
+from demo_model.checkpoint import CHAT_TEMPLATE, IMAGE, SPECIAL
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -46,7 +31,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    # <|image|> last: its id equals vocab_size, outside the logits, as in the real checkpoints
+    tokenizer.add_special_tokens([*SPECIAL, IMAGE])
     bos = SPECIAL[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
