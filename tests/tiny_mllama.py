@@ -63,7 +63,7 @@ def make_checkpoint(
     ratios = (
         [[1, 1], [1, 2], [2, 1]] if tiles == 2 else [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
     )
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL, IMAGE)}
     eos = [ids["<|end_of_text|>"], ids["<|eom_id|>"], ids["<|eot_id|>"]]
     config = MllamaConfig(
         text_config={
