@@ -1,0 +1,156 @@
+"""What each variant of a model costs and what it loses: size, memory, speed, and answers beside PyTorch in float32.
+
+Every variant is measured in a process of its own, so that none sees another's memory. The questions are held-out ones
+of the demo checkpoint, the only model at hand whose right answers are known.
+"""
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
+
+from demo_model.evaluate import heldout_samples, prompts
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
+
+BATCH = 50
+TIMED = 20  # questions asked one by one for the waits
+GREEDY = {"do_sample": False, "max_new_tokens": 60}
+ORIGINAL = "PyTorch f32"
+
+
+def price_list(
+    checkpoint: str | Path, model_dir: Path, variants: dict[str, tuple[str, str]], questions: int = 500
+) -> list[dict]:
+    """One row for each variant, the first being the original in PyTorch, float32.
+
+    Args:
+        checkpoint: folder of the original.
+        model_dir: folder of the IRs.
+        variants: name -> file names of language model and image encoder.
+        questions: held-out questions to ask.
+    Returns:
+        dicts of "variant" and what `measure` returns.
+    """
+    rows, reference = [], None
+    bar = tqdm({ORIGINAL: None, **variants}.items(), desc="Price list", unit="variant", leave=False)
+    for name, files in bar:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            row, answers = process.submit(measure, checkpoint, model_dir, files, questions, reference).result()
+        reference = reference or answers
+        rows.append({"variant": name, **row})
+    return rows
+
+
+def measure(
+    checkpoint: str | Path, model_dir: Path, files: tuple[str, str] | None, questions: int, reference: dict | None
+) -> tuple[dict, dict]:
+    """Measures one variant; None for `files` is the original.
+
+    Returns:
+        a row: size_mb on disk; memory_mb, by which the process has grown after all answers; first_token_ms and
+        next_token_ms, medians of what one waits (the first: picture and prompt); exact match by task and over "all" in
+        percent; kl, mean Kullback-Leibler divergence in nats of the reference's next-token distributions to this
+        variant's, over the reference's answers; first_divergence, mean position of the first token unlike the
+        reference's (the answer's length if there is none);
+        and the answers' tokens and log-probabilities: the reference for other variants.
+    """
+    processor, before = AutoProcessor.from_pretrained(model_dir), psutil.Process().memory_info().rss
+    if files:
+        model = OVMLlamaForConditionalGeneration(model_dir, language_model_name=files[0], image_encoder_name=files[1])
+        weights = [(model_dir / name).with_suffix(".bin") for name in files]
+    else:
+        model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        weights = list(Path(checkpoint).glob("*.safetensors"))
+    samples = list(heldout_samples(questions))
+    tokens = [answer for batch in batches(samples) for answer in greedy(model, processor, batch)]
+    memory = psutil.Process().memory_info().rss - before
+
+    expected = reference or {"tokens": tokens}
+    log_probs = [
+        rows
+        for batch, answers in zip(batches(samples), batches(expected["tokens"]), strict=True)
+        for rows in score(model, processor, batch, answers)
+    ]
+    pairs = zip(expected.get("log_probs", log_probs), log_probs, strict=True)
+    row = {
+        "size_mb": sum(path.stat().st_size for path in weights) / 1e6,
+        "memory_mb": memory / 1e6,
+        **waits(model, processor, samples[:TIMED]),
+        **exact_match(samples, processor.batch_decode(tokens, skip_special_tokens=True)),
+        "kl": float(np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in pairs]).mean()),
+        "first_divergence": float(np.mean([agreed(*pair) for pair in zip(expected["tokens"], tokens, strict=True)])),
+    }
+    return row, {"tokens": tokens, "log_probs": log_probs}
+
+
+def batches(items: list) -> list[list]:
+    return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
+
+
+def greedy(model, processor, samples: list[dict]) -> list[list[int]]:
+    """Tokens of the greedy answers, without what pads them."""
+    inputs = prompts(processor, samples)
+    output = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+    return [[token for token in row if token != processor.tokenizer.pad_token_id] for row in output.tolist()]
+
+
+@torch.no_grad()
+def score(model, processor, samples: list[dict], answers: list[list[int]]) -> list[np.ndarray]:
+    """Log-probabilities f32 [tokens, vocab] of what follows each token of given answers."""
+    inputs, longest = prompts(processor, samples), max(map(len, answers))
+    start = inputs["input_ids"].shape[1]
+    appended = torch.full((len(answers), longest), processor.tokenizer.pad_token_id)
+    for row, answer in zip(appended, answers, strict=True):
+        row[: len(answer)] = torch.tensor(answer)
+    is_token = (appended != processor.tokenizer.pad_token_id).long()
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], appended], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], is_token], 1)
+    mask = inputs["cross_attention_mask"]
+    inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, longest, -1, -1)], 1)
+    logits = model(**inputs).logits[:, start - 1 : -1].float().log_softmax(-1)
+    return [rows[: len(answer)].numpy() for rows, answer in zip(logits, answers, strict=True)]
+
+
+def agreed(expected: list[int], actual: list[int]) -> int:
+    """How many tokens two answers share from the start."""
+    pairs = zip(expected, actual, strict=False)
+    return next((i for i, (first, second) in enumerate(pairs) if first != second), len(expected))
+
+
+def exact_match(samples: list[dict], answers: list[str]) -> dict[str, float]:
+    """Percentage of answers that are the right one, over all and by task."""
+    right = [(sample["task"], answer == sample["answer"]) for sample, answer in zip(samples, answers, strict=True)]
+    tasks = ["all", *sorted({task for task, _ in right})]
+    return {task: 100 * float(np.mean([ok for name, ok in right if task in ("all", name)])) for task in tasks}
+
+
+class Clock(BaseStreamer):
+    """Notes when each token comes; the first call brings the prompt."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def waits(model, processor, samples: list[dict]) -> dict[str, float]:
+    """Median milliseconds to the first token and from each token to the next, one question at a time."""
+    first, following = [], []
+    for sample in samples:
+        clock, inputs = Clock(), prompts(processor, [sample])
+        model.generate(**inputs, **GREEDY, streamer=clock)
+        steps = np.diff(clock.times) * 1000
+        first.append(steps[0])
+        following.extend(steps[1:])
+    return {"first_token_ms": float(np.median(first)), "next_token_ms": float(np.median(following))}

@@ -1,0 +1,163 @@
+"""Pictures with captions -> what the two IRs take, one sample at a time, for NNCF to calibrate with.
+
+    load_samples -> processor -> image_inputs -> vision IR -> language_inputs -> language IR
+
+The tensors are built by the functions that inference uses (`ov_mllama_helper.py`), so each sample has its own tiles and
+masks. Nothing is kept: iterating again reads, decodes and encodes again, and memory holds one sample.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import Image, IterableDataset, get_dataset_split_names, load_dataset
+from PIL import Image as PIL
+from tqdm.auto import tqdm
+
+from ov_mllama_helper import OVImageEncoder, image_inputs, language_inputs, views
+
+HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
+SAMPLES = Path(__file__).parent / "demo_model" / "samples"
+QUESTION = "Describe this image."
+CAPTION_COLUMNS = ("answer", "caption", "captions", "text", "sentence", "sentences")
+
+
+# ---- Pictures with captions -----------------------------------------------------------------------------------------
+
+
+def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDataset:
+    """A shuffled stream of a local `imagefolder` or of a set on the hub that holds its pictures, its first split.
+
+    Without a `source` it is HUB_SET, or where the hub is out of reach (it says so) the demo checkpoint's samples.
+    Nothing is executed from the hub (datasets 5 runs no scripts) and no picture is fetched from elsewhere.
+
+    Raises:
+        FileNotFoundError: no such folder or set, or no network.
+        ValueError: the set has no column of pictures or none of captions.
+    """
+    if source is None:
+        try:
+            return open_dataset(HUB_SET, seed)
+        except FileNotFoundError:
+            print(f"{HUB_SET} is out of reach: calibrating with the demo checkpoint's few drawings instead")
+            source = SAMPLES
+    try:
+        if Path(source).is_dir():
+            data = load_dataset("imagefolder", data_dir=str(source), split="train", streaming=True)
+        else:
+            data = load_dataset(str(source), split=get_dataset_split_names(str(source))[0], streaming=True)
+    except (OSError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"'{source}' is neither a folder of pictures here nor a data set that can be reached on the Hugging Face "
+            f"hub ({type(error).__name__}): check the spelling and the network, or give {SAMPLES}."
+        ) from error
+    columns(data)
+    return data.shuffle(seed=seed, buffer_size=256)
+
+
+def columns(data: IterableDataset) -> tuple[str, str]:
+    """Names of the pictures' and of the captions' column."""
+    pictures = [name for name, kind in data.features.items() if isinstance(kind, Image)]
+    captions = [name for name in CAPTION_COLUMNS if name in data.features]
+    if not (pictures and captions):
+        raise ValueError(
+            f"The data set's columns are {sorted(data.features)}: it needs one of pictures (not of addresses) and a "
+            f"caption in one of {', '.join(CAPTION_COLUMNS)}."
+        )
+    return pictures[0], captions[0]
+
+
+def load_samples(source: str | Path | None, count: int, seed: int = 0) -> Iterator[dict]:
+    """At most `count` samples {"image": RGB picture, "question", "answer"}, in the same order for the same seed.
+
+    Says with a progress bar how far it is, and at the end what was skipped and why.
+
+    Args:
+        source: hub id, folder in `imagefolder` form, or None (see `open_dataset`); a column "question" replaces
+            "Describe this image.".
+    """
+    data, skipped = open_dataset(source, seed), Counter()
+    picture_column, caption_column = columns(data)
+    # undecoded, so that one broken file is one skipped sample and not the end of the stream
+    data = data.cast_column(picture_column, Image(decode=False))
+    with tqdm(total=count, desc="Calibration samples", unit="sample", leave=False) as bar:
+        for row in data:
+            if bar.n == count:
+                break
+            caption = row[caption_column]
+            caption = caption[0] if isinstance(caption, list) and caption else caption
+            if not (isinstance(caption, str) and caption.strip()):
+                skipped["no caption"] += 1
+                continue
+            try:
+                image = Image().decode_example(row[picture_column]).convert("RGB")
+            except (OSError, ValueError, TypeError, PIL.DecompressionBombError) as error:
+                skipped[f"unreadable picture ({type(error).__name__})"] += 1
+                continue
+            yield {"image": image, "question": row.get("question") or QUESTION, "answer": caption.strip()}
+            bar.update()
+    if skipped:
+        print("Skipped: " + ", ".join(f"{number} × {reason}" for reason, number in skipped.items()))
+
+
+# ---- Samples -> tensors ---------------------------------------------------------------------------------------------
+
+
+class Samples(Iterable):
+    """`make(sample)` of each sample, made anew at each iteration."""
+
+    def __init__(self, make, source: str | Path | None, count: int, seed: int):
+        self.make, self.source, self.count, self.seed = make, source, count, seed
+
+    def __iter__(self):
+        return (self.make(sample) for sample in load_samples(self.source, self.count, self.seed))
+
+
+def processed(processor, sample: dict) -> dict[str, np.ndarray]:
+    """The processor's tensors for a sample as a conversation: the picture, its question, and its answer."""
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample["question"]}]},
+        {"role": "assistant", "content": [{"type": "text", "text": sample["answer"]}]},
+    ]
+    text = processor.apply_chat_template(messages)
+    return processor(text=text, images=[sample["image"]], add_special_tokens=False, return_tensors="np")
+
+
+def prepare_dataset_vision(processor, count: int, source: str | Path | None = None, seed: int = 0) -> Iterable[dict]:
+    """Inputs of the vision IR by port name, for `count` pictures.
+
+    Args:
+        processor: the model's `MllamaProcessor`.
+        source, seed: as for `load_samples`.
+    """
+
+    def inputs(sample):
+        tensors = processed(processor, sample)
+        return image_inputs(
+            tensors["pixel_values"][0, 0], tensors["aspect_ratio_ids"][0, 0], tensors["aspect_ratio_mask"][0, 0]
+        )
+
+    return Samples(inputs, source, count, seed)
+
+
+def prepare_dataset_llm(
+    processor, image_encoder: OVImageEncoder, count: int, source: str | Path | None = None, seed: int = 0
+) -> Iterable[dict]:
+    """Inputs of the language IR by port name: the whole conversation about each of `count` pictures as one prompt.
+
+    Args:
+        image_encoder: encodes each picture when its turn comes; its K/V are gone with the sample.
+        source, seed: as for `load_samples`.
+    """
+
+    def inputs(sample):
+        tensors = processed(processor, sample)
+        key_values = image_encoder.encode(
+            tensors["pixel_values"], tensors["aspect_ratio_ids"], tensors["aspect_ratio_mask"]
+        )
+        length = tensors["input_ids"].shape[1]
+        prompt, _ = views(key_values, tensors["cross_attention_mask"], length, image_encoder.shapes)
+        return language_inputs(tensors["input_ids"], prompt, tensors["attention_mask"])
+
+    return Samples(inputs, source, count, seed)

@@ -1,0 +1,325 @@
+"""Compressed IRs hold what the settings say, both routes give the same file, and what NNCF refuses is refused first."""
+
+import itertools
+from collections import Counter
+
+import nncf
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
+
+import ov_mllama_compression
+from conftest import DEMO, F32, demo_samples
+from data_preprocessing import SAMPLES, load_samples, prepare_dataset_llm, prepare_dataset_vision
+from ov_mllama_compression import (
+    GROUP_SIZES,
+    INT4,
+    INT8,
+    Settings,
+    compress,
+    compression_widgets_helper,
+    optimize_vision_encoder,
+    vision_encoder_selection_widget,
+)
+from ov_mllama_convert import VISION_ENCODER_NAME, convert_mllama
+from ov_mllama_helper import OVImageEncoder, OVMLlamaForConditionalGeneration
+
+PLAIN = dict(
+    algo="int4_asym",
+    ratio=1.0,
+    sm=None,
+    awq=False,
+    scale_estimation=False,
+    lora=False,
+    gptq=False,
+    group_size=64,
+    all_layers=False,
+    dataset_size=0,
+    int8_layers=(),
+)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return convert_mllama(DEMO, tmp_path_factory.mktemp("compression") / "ov")
+
+
+@pytest.fixture(scope="module")
+def processor(model_dir):
+    return AutoProcessor.from_pretrained(model_dir)
+
+
+def constant_types(path) -> Counter:
+    """How many weight matrices (constants of two or three axes that are large) an IR has in each type."""
+    model = ov.Core().read_model(path)
+    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+    return Counter(
+        op.get_element_type().get_type_name()
+        for op in constants
+        if len(op.get_output_shape(0)) >= 2 and np.prod(op.get_output_shape(0)) > 10_000
+    )
+
+
+# ---- Weights of the language model ----------------------------------------------------------------------------------
+
+
+def layers(model_dir) -> int:
+    """Linear layers inside the language model: 7 for self-attention, 5 for cross-attention without K and V."""
+    text = AutoConfig.from_pretrained(model_dir).text_config
+    cross = len(text.cross_attention_layers)
+    return 7 * (text.num_hidden_layers - cross) + 5 * cross
+
+
+def test_int8_compresses_every_matrix(model_dir):
+    path = compress(model_dir, algo="int8_asym")
+    assert path.name == "llm_int8_asym.xml"
+    assert constant_types(path) == {"u8": layers(model_dir) + 2}  # with embedding and head
+
+
+@pytest.mark.parametrize("algo, kind", [("int4_asym", "u4"), ("int4_sym", "i4")])
+@pytest.mark.parametrize("all_layers", [False, True])
+def test_int4_leaves_embedding_and_head_in_8_bit(model_dir, algo, kind, all_layers):
+    types = constant_types(compress(model_dir, algo=algo, all_layers=all_layers))
+    count = layers(model_dir)
+    assert types == ({kind: count + 2} if all_layers else {kind: count, "u8": 2})
+
+
+def test_ratio_and_int8_layers_keep_layers_in_8_bit(model_dir):
+    count = layers(model_dir)
+    half = constant_types(compress(model_dir, ratio=0.5))
+    assert half["u4"] + half["u8"] == count + 2
+    assert 0 < half["u4"] < count
+    kept = constant_types(compress(model_dir, int8_layers=("cross_attn.o_proj",)))
+    assert kept == {"u4": count - 2, "u8": 4}
+
+
+def test_file_name_is_the_seeds():
+    settings = dict(PLAIN, sm="max_activation_variance", awq=True, scale_estimation=True, all_layers=True)
+    assert Settings(**settings).file_name == "llm_int4_asym_r10_gs64_max_activation_variance_awq_scale_all_layers.xml"
+
+
+def test_existing_file_is_reused_and_force_rebuilds_it(model_dir, capsys):
+    path = compress(model_dir)
+    written = path.stat().st_mtime_ns
+    assert compress(model_dir) == path
+    assert path.stat().st_mtime_ns == written
+    assert "already exists" in capsys.readouterr().out
+    compress(model_dir, force=True)
+    assert path.stat().st_mtime_ns > written
+    path.with_suffix(".bin").write_bytes(b"")  # as a full disk might leave it
+    compress(model_dir)
+    assert path.with_suffix(".bin").stat().st_size > 1e6
+
+
+@pytest.mark.parametrize("arguments", [{}, {"algo": "int8_asym"}, {"dataset_size": 4}])
+def test_straight_from_the_checkpoint_is_the_same_file(model_dir, tmp_path, arguments):
+    expected = compress(model_dir, source=SAMPLES, **arguments)
+    convert_mllama(DEMO, tmp_path, language_model=False)
+    actual = compress(tmp_path, source=SAMPLES, checkpoint=DEMO, **arguments)
+    assert not (tmp_path / "openvino_language_model.xml").exists()
+    assert actual.name == expected.name
+    assert actual.with_suffix(".bin").read_bytes() == expected.with_suffix(".bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dataset_size": 4},
+        {"dataset_size": 4, "gptq": True, "awq": False},
+        {"dataset_size": 4, "lora": True, "awq": False},
+        {"dataset_size": 4, "ratio": 0.7, "sm": "hessian_input_activation"},
+    ],
+)
+def test_data_aware_variants_still_answer(model_dir, processor, arguments):
+    path = compress(model_dir, source=SAMPLES, **arguments)
+    model = OVMLlamaForConditionalGeneration(model_dir, language_model_name=path.name, ov_config=F32)
+    inputs = processor(text="<|image|>What?", images=[demo_samples()[0]["image"]], return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+# ---- What goes together ---------------------------------------------------------------------------------------------
+
+
+def matmul_model() -> ov.Model:
+    from openvino import opset13 as ops
+
+    parameter = ops.parameter([-1, 128], ov.Type.f32, name="x")
+    weights = [np.random.default_rng(i).normal(size=(128, 128)).astype(np.float32) for i in range(3)]
+    node = parameter
+    for weight in weights:
+        node = ops.matmul(node, ops.constant(weight), False, True)
+    return ov.Model([node], [parameter])
+
+
+def every_combination():
+    flags = itertools.product([False, True], repeat=4)
+    for algo, (awq, scale, lora, gptq), size in itertools.product(INT4[:1] + INT8[:1], flags, (0, 1)):
+        for sm, ratio in ((None, 1.0), ("max_activation_variance", 0.5), ("weight_quantization_error", 0.5)):
+            yield dict(
+                PLAIN,
+                algo=algo,
+                awq=awq,
+                scale_estimation=scale,
+                lora=lora,
+                gptq=gptq,
+                dataset_size=size,
+                sm=sm,
+                ratio=ratio if algo in INT4 else 1.0,
+                group_size=64 if algo in INT4 else -1,
+            )
+
+
+def test_what_nncf_refuses_is_refused_first_and_nothing_else(model_dir):
+    """INT8 modes ignore what they have no use for in some NNCF backends; here they never come with it."""
+    config, refused = AutoConfig.from_pretrained(model_dir), 0
+    sample = [{"x": np.random.default_rng(9).normal(size=(8, 128)).astype(np.float32)}]
+    for arguments in every_combination():
+        settings = Settings(**arguments)
+        try:
+            settings.check(config)
+        except ValueError as error:
+            assert any(word in str(error) for word in ("leave", "set ", "use ", "choose"))
+            refused += 1
+            ours = True
+        else:
+            ours = False
+        dataset = nncf.Dataset(sample) if arguments["dataset_size"] else None
+        options = settings.nncf_arguments()
+        if arguments["algo"] in INT8:
+            options |= {
+                name: True if value is True else value
+                for name, value in {
+                    "awq": settings.awq or None,
+                    "scale_estimation": settings.scale_estimation or None,
+                    "gptq": settings.gptq or None,
+                    "lora_correction": settings.lora or None,
+                    "sensitivity_metric": settings.sm and nncf.SensitivityMetric(settings.sm),
+                }.items()
+                if value
+            }
+        try:
+            nncf.compress_weights(matmul_model(), dataset=dataset, **options)
+        except (nncf.ParameterNotSupportedError, nncf.ValidationError):
+            assert ours, arguments
+        else:
+            assert not ours, arguments
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    "arguments, fix",
+    [
+        ({"group_size": 100}, "32, 64, 128, -1"),
+        ({"ratio": 1.5}, "use 0"),
+        ({"algo": "int5"}, "int4_asym"),
+        ({"algo": "int8_sym", "group_size": 64}, "group_size"),
+        ({"dataset_size": -1}, "use 0"),
+        ({"scale_estimation": True}, "dataset_size=32"),
+    ],
+)
+def test_refusals_name_the_fix(model_dir, arguments, fix):
+    with pytest.raises(ValueError, match=fix):
+        compress(model_dir, **arguments)
+
+
+def test_nothing_to_compress(tmp_path):
+    convert_mllama(DEMO, tmp_path, language_model=False)
+    with pytest.raises(FileNotFoundError, match="convert_mllama"):
+        compress(tmp_path)
+
+
+def test_widgets_always_hold_settings_that_go_together(model_dir):
+    box, widgets = compression_widgets_helper()
+    route, config = box.children[0], AutoConfig.from_pretrained(model_dir)
+    for chosen, algo in itertools.product(route.options * 2, (*INT4, *INT8)):
+        route.value, widgets["algo"].value = chosen, algo
+        values = {name: widget.value for name, widget in widgets.items()}
+        Settings(**values, int8_layers=()).check(config)
+        assert bool(values["dataset_size"]) == (chosen == "data-aware" and algo in INT4)
+    assert widgets["group_size"].options == GROUP_SIZES
+
+
+# ---- Calibration samples --------------------------------------------------------------------------------------------
+
+
+def test_vision_samples_are_the_pictures_own(processor):
+    """Each sample's tiles and masks are what the processor makes of that very picture."""
+    pictures = {sample["answer"]: sample["image"] for sample in demo_samples()}
+    samples = list(load_samples(SAMPLES, 13))
+    assert {sample["answer"] for sample in samples} == set(pictures)
+    for sample, inputs in zip(samples, prepare_dataset_vision(processor, 13, SAMPLES), strict=True):
+        expected = processor.image_processor(pictures[sample["answer"]].convert("RGB"), return_tensors="np")
+        np.testing.assert_array_equal(inputs["pixel_values"], expected["pixel_values"][0, 0])
+        np.testing.assert_array_equal(inputs["aspect_ratio_mask"], expected["aspect_ratio_mask"][0, 0])
+        assert inputs["aspect_ratio_ids"] == expected["aspect_ratio_ids"][0, 0]
+
+
+def test_language_samples_differ_and_see_only_real_tiles(model_dir, processor):
+    model = OVMLlamaForConditionalGeneration(model_dir, ov_config=F32)
+    encoder = OVImageEncoder(model_dir / VISION_ENCODER_NAME, model.shapes, ov_config=F32)
+    dataset = prepare_dataset_llm(processor, encoder, 13, SAMPLES)
+    first, again = list(dataset), list(dataset)
+    name = model.shapes.cross_kv_names[0]
+    for inputs, same in zip(first, again, strict=True):
+        np.testing.assert_array_equal(inputs[name], same[name])
+    assert len({inputs[name].tobytes() for inputs in first}) == 13
+    assert len({inputs["input_ids"].tobytes() for inputs in first}) == 13
+    for sample, inputs in zip(load_samples(SAMPLES, 13), first, strict=True):
+        tiles = processor.image_processor(sample["image"], return_tensors="np")["aspect_ratio_mask"].sum()
+        visible = (inputs["cross_attention_bias"] == 0).any((0, 1, 2))
+        rows = inputs[name].shape[-1]
+        # the tokens before the picture look at all rows (transformers#39379), those after it at its own tiles
+        after = inputs["cross_attention_bias"][0, 0, -1] if visible.size > 1 else np.zeros(rows)
+        assert (after == 0).sum() == tiles * model.shapes.patches_per_tile
+
+
+def test_broken_pictures_are_skipped_and_counted(tmp_path, capsys):
+    for i in range(4):
+        Image.new("RGB", (60, 60), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    captions = ["a", "b", "", "d"]
+    (tmp_path / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "{i}.png", "caption": "{caption}"}}\n' for i, caption in enumerate(captions))
+    )
+    assert sorted(sample["answer"] for sample in load_samples(tmp_path, 10)) == ["a", "d"]
+    out = capsys.readouterr().out
+    assert "1 × no caption" in out
+    assert "1 × unreadable picture" in out
+
+
+def test_sources_that_cannot_be_used(tmp_path):
+    Image.new("RGB", (60, 60)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="caption"):
+        list(load_samples(tmp_path, 1))
+    with pytest.raises(FileNotFoundError, match="demo_model"):
+        list(load_samples("no-such/data-set", 1))
+
+
+# ---- Vision encoder -------------------------------------------------------------------------------------------------
+
+
+def test_vision_encoder_options(model_dir, monkeypatch):
+    assert optimize_vision_encoder(model_dir, "FP16").name == VISION_ENCODER_NAME
+    stored = optimize_vision_encoder(model_dir, "INT8 weights compression")
+    quantized = optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=4, source=SAMPLES)
+    vision = AutoConfig.from_pretrained(model_dir).vision_config
+    linear = 6 * (vision.num_hidden_layers + vision.num_global_layers)
+    assert stored.name == "openvino_vision_encoder_int8_wc.xml"
+    assert constant_types(stored)["u8"] >= linear
+    assert quantized.name == "openvino_vision_encoder_int8.xml"
+    assert constant_types(quantized)["i8"] >= linear
+    fake = [op for op in ov.Core().read_model(quantized).get_ops() if op.get_type_name() == "FakeQuantize"]
+    assert len(fake) > vision.num_hidden_layers + vision.num_global_layers
+
+    monkeypatch.setattr(ov_mllama_compression.nncf, "quantize", lambda *_, **__: pytest.fail("not reused"))
+    assert optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=4, source=SAMPLES) == quantized
+    with pytest.raises(ValueError, match="FP16"):
+        optimize_vision_encoder(model_dir, "INT2")
+
+
+def test_vision_widget_has_a_default_for_every_device():
+    assert vision_encoder_selection_widget("CPU").value == "INT8 quantization"
+    assert vision_encoder_selection_widget("GPU.0").value == "INT8 weights compression"
