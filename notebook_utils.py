@@ -14,7 +14,9 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import nbformat
 import openvino as ov
+import pandas as pd
 import psutil
+from IPython.display import display
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
@@ -90,6 +92,30 @@ def show_answers(samples, answers: list[str], columns: int = 5) -> None:
     print(f"{sum(a == s['answer'] for a, s in zip(answers, samples, strict=True))} of {len(answers)} answers are right")
 
 
+def show_sizes(*ir_paths: Path) -> None:
+    """Prints the size on disk of IRs, and how much smaller than the first each is."""
+    sizes = [path.with_suffix(".bin").stat().st_size for path in ir_paths]
+    for path, size in zip(ir_paths, sizes, strict=True):
+        print(f"{size / 1e6:10.1f} MB, {sizes[0] / size:.1f} times smaller: {path.name}")
+
+
+def show_price_list(rows: list[dict]) -> None:
+    """Shows what each variant costs: a table, and a plot of exact match over size on disk.
+
+    Args:
+        rows: as `benchmarks.quality.price_list` returns them.
+    """
+    table = pd.DataFrame(rows).set_index("variant")
+    display(table.round({name: 4 if name == "kl" else 1 for name in table}))
+    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for name, row in table.iterrows():
+        axis.scatter(row["size_mb"], row["all"], label=name)
+    axis.set(xlabel="size on disk, MB", ylabel="exact match, %")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    plt.show()
+
+
 def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
     """Runs a notebook from top to bottom without a screen and prints its answers.
 
@@ -119,7 +145,6 @@ def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
             timeout=None,
             coalesce_streams=True,
             record_timing=False,
-            store_widget_state=False,
             resources={"metadata": {"path": str(notebook.parent)}},
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
             on_cell_executed=lambda **_: bar.update(),
@@ -127,6 +152,7 @@ def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
         try:
             client.execute()
         finally:
+            nb.metadata.pop("widgets", None)
             for cell in nb.cells:
                 if cell.cell_type == "code":
                     cell.outputs = [output for output in map(readable, cell.outputs) if output]
@@ -142,6 +168,8 @@ def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
 
 def readable(output):
     """An output without what only a live kernel can show: a widget becomes its text, a progress bar nothing."""
-    widget = output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    is_bar = widget and not re.match(r"\w+\(", output["data"].get("text/plain", ""))  # widgets print as Name(...)
-    return None if is_bar else output
+    data = output.get("data", {})
+    widget, text = data.pop("application/vnd.jupyter.widget-view+json", None), data.get("text/plain")
+    is_tqdm = widget and not re.match(r"\w+\(", text)  # other widgets print as Name(...)
+    is_rich = text in ("", "Output()")  # NNCF's bars: a widget to draw in, and an empty last frame
+    return None if is_tqdm or is_rich else output

@@ -236,14 +236,16 @@ def calibration(model_dir: Path, count: int, source: str | Path | None) -> nncf.
 
 @contextlib.contextmanager
 def quiet_nncf():
-    """NNCF's progress bars stay, its log does not."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """NNCF's progress bars stay; its log, and torch's word on CUDA that NNCF's first use brings up, do not."""
+    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 # ---- Vision encoder -------------------------------------------------------------------------------------------------

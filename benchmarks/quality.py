@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
@@ -61,6 +62,7 @@ def measure(
         reference's (the answer's length if there is none);
         and the answers' tokens and log-probabilities: the reference for other variants.
     """
+    transformers.logging.disable_progress_bar()
     processor, before = AutoProcessor.from_pretrained(model_dir), psutil.Process().memory_info().rss
     if files:
         model = OVMLlamaForConditionalGeneration(model_dir, language_model_name=files[0], image_encoder_name=files[1])
