@@ -93,6 +93,7 @@ def measure(
 
 
 def batches(items: list) -> list[list]:
+    """`items` in lists of at most BATCH."""
     return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
 
 

@@ -78,6 +78,11 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     # too few words to fill the vocabulary: reserved tokens do, as in the original
     reserved = VOCABULARY - len(SPECIAL) - tokenizer.get_vocab_size()
     tokenizer.add_special_tokens([*SPECIAL, *(f"<|reserved_special_token_{i}|>" for i in range(reserved)), IMAGE])
+    return llama_tokenizer(tokenizer)
+
+
+def llama_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows `SPECIAL` as transformers uses it: BOS first unless asked not to, padded on the left."""
     bos = SPECIAL[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
@@ -96,6 +101,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> MllamaProcessor:
+    """Up to four tiles of `TILE` pixels, colours normalised as in the original."""
     images = MllamaImageProcessor(
         size={"height": TILE, "width": TILE},
         max_image_tiles=4,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
     MllamaConfig,
@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from demo_model.checkpoint import CHAT_TEMPLATE, IMAGE, SPECIAL
+from demo_model.checkpoint import CHAT_TEMPLATE, IMAGE, SPECIAL, llama_tokenizer
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -33,18 +33,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     # <|image|> last: its id equals vocab_size, outside the logits, as in the real checkpoints
     tokenizer.add_special_tokens([*SPECIAL, IMAGE])
-    bos = SPECIAL[0]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token="<|eot_id|>",
-        pad_token="<|finetune_right_pad_id|>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return llama_tokenizer(tokenizer)
 
 
 def make_checkpoint(
