@@ -6,6 +6,7 @@ The tensors are built by the functions that inference uses (`ov_mllama_helper.py
 masks. Nothing is kept: iterating again reads, decodes and encodes again, and memory holds one sample.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,7 +72,8 @@ def columns(data: IterableDataset) -> tuple[str, str]:
 def load_samples(source: str | Path | None, count: int, seed: int = 0) -> Iterator[dict]:
     """At most `count` samples {"image": RGB picture, "question", "answer"}, in the same order for the same seed.
 
-    Says with a progress bar how far it is, and at the end what was skipped and why.
+    Says with a progress bar how far it is, after the first sample how many minutes all will take (if more than one),
+    and at the end what was skipped and why.
 
     Args:
         source: hub id, folder in `imagefolder` form, or None (see `open_dataset`); a column "question" replaces
@@ -95,8 +97,12 @@ def load_samples(source: str | Path | None, count: int, seed: int = 0) -> Iterat
             except (OSError, ValueError, TypeError, PIL.DecompressionBombError) as error:
                 skipped[f"unreadable picture ({type(error).__name__})"] += 1
                 continue
+            started = time.perf_counter()
             yield {"image": image, "question": row.get("question") or QUESTION, "answer": caption.strip()}
             bar.update()
+            seconds = time.perf_counter() - started
+            if bar.n == 1 and seconds * count > 60:
+                bar.write(f"One sample takes {seconds:.0f} s, all {count} about {seconds * count / 60:.0f} minutes")
     if skipped:
         print("Skipped: " + ", ".join(f"{number} × {reason}" for reason, number in skipped.items()))
 

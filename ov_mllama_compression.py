@@ -5,6 +5,7 @@ This file knows NNCF's settings and which of them go together. They write an IR'
 
 import contextlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from data_preprocessing import prepare_dataset_llm, prepare_dataset_vision
 from ov_mllama_convert import (
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
-    MllamaShapes,
+    check_room,
     checkpoint_folder,
     checkpoint_stamp,
     convert_language_model,
@@ -27,12 +28,15 @@ from ov_mllama_convert import (
     load_checkpoint,
     save_ir,
 )
+from ov_mllama_graphs import MllamaShapes
 from ov_mllama_helper import OVImageEncoder, check_model_dir
 
 INT4, INT8 = ("int4_asym", "int4_sym"), ("int8_asym", "int8_sym")
 GROUP_SIZES = (32, 64, 128, -1)
 DATA_FREE_METRIC = "weight_quantization_error"
 DATA_METRICS = tuple(metric.value for metric in SensitivityMetric if metric.value != DATA_FREE_METRIC)
+LIBRARIES = 0.7e9  # bytes: OpenVINO, torch, NNCF
+CALIBRATION_TILES = 2  # of a picture; one of them is padding for pictures of one tile, which quantisation must see too
 VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compression": "_int8_wc"}
 
 
@@ -114,6 +118,26 @@ class Settings:
                 f"use one of {', '.join(map(str, fitting))} (-1: one group a channel)."
             )
 
+    def room(self, config: MllamaConfig) -> tuple[float, float]:
+        """Bytes of disk that the result takes, and of memory at the peak of making it (beside mapped files).
+
+        Sums of what NNCF 3.4 was seen to hold at once, on random weights of the 11B's widths (README, "What it costs").
+        """
+        text = config.text_config
+        mlp = text.num_hidden_layers * text.intermediate_size * text.hidden_size  # weights in one of its three matrices
+        heads = text.num_attention_heads
+        attention = 2 * text.num_hidden_layers * text.hidden_size**2 * (heads + text.num_key_value_heads) // heads
+        embedding = text.vocab_size * text.hidden_size  # as large as the head
+        layers = 3 * mlp + attention
+        in_4_bit = self.ratio * (layers + 2 * embedding * self.all_layers) if self.algo in INT4 else 0
+        disk = 1.02 * (layers + 2 * embedding - 0.47 * in_4_bit)
+        memory = LIBRARIES + max(disk, 10.5 * embedding)  # the head in float32, its integers, and what is between
+        if self.awq:
+            memory += 4 * mlp  # the two larger matrices of each MLP, scaled, in 16 bit
+        if self.dataset_size:  # NNCF runs the uncompressed model, whose weights are then held in 16 bit, packed
+            memory = max(memory, LIBRARIES + 2.3 * layers + 2 * embedding + vision_bytes(config))
+        return disk, memory
+
     def nncf_arguments(self) -> dict:
         """For `nncf.compress_weights`; the samples come as `dataset` beside it."""
         arguments = {"mode": CompressWeightsMode(self.algo)}
@@ -137,6 +161,13 @@ class Settings:
         }
 
 
+def vision_bytes(config: MllamaConfig) -> float:
+    """Size of the vision encoder's linear layers in 16 bit."""
+    vision = config.vision_config
+    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    return 2 * layer * (vision.num_hidden_layers + vision.num_global_layers)
+
+
 # ---- Language model -------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +176,7 @@ def compress(
     algo: str = "int4_asym",
     ratio: float = 1.0,
     sm: str | None = None,
-    awq: bool = True,
+    awq: bool = False,
     scale_estimation: bool = False,
     lora: bool = False,
     gptq: bool = False,
@@ -165,7 +196,8 @@ def compress(
         ratio: share of the layers in 4 bit, 0 to 1; the others, chosen by `sm`, get 8.
         sm: sensitivity metric (nncf.SensitivityMetric). Default "max_activation_variance" with data, NNCF's
             "weight_quantization_error" without.
-        awq: activation-aware scaling; without data, from the weights alone.
+        awq: activation-aware scaling; without data, from the weights alone. For the 11B it takes more memory than a
+            16 GB machine has.
         scale_estimation, lora, gptq: corrections that need data.
         group_size: weights that share a scale: 32, 64, 128, or -1 for a whole channel. Default 64 (INT8: -1).
         all_layers: embedding and `lm_head` in 4 bit as well, else in 8.
@@ -180,13 +212,14 @@ def compress(
     Raises:
         ValueError: settings that do not go together; an IR that is not whole.
         FileNotFoundError: nothing to compress, or no calibration samples.
+        OSError, MemoryError: too little room, with the settings that need less.
     """
     model_dir = Path(model_dir)
     settings = Settings(
         algo=getattr(algo, "value", algo),  # a member of NNCF's enum, or its value
         ratio=ratio,
         sm=getattr(sm, "value", sm) or ("max_activation_variance" if dataset_size else None),
-        awq=awq and algo in INT4,
+        awq=awq,
         scale_estimation=scale_estimation,
         lora=lora,
         gptq=gptq,
@@ -196,7 +229,8 @@ def compress(
         int8_layers=tuple(int8_layers),
     )
     check_model_dir(model_dir, (VISION_ENCODER_NAME,) if checkpoint else (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME))
-    settings.check(AutoConfig.from_pretrained(model_dir))
+    config = AutoConfig.from_pretrained(model_dir)
+    settings.check(config)
 
     path = model_dir / settings.file_name
     origin = (
@@ -207,8 +241,11 @@ def compress(
         print(f"✅ Compressed model already exists and can be found in {path}")
         return path
 
+    disk, memory = settings.room(config)
+    less = "leave out the calibration data (dataset_size=0)" if dataset_size else "set awq=False" if awq else ""
+    check_room(model_dir, disk, memory, less or "close other programs")
+    print(f"⌛ Compress language model to {path.name} in {memory / 1e9:.1f} GB of memory...")
     dataset = calibration(model_dir, dataset_size, source) if dataset_size else None
-    print(f"⌛ Compress language model to {path.name}...")
     if checkpoint:
         model = convert_language_model(load_checkpoint(checkpoint_folder(checkpoint)))
     else:
@@ -254,7 +291,7 @@ def quiet_nncf():
 def optimize_vision_encoder(
     model_dir: str | Path,
     option: str,
-    dataset_size: int = 16,
+    dataset_size: int = 8,
     source: str | Path | None = None,
     force: bool = False,
 ) -> Path:
@@ -263,12 +300,13 @@ def optimize_vision_encoder(
     Args:
         option: one of VISION_OPTIONS. "INT8 quantization" computes in 8 bit and is calibrated with pictures (NNCF runs
             each of them twice); "INT8 weights compression" only stores in 8 bit; "FP16" changes nothing.
-        dataset_size: pictures to calibrate with.
+        dataset_size: pictures to calibrate with. For the demo model 13 lose nothing, 4 cost 0.3 points, 1 costs 1.3
+            (README, "What it costs").
         source: of the pictures, see `data_preprocessing.load_samples`.
     Returns:
         path of the .xml in `model_dir`.
     Raises:
-        ValueError: unknown option; FileNotFoundError: no pictures.
+        ValueError: unknown option; FileNotFoundError: no pictures; OSError, MemoryError: too little room.
     """
     model_dir = Path(model_dir)
     if option not in VISION_OPTIONS:
@@ -284,13 +322,16 @@ def optimize_vision_encoder(
         print(f"✅ {option} of the vision encoder already exists and can be found in {path}")
         return path
 
-    print(f"⌛ {option} of the vision encoder...")
+    config = AutoConfig.from_pretrained(model_dir)
+    memory = quantization_memory(config) if quantized else LIBRARIES + vision_bytes(config)
+    check_room(model_dir, vision_bytes(config), memory, 'choose "INT8 weights compression", which needs no calibration')
+    print(f"⌛ {option} of the vision encoder in {memory / 1e9:.1f} GB of memory...")
     model = ov.Core().read_model(original)
     with quiet_nncf():
         if quantized:
             processor = AutoProcessor.from_pretrained(model_dir)
-            dataset = nncf.Dataset(prepare_dataset_vision(processor, dataset_size, source))
-            model = quantize_vision_encoder(model, dataset, dataset_size)
+            samples = prepare_dataset_vision(processor, dataset_size, source)
+            model = quantize_vision_encoder(model, samples, dataset_size)
         else:
             model = nncf.compress_weights(model, mode=CompressWeightsMode.INT8_ASYM)
     save_ir(model, path, stamp)
@@ -298,17 +339,41 @@ def optimize_vision_encoder(
     return path
 
 
-def quantize_vision_encoder(model: ov.Model, dataset: nncf.Dataset, count: int) -> ov.Model:
-    """INT8 post-training quantisation with SmoothQuant (https://arxiv.org/abs/2211.10438), its alpha as published."""
-    return nncf.quantize(
+def quantization_memory(config: MllamaConfig) -> float:
+    """Bytes at the peak of quantizing the vision encoder: seen to grow so with the 11B tower's layers and tiles."""
+    vision = config.vision_config
+    rows = CALIBRATION_TILES * MllamaShapes.from_config(config).patches_per_tile
+    activations = 61 * rows * vision.hidden_size * (vision.num_hidden_layers + vision.num_global_layers)
+    return LIBRARIES + 0.4e9 + 7.8 * vision_bytes(config) + activations
+
+
+def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int) -> ov.Model:
+    """INT8 post-training quantisation with SmoothQuant (https://arxiv.org/abs/2211.10438), its alpha as in the seed.
+
+    NNCF's statistics hold every layer's activations at once. They are ranges over rows, so CALIBRATION_TILES of a
+    picture's tiles say as much as all four (README, "What it costs") in half the memory and time.
+
+    Args:
+        model: the vision encoder; comes back with its own number of tiles.
+        samples: from `prepare_dataset_vision`.
+    """
+
+    def first_tiles(sample):
+        return {**sample, "aspect_ratio_mask": sample["aspect_ratio_mask"][:CALIBRATION_TILES]}
+
+    tiles = list(model.input("aspect_ratio_mask").shape)
+    model.reshape({"aspect_ratio_mask": [min(CALIBRATION_TILES, tiles[0])]})
+    quantized = nncf.quantize(
         model,
-        dataset,
+        nncf.Dataset(samples, first_tiles),
         subset_size=count,
         model_type=nncf.ModelType.TRANSFORMER,
         advanced_parameters=AdvancedQuantizationParameters(
             smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=0.6)
         ),
     )
+    quantized.reshape({"aspect_ratio_mask": tiles})
+    return quantized
 
 
 # ---- Widgets --------------------------------------------------------------------------------------------------------
@@ -346,7 +411,7 @@ def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.
         is_int4 = widgets["algo"].value in INT4
         with_data = is_int4 and route.value == "data-aware"
         widgets["sm"].options = DATA_METRICS if with_data else [None]
-        defaults = {"ratio": 1.0, "awq": is_int4, "all_layers": False, "group_size": 64 if is_int4 else -1}
+        defaults = {"ratio": 1.0, "awq": with_data, "all_layers": False, "group_size": 64 if is_int4 else -1}
         data_defaults = {"sm": widgets["sm"].options[0], "scale_estimation": with_data, "lora": False, "gptq": False}
         for name, value in {**defaults, **data_defaults, "dataset_size": 32 * with_data}.items():
             widgets[name].value = value

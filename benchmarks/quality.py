@@ -65,7 +65,9 @@ def measure(
     transformers.logging.disable_progress_bar()
     processor, before = AutoProcessor.from_pretrained(model_dir), psutil.Process().memory_info().rss
     if files:
-        model = OVMLlamaForConditionalGeneration(model_dir, language_model_name=files[0], image_encoder_name=files[1])
+        model = OVMLlamaForConditionalGeneration(
+            model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False
+        )
         weights = [(model_dir / name).with_suffix(".bin") for name in files]
     else:
         model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()

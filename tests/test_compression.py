@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import nncf
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 import ov_mllama_compression
+import ov_mllama_convert
+from benchmarks.make_checkpoint import make_config
 from conftest import DEMO, F32, demo_samples
 from data_preprocessing import SAMPLES, load_samples, prepare_dataset_llm, prepare_dataset_vision
 from ov_mllama_compression import (
@@ -223,6 +226,38 @@ def test_what_nncf_refuses_is_refused_first_and_nothing_else(model_dir):
 def test_refusals_name_the_fix(model_dir, arguments, fix):
     with pytest.raises(ValueError, match=fix):
         compress(model_dir, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, fix", [({"dataset_size": 32, "awq": True}, "dataset_size=0"), ({"awq": True}, "awq=False")]
+)
+def test_too_little_memory_points_to_the_way_that_needs_less(model_dir, monkeypatch, arguments, fix):
+    needed = Settings(**dict(PLAIN, **arguments)).room(AutoConfig.from_pretrained(model_dir))[1]
+    memory = SimpleNamespace(available=needed - 1e6)
+    monkeypatch.setattr(ov_mllama_convert.psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(MemoryError, match=f"GB too little: .*{fix}"):
+        compress(model_dir, force=True, source=SAMPLES, **arguments)
+
+
+def test_memory_of_the_11b_is_what_was_measured():
+    """RssAnon at its peak in GB, random weights of the 11B shape, as in README; with data 5 and 10 of the 40 layers."""
+    for layers, arguments, measured in [
+        (40, {}, 6.35),
+        (5, {}, 6.1),
+        (5, {"awq": True}, 7.3),
+        (5, {"awq": True, "dataset_size": 4}, 8.0),
+        (10, {"awq": True, "dataset_size": 4}, 9.3),
+    ]:
+        disk, memory = Settings(**dict(PLAIN, **arguments)).room(make_config(layers, 4, 1, 128256))
+        assert measured * 0.9 < memory / 1e9 < measured * 1.2
+        assert layers < 40 or 5.5 < disk / 1e9 < 5.9
+
+
+def test_disk_is_what_is_written(model_dir):
+    config = AutoConfig.from_pretrained(model_dir)
+    for arguments in ({}, {"algo": "int8_asym", "group_size": -1}, {"all_layers": True}):
+        written = compress(model_dir, **arguments).with_suffix(".bin").stat().st_size
+        assert written == pytest.approx(Settings(**dict(PLAIN, **arguments)).room(config)[0], rel=0.1)
 
 
 def test_nothing_to_compress(tmp_path):

@@ -1,6 +1,7 @@
 """What convert_mllama writes, what it reuses, and how it refuses."""
 
 import shutil
+from types import SimpleNamespace
 
 import openvino as ov
 import pytest
@@ -166,6 +167,35 @@ def test_interrupted_run_leaves_nothing_that_passes_for_finished(pair, tmp_path,
     (tmp_path / ".partial-killed").mkdir()  # what a killed process leaves
     convert_mllama(pair.checkpoint, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in pair.model_dir.iterdir()}
+
+
+def test_full_disk_keeps_what_was_there(pair, copy, monkeypatch):
+    def full(model, path, **_):
+        path.with_suffix(".bin").write_bytes(b"half")
+        raise RuntimeError("basic_ios::clear: iostream error")  # what OpenVINO 2026.4 raises on a full tmpfs
+
+    before = {path.name: path.stat().st_size for path in copy.iterdir()}
+    monkeypatch.setattr(ov, "save_model", full)
+    model = ov.Core().read_model(copy / LANGUAGE_MODEL_NAME)
+    with pytest.raises(OSError, match="disk full"):
+        ov_mllama_convert.save_ir(model, copy / LANGUAGE_MODEL_NAME, {"checkpoint": "another"})
+    assert {path.name: path.stat().st_size for path in copy.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "module, function, answer, error",
+    [
+        ("shutil", "disk_usage", SimpleNamespace(free=1000), OSError),
+        ("psutil", "virtual_memory", SimpleNamespace(available=1000), MemoryError),
+    ],
+)
+def test_too_little_room_is_said_before_anything_is_written(
+    pair, tmp_path, monkeypatch, module, function, answer, error
+):
+    monkeypatch.setattr(getattr(ov_mllama_convert, module), function, lambda *_: answer)
+    with pytest.raises(error, match="GB too little"):
+        convert_mllama(pair.checkpoint, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_another_checkpoint_is_converted_anew(pair, copy, tmp_path):

@@ -12,7 +12,14 @@ import notebook_utils
 from conftest import ROOT, demo_samples
 
 NOTEBOOK = ROOT / "mllama-3.2.ipynb"
-HELPERS = ["data_preprocessing", "notebook_utils", "ov_mllama_compression", "ov_mllama_convert", "ov_mllama_helper"]
+HELPERS = [
+    "data_preprocessing",
+    "notebook_utils",
+    "ov_mllama_compression",
+    "ov_mllama_convert",
+    "ov_mllama_graphs",
+    "ov_mllama_helper",
+]
 
 
 @pytest.fixture(scope="module")

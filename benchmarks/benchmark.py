@@ -1,0 +1,358 @@
+"""This project beside PyTorch on one checkpoint: time, memory, disk. Prints a table and, as the last line, JSON.
+
+    python -m benchmarks.benchmark --checkpoint DIR [--variants pytorch-bf16 fp16 int4-int8] [--json FILE]
+
+Each variant lives in a process of its own and all are measured in turn, round after round, so that whatever else the
+machine does hits all of them. Figures are medians of the rounds. Prompt and picture are the same for all.
+
+Keys of the JSON (GB = 1e9 bytes):
+    machine, versions; bandwidth_gb_s: best of several reads of 4 GB by all threads
+    conversion: convert_s, compress_s, vision_s (INT8), and the peak of each process's anonymous memory in peak_anon_gb
+    variants, by name:
+        load_s: until the model is there; first_infer_s: the first inference of the language model (repacks weights)
+        vision_s: by number of tiles, one picture -> what the language model reads of it
+        prefill_ms: PROMPT_TOKENS tokens with a picture of one tile; decode_ms: each token of --new-tokens after it
+        step_ms: by q, a step of q tokens, all of whose logits are asked for
+        rss_gb, anon_gb: resident at the end, all and without mapped files; disk_gb: the files it was loaded from
+        weights_gb_per_token: what a decode step has to read; share_of_bandwidth: that over decode_ms over bandwidth
+        ratio: to pytorch-bf16, for vision_s, prefill_ms, decode_ms
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import psutil
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+from ov_mllama_convert import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
+
+PYTORCH = "pytorch-bf16"
+INT4_NAME, VISION_INT8_NAME = "llm_int4_asym_r10_gs64.xml", "openvino_vision_encoder_int8.xml"
+VARIANTS = {
+    PYTORCH: None,
+    "fp16": (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME),
+    "int4": (INT4_NAME, VISION_ENCODER_NAME),
+    "int4-int8": (INT4_NAME, VISION_INT8_NAME),
+}
+PROMPT_TOKENS = 32
+STEPS = (1, 2, 4, 8, 16, 32)
+TILES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2)}  # number of tiles: canvas, in tiles
+
+
+# ---- Conversion, each step in a process of its own ------------------------------------------------------------------
+
+CONVERT = "from ov_mllama_convert import convert_mllama; convert_mllama({checkpoint!r}, {out!r}, language_model={fp16})"
+COMPRESS = "from ov_mllama_compression import compress; compress({out!r}, checkpoint={checkpoint!r})"
+QUANTIZE = (
+    "from ov_mllama_compression import optimize_vision_encoder; "
+    "optimize_vision_encoder({out!r}, 'INT8 quantization', dataset_size={pictures}, source='demo_model/samples')"
+)
+
+
+def measured_process(code: str) -> tuple[float, float]:
+    """Runs Python code in a process of its own: seconds, and its peak of anonymous memory in GB, sampled every 0.1 s.
+
+    Mapped files are not in it: the system drops their pages when it needs the room.
+
+    Raises:
+        subprocess.CalledProcessError: the code failed.
+    """
+    started, peak = time.perf_counter(), 0
+    with subprocess.Popen([sys.executable, "-c", code], stdout=sys.stderr) as process:  # noqa: S603
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.1)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, code)
+    return time.perf_counter() - started, peak
+
+
+def anonymous(pid: int) -> float:
+    """GB of a process's anonymous memory now; 0 when it has gone."""
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.NoSuchProcess:
+        return 0
+    return (memory.rss - memory.shared) / 1e9  # Linux: shared is what is backed by files
+
+
+def convert(checkpoint: Path, out: Path, variants: list[str], pictures: int) -> dict:
+    """Makes the IRs that `variants` need; those there already are not measured again."""
+    files = {name for variant in variants for name in VARIANTS[variant] or ()}
+    steps = {"convert_s": (CONVERT, VISION_ENCODER_NAME), "compress_s": (COMPRESS, INT4_NAME)}
+    steps["vision_int8_s"] = (QUANTIZE, VISION_INT8_NAME)
+    if LANGUAGE_MODEL_NAME in files:
+        steps["convert_s"] = (CONVERT, LANGUAGE_MODEL_NAME)
+    result = {"peak_anon_gb": {}}
+    for key, (code, name) in steps.items():
+        if (key == "convert_s" or name in files) and not (out / name).is_file():
+            fp16 = LANGUAGE_MODEL_NAME in files
+            code = code.format(checkpoint=str(checkpoint), out=str(out), fp16=fp16, pictures=pictures)
+            result[key], result["peak_anon_gb"][key] = measured_process(code)
+    return result
+
+
+# ---- What a variant's process does ----------------------------------------------------------------------------------
+
+
+class Subject:
+    """One variant, loaded; the same questions for OpenVINO and PyTorch."""
+
+    def __init__(self, checkpoint: Path, model_dir: Path, files: tuple[str, str] | None):
+        transformers.logging.disable_progress_bar()
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.is_openvino = files is not None
+        if self.is_openvino:
+            self.weights = [(model_dir / name).with_suffix(".bin") for name in files]
+            language, vision = files
+            self.model = OVMLlamaForConditionalGeneration(
+                model_dir, language_model_name=language, image_encoder_name=vision, warm_up=False
+            )
+        else:
+            self.weights = list(checkpoint.glob("*.safetensors"))
+            self.model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+
+    def inputs(self, tiles: int = 1):
+        """The processor's tensors for a picture of so many tiles and a prompt of PROMPT_TOKENS tokens."""
+        side = self.processor.image_processor.size["height"]
+        width, height = TILES[tiles]
+        pixels = np.random.default_rng(tiles).integers(0, 256, (side * height, side * width, 3), dtype=np.uint8)
+        inputs = self.processor(text="<|image|>", images=[Image.fromarray(pixels)], return_tensors="pt")
+        missing = PROMPT_TOKENS - inputs["input_ids"].shape[1]
+        words = torch.arange(1000, 1000 + missing)[None] % self.model.config.text_config.vocab_size
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], words], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        mask = inputs["cross_attention_mask"]
+        inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+        return inputs
+
+    @torch.inference_mode()
+    def first_inference(self) -> float:
+        return self.timed(self.model, input_ids=torch.tensor([[1]]), logits_to_keep=1)[0]
+
+    @torch.inference_mode()
+    def measure(self, tiles: list[int], new_tokens: int) -> dict:
+        """One round."""
+        vision = {}
+        for count in tiles[::-1]:  # one tile last: its picture is the one that is asked about
+            inputs = self.inputs(count)
+            vision[count], picture = self.timed(self.encode, inputs)
+        prefill, output = self.prefill(inputs, picture)
+        decode = []
+        for token in range(new_tokens):
+            seconds, output = self.step(output.past_key_values, inputs, 1, start=token)
+            decode.append(seconds)
+        steps = {}
+        for q in STEPS:
+            self.step(output.past_key_values, inputs, q)  # a new shape may be compiled
+            steps[q] = 1000 * self.step(output.past_key_values, inputs, q)[0]
+        return {
+            "vision_s": {count: vision[count] for count in tiles},
+            "prefill_ms": 1000 * prefill,
+            "decode_ms": 1000 * statistics.median(decode),
+            "step_ms": steps,
+        }
+
+    @staticmethod
+    def timed(function, *args, **kwargs):
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        return time.perf_counter() - started, result
+
+    def encode(self, inputs):
+        """One picture -> what the language model reads of it: K/V here, the projected states in PyTorch."""
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        if self.is_openvino:
+            return self.model.image_encoder.encode(*(inputs[name].numpy() for name in names))
+        vision = self.model.model.vision_model(**{name: inputs[name] for name in names}).last_hidden_state
+        states = self.model.model.multi_modal_projector(vision.to(torch.bfloat16))
+        return states.reshape(-1, vision.shape[-2], states.shape[-1])
+
+    def prefill(self, inputs, picture):
+        """Seconds without the picture's encoding, and the output."""
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
+        if not self.is_openvino:
+            return self.timed(
+                self.model,
+                **text,
+                cross_attention_states=picture,
+                past_key_values=None,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        seconds, output = self.timed(self.model, **inputs, logits_to_keep=1)
+        return seconds - sum(self.model.vision_encoder_infer_time), output
+
+    def step(self, past, inputs, q: int, start: int = 0):
+        tokens = torch.arange(start + 2000, start + 2000 + q)[None] % self.model.config.text_config.vocab_size
+        mask = {}
+        if not self.is_openvino:
+            mask["cross_attention_mask"] = inputs["cross_attention_mask"][:, -1:].expand(-1, q, -1, -1)
+        return self.timed(self.model, input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=q, **mask)
+
+    def footprint(self) -> dict:
+        """GB resident, on disk, and read by a decode step (which is without embedding and vision encoder)."""
+        text = self.model.config.text_config
+        language = self.weights[:1] if self.is_openvino else self.weights
+        read = sum(path.stat().st_size for path in language)
+        if self.is_openvino:
+            embedding = text.vocab_size * text.hidden_size * (1 if "int" in language[0].name else 2)
+        else:
+            modules = self.model.model
+            unused = [modules.vision_model, modules.multi_modal_projector, modules.language_model.embed_tokens]
+            unused += [
+                projection
+                for layer in modules.language_model.layers
+                if hasattr(layer, "cross_attn")
+                for projection in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)
+            ]
+            embedding = 2 * sum(weight.numel() for module in unused for weight in module.parameters())
+        return {
+            "rss_gb": psutil.Process().memory_info().rss / 1e9,
+            "anon_gb": anonymous(os.getpid()),
+            "disk_gb": sum(path.stat().st_size for path in self.weights) / 1e9,
+            "weights_gb_per_token": (read - embedding) / 1e9,
+        }
+
+
+_subject: Subject | None = None  # of this worker process
+
+
+def load(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None) -> dict:
+    global _subject
+    seconds, _subject = Subject.timed(Subject, checkpoint, model_dir, files)
+    return {"load_s": seconds, "first_infer_s": _subject.first_inference()}
+
+
+def measure(tiles: list[int], new_tokens: int) -> dict:
+    return _subject.measure(tiles, new_tokens)
+
+
+def footprint() -> dict:
+    return _subject.footprint()
+
+
+# ---- The run --------------------------------------------------------------------------------------------------------
+
+
+def bandwidth() -> float:
+    """GB a second that all threads read from memory together: the best of five sums of 4 GB."""
+    values = torch.ones(1_000_000_000)
+    return 4 / min(Subject.timed(values.sum)[0] for _ in range(5))
+
+
+def median(rounds: list):
+    """Of numbers, or of each entry of equal dicts."""
+    if isinstance(rounds[0], dict):
+        return {key: median([entry[key] for entry in rounds]) for key in rounds[0]}
+    return statistics.median(rounds)
+
+
+def compare(checkpoint: Path, model_dir: Path, variants: list[str], options: argparse.Namespace) -> dict:
+    """All variants, loaded one after the other and measured in turn."""
+    context = multiprocessing.get_context("spawn")
+    workers = {name: ProcessPoolExecutor(1, mp_context=context) for name in variants}
+    results, rounds = {}, {name: [] for name in variants}
+    for name, worker in workers.items():
+        print(f"Loading {name}", file=sys.stderr)
+        results[name] = worker.submit(load, checkpoint, model_dir, VARIANTS[name]).result()
+    for number in range(options.rounds):
+        for name, worker in workers.items():
+            print(f"Round {number + 1} of {options.rounds}: {name}", file=sys.stderr)
+            rounds[name].append(worker.submit(measure, options.tiles, options.new_tokens).result())
+    for name, worker in workers.items():
+        results[name] |= median(rounds[name]) | worker.submit(footprint).result()
+        worker.shutdown()
+    return results
+
+
+def add_shares(variants: dict, bandwidth_gb_s: float) -> None:
+    """Share of the memory's bandwidth and ratios to PyTorch, where it was among the variants."""
+    reference = variants.get(PYTORCH)
+    for result in variants.values():
+        speed = result["weights_gb_per_token"] / (result["decode_ms"] / 1000)
+        result["share_of_bandwidth"] = speed / bandwidth_gb_s
+        if reference:
+            result["ratio"] = {
+                "vision_s": {tiles: s / reference["vision_s"][tiles] for tiles, s in result["vision_s"].items()},
+                **{key: result[key] / reference[key] for key in ("prefill_ms", "decode_ms")},
+            }
+
+
+def print_table(variants: dict) -> None:
+    """The figures, rounded, one row a variant."""
+    columns = [
+        "load_s",
+        "first_infer_s",
+        "prefill_ms",
+        "decode_ms",
+        "rss_gb",
+        "anon_gb",
+        "disk_gb",
+        "share_of_bandwidth",
+    ]
+    tiles = list(next(iter(variants.values()))["vision_s"])
+    print(" | ".join(["variant", *(f"vision_s {count}" for count in tiles), *columns]))
+    for name, result in variants.items():
+        cells = [f"{result['vision_s'][count]:.2f}" for count in tiles] + [f"{result[key]:.2f}" for key in columns]
+        print(" | ".join([name, *cells]))
+    for name, result in variants.items():
+        print(f"step_ms of {name}: " + ", ".join(f"{q}: {ms:.0f}" for q, ms in result["step_ms"].items()))
+        if "ratio" in result:
+            print(f"ratio of {name} to {PYTORCH}: {json.dumps(rounded(result['ratio']))}")
+
+
+def rounded(value):
+    """Numbers to four significant digits, anywhere in a nest of dicts."""
+    if isinstance(value, dict):
+        return {str(key): rounded(entry) for key, entry in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder, such as make_checkpoint's")
+    parser.add_argument("--out", type=Path, help="folder for the IRs; default: the checkpoint's with -ov appended")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--tiles", nargs="+", type=int, choices=TILES, default=[1, 2, 4])
+    parser.add_argument("--new-tokens", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=1, help="to calibrate the vision encoder with")
+    parser.add_argument("--json", type=Path, help="file for the JSON as well")
+    options = parser.parse_args()
+    out = options.out or options.checkpoint.with_name(options.checkpoint.name + "-ov")
+
+    report = {
+        "machine": f"{ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, {psutil.cpu_count(logical=False)} cores, "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "openvino", "nncf")},
+        "command": " ".join(["python -m benchmarks.benchmark", *sys.argv[1:]]),
+        "bandwidth_gb_s": bandwidth(),
+        "conversion": convert(options.checkpoint, out, options.variants, options.pictures),
+        "variants": compare(options.checkpoint, out, options.variants, options),
+    }
+    add_shares(report["variants"], report["bandwidth_gb_s"])
+    print_table(report["variants"])
+    text = json.dumps(rounded(report))
+    if options.json:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

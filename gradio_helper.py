@@ -1,0 +1,319 @@
+"""The chat: a page in the browser on top of a model with transformers' `generate`, this project's or the original.
+
+    page's history -> messages and pictures -> chat template, processor -> generate -> answer, word by word
+
+This file knows Gradio's messages and the processor's. It knows nothing of how the model computes.
+"""
+
+import argparse
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import gradio as gr
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoProcessor, StoppingCriteria
+from transformers.generation.streamers import AsyncTextIteratorStreamer
+
+MAX_PIXELS = 50_000_000  # a picture's; a small file can unfold to any number
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+SAMPLES = Path(__file__).parent / "demo_model" / "samples"
+EXAMPLES = [
+    ("What is unusual on this image?", "00-unusual-224x224.png"),
+    ("Describe this image.", "02-describe-224x112.png"),
+    ("What can you do?", None),
+]
+
+# For `make_demo(...).launch(**LAUNCH)`: this machine only, no tunnel, no large uploads, nothing loaded from elsewhere.
+LAUNCH = {
+    "server_name": "127.0.0.1",
+    "share": False,
+    "max_file_size": "20mb",
+    "quiet": True,
+    "footer_links": [],
+    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+}
+
+
+# ---- The page's history -> messages and pictures --------------------------------------------------------------------
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture as RGB, the right way up.
+
+    Raises:
+        ValueError: with a sentence for the page: it is gone, no picture, or too large.
+    """
+    name = Path(path).name
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{name} has {image.width} × {image.height} pixels: make it smaller, at most "
+                    f"{MAX_PIXELS / 1e6:.0f} million pixels."
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} is no longer here: add the picture again.") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is not a picture that can be read: use a whole PNG, JPEG or WebP file.") from error
+
+
+def plain(text: str) -> str:
+    """Text in which nothing is a special token: a zero-width space keeps "<|eot_id|>" readable and harmless."""
+    return text.replace("<|", "<\u200b|")
+
+
+def answered(history: Iterable[dict]) -> list[dict]:
+    """What was said in a conversation: no remarks (they have a title) and no questions that got no answer."""
+    said, question = [], None
+    for entry in history:
+        if (entry.get("metadata") or {}).get("title"):
+            continue
+        if entry["role"] == "user":
+            question = entry
+        else:
+            said += [question, entry] if question else []
+            question = None
+    return said
+
+
+def parts(content) -> list[str | Path]:
+    """A message's content as Gradio gives it, in order: texts, and pictures as paths."""
+    items = []
+    for item in content if isinstance(content, list) else [content]:
+        if isinstance(item, str):
+            items.append(item)
+        elif "text" in item:
+            items.append(item["text"] or "")
+        else:
+            items.append(Path(item.get("path") or item["file"]["path"]))
+    return items
+
+
+def to_messages(message: dict, history: Iterable[dict], system: str = "") -> tuple[list[dict], list[Path]]:
+    """A conversation for the chat template, and its pictures in the template's order.
+
+    Args:
+        message: the question, {"text": str, "files": [path, ...]}.
+        history: Gradio's messages before it, {"role", "content", "metadata"}.
+        system: system prompt; may be empty.
+    Raises:
+        ValueError: there is no question.
+    """
+    question = [*(Path(file) for file in message.get("files") or []), (message.get("text") or "").strip()]
+    if question == [""]:
+        raise ValueError("There is no question yet: write one, or add a picture.")
+    turns = [("system", [system])] if system.strip() else []
+    turns += [(entry["role"], parts(entry["content"])) for entry in answered(history)]
+    messages, pictures = [], []
+    for role, items in [*turns, ("user", question)]:
+        content = []
+        for item in items:
+            if isinstance(item, Path):
+                pictures.append(item)
+            content.append({"type": "image"} if isinstance(item, Path) else {"type": "text", "text": plain(item)})
+        messages.append({"role": role, "content": content})
+    return messages, pictures
+
+
+def remark(title: str) -> dict:
+    """A message about the conversation that is no part of it: `answered` goes by the title."""
+    return {"role": "assistant", "content": "", "metadata": {"title": title}}
+
+
+# ---- Messages and pictures -> answer --------------------------------------------------------------------------------
+
+
+class StopOnEvent(StoppingCriteria):
+    """Ends `generate` after the token during which the event was set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool)
+
+
+class TimedStreamer(AsyncTextIteratorStreamer):
+    """Streams an answer's words and keeps when each token came, in `times` (seconds)."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value):
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    def summary(self, started: float) -> str:
+        """One line: the wait for the first token, and the speed of the others."""
+        if not self.times:
+            return "stopped before the first token"
+        waited = f"{self.times[0] - started:.1f} s to the first token"
+        if len(self.times) < 2:
+            return waited
+        return f"{waited}, {(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f} tokens per second"
+
+
+class Chat:
+    """A model that answers one question at a time, whoever asks."""
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model, processor
+        self._free = threading.Lock()
+
+    async def respond(
+        self,
+        message: dict,
+        history: list[dict],
+        system: str = "",
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.9,
+    ) -> AsyncIterator[str | list]:
+        """What the page shows as the answer grows; at its end with a remark on time, or on what went wrong.
+
+        Closing it stops the generation within a token.
+
+        Args:
+            message, history, system: as for `to_messages`.
+            max_new_tokens: the answer's limit.
+            temperature, top_p: of sampling; a temperature of 0 takes the likeliest token (greedy).
+        """
+        text, started = "", time.perf_counter()
+        sampling = {"do_sample": False, "temperature": None, "top_p": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        try:
+            inputs = await asyncio.to_thread(self.prepare, message, history, system, int(max_new_tokens))
+            streamer = TimedStreamer(self.processor.tokenizer)
+            async for piece in self.stream(streamer, **inputs, **sampling, max_new_tokens=int(max_new_tokens)):
+                text += piece
+                yield text
+            yield [text, remark(f"⏱️ {streamer.summary(started)}")]
+        except Exception as error:
+            sentence = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            yield [*([text] if text else []), remark(f"⚠️ {sentence}")]
+
+    def prepare(self, message: dict, history: list[dict], system: str, max_new_tokens: int) -> dict:
+        """The processor's tensors for a conversation.
+
+        Raises:
+            ValueError: no question, a picture that cannot be used, or more text than the model's context holds.
+        """
+        messages, paths = to_messages(message, history, system)
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        images = [open_picture(path) for path in paths] or None
+        inputs = self.processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
+        length, context = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        if length + max_new_tokens > context:
+            raise ValueError(
+                f"The conversation has {length} tokens, and with {max_new_tokens} for the answer that is more than the "
+                f"{context} this model can hold: start a new one, or ask for a shorter answer."
+            )
+        return inputs
+
+    async def stream(self, streamer: TimedStreamer, **arguments) -> AsyncIterator[str]:
+        """The words of `generate` as they come, from a thread that has ended when this has."""
+        stop = threading.Event()
+
+        def generate():
+            try:
+                with self._free:
+                    if not stop.is_set():
+                        self.model.generate(**arguments, streamer=streamer, stopping_criteria=[StopOnEvent(stop)])
+            finally:
+                streamer.end()  # a second time after a whole answer, which the loop below does not see
+
+        generating = asyncio.create_task(asyncio.to_thread(generate))
+        try:
+            async for piece in streamer:
+                yield piece
+            await generating  # raises what generate raised
+        finally:
+            stop.set()
+            await asyncio.wait([generating])
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+
+def make_demo(ov_model, processor) -> gr.ChatInterface:
+    """The chat page; `make_demo(model, processor).launch(**LAUNCH)` opens it.
+
+    To ask for a name and a password, add `auth=("name", "password")`; to be reached from other machines,
+    `server_name="0.0.0.0"`.
+
+    Args:
+        ov_model: anything with transformers' `generate` and `config`.
+        processor: its processor, with a chat template.
+    """
+    chat = Chat(ov_model, processor)
+    return gr.ChatInterface(
+        chat.respond,
+        multimodal=True,
+        title="Llama 3.2 Vision on OpenVINO",
+        description="Ask about pictures, or just ask. Everything stays on the machine that serves this page. "
+        "It answers one question at a time; others wait for their turn.",
+        textbox=gr.MultimodalTextbox(
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            placeholder="Ask a question, with or without pictures",
+            submit_btn=True,
+            stop_btn=True,
+            autofocus=True,
+        ),
+        additional_inputs=[
+            gr.Textbox("", label="System prompt", lines=2),
+            gr.Slider(1, 2048, 512, step=1, label="Longest answer, tokens"),
+            gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest token)"),
+            gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p (only with a temperature)"),
+        ],
+        additional_inputs_accordion=gr.Accordion("Settings", open=False),
+        examples=[[{"text": text, "files": [str(SAMPLES / name)] if name else []}] for text, name in EXAMPLES],
+        editable=True,
+        save_history=True,
+        flagging_mode="never",
+        analytics_enabled=False,
+        concurrency_limit=1,
+        delete_cache=(600, 3600),  # every ten minutes, uploads older than an hour; all of them when the server ends
+        api_name="chat",
+    )
+
+
+def main() -> None:
+    from ov_mllama_convert import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+    from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
+
+    parser = argparse.ArgumentParser(description="Opens the chat on a converted model.")
+    parser.add_argument("--model-dir", type=Path, help="folder of convert_mllama; default: the demo model's")
+    parser.add_argument("--language-model", help="its .xml; default: uncompressed, else the newest compressed one")
+    parser.add_argument("--image-encoder", default=VISION_ENCODER_NAME)
+    parser.add_argument("--device", default="CPU")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))
+    options = parser.parse_args()
+    model_dir = options.model_dir or convert_mllama("demo_model", "models/demo_model")
+    compressed = sorted(model_dir.glob("llm_*.xml"), key=lambda path: path.stat().st_mtime)
+    if options.language_model or (model_dir / LANGUAGE_MODEL_NAME).is_file() or not compressed:
+        name = options.language_model or LANGUAGE_MODEL_NAME
+    else:
+        name = compressed[-1].name
+    model = OVMLlamaForConditionalGeneration(
+        model_dir, options.device, language_model_name=name, image_encoder_name=options.image_encoder
+    )
+    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir))
+    auth = tuple(options.auth) if options.auth else None
+    _, url, _ = demo.launch(**LAUNCH, server_port=options.port, auth=auth, prevent_thread_lock=True)
+    print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
+    demo.block_thread()
+
+
+if __name__ == "__main__":
+    main()
