@@ -2,6 +2,8 @@
 #   make notebook   run mllama-3.2.ipynb from top to bottom without a screen
 #   make test       run the tests
 #   make lab        open the notebook in JupyterLab
+#   make chat       open the chat in a browser, on the demo model or on MODEL_DIR=<folder of convert_mllama>
+#   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb
 # MODEL_ID=<hub id or folder> runs the notebook on another checkpoint.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch from there (0.2 GB) instead of PyPI (5 GB).
@@ -9,17 +11,28 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 MODEL_ID ?=
+MODEL_DIR ?=
 BIN := .venv/bin
 comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: notebook test lab lint clean
+.PHONY: notebook test lab chat bench lint clean
 
 notebook: .venv/.run
 	$(BIN)/python -c "import notebook_utils; notebook_utils.execute('mllama-3.2.ipynb', 'build'$(if $(MODEL_ID),$(comma) MODEL_ID='$(MODEL_ID)'))"
 
 lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
+
+chat: .venv/.run
+	$(BIN)/python gradio_helper.py $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)')
+
+bench: build/slice/config.json
+	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json
+
+# 5 of the 11B's 40 text layers, 4 + 1 of its 32 + 8 vision layers
+build/slice/config.json: .venv/.run
+	$(BIN)/python -m benchmarks.make_checkpoint --out build/slice --text-layers 5 --vision-layers 4 --global-layers 1
 
 test: .venv/.dev
 	$(BIN)/python -m pytest

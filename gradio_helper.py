@@ -19,7 +19,7 @@ from transformers import AutoProcessor, StoppingCriteria
 from transformers.generation.streamers import AsyncTextIteratorStreamer
 
 MAX_PIXELS = 50_000_000  # a picture's; a small file can unfold to any number
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SAMPLES = Path(__file__).parent / "demo_model" / "samples"
 EXAMPLES = [
     ("What is unusual on this image?", "00-unusual-224x224.png"),
@@ -34,6 +34,7 @@ LAUNCH = {
     "max_file_size": "20mb",
     "quiet": True,
     "footer_links": [],
+    "css": ".thought-group { border: 0; padding: 0 } .thought-group .arrow { display: none }",  # remarks as plain lines
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
 }
 
@@ -195,10 +196,10 @@ class Chat:
             async for piece in self.stream(streamer, **inputs, **sampling, max_new_tokens=int(max_new_tokens)):
                 text += piece
                 yield text
-            yield [text, remark(f"⏱️ {streamer.summary(started)}")]
+            yield [text, remark(streamer.summary(started))]
         except Exception as error:
             sentence = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            yield [*([text] if text else []), remark(f"⚠️ {sentence}")]
+            yield [*([text] if text else []), remark(f"No answer: {sentence}")]
 
     def prepare(self, message: dict, history: list[dict], system: str, max_new_tokens: int) -> dict:
         """The processor's tensors for a conversation.
@@ -260,6 +261,7 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
         title="Llama 3.2 Vision on OpenVINO",
         description="Ask about pictures, or just ask. Everything stays on the machine that serves this page. "
         "It answers one question at a time; others wait for their turn.",
+        chatbot=gr.Chatbot(scale=1, show_label=False, buttons=["copy"]),
         textbox=gr.MultimodalTextbox(
             file_types=["image"],
             file_count="multiple",

@@ -167,9 +167,10 @@ def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
 
 
 def readable(output):
-    """An output without what only a live kernel can show: a widget becomes its text, a progress bar nothing."""
+    """An output without what only a live kernel can show: a widget becomes its text, bars and pages nothing."""
     data = output.get("data", {})
     widget, text = data.pop("application/vnd.jupyter.widget-view+json", None), data.get("text/plain")
     is_tqdm = widget and not re.match(r"\w+\(", text)  # other widgets print as Name(...)
     is_rich = text in ("", "Output()")  # NNCF's bars: a widget to draw in, and an empty last frame
-    return None if is_tqdm or is_rich else output
+    is_page = "<iframe" in "".join(data.get("text/html", ""))  # the chat, whose server ends with the kernel
+    return None if is_tqdm or is_rich or is_page else output

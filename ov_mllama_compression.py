@@ -267,7 +267,7 @@ def compress_weights(model: ov.Model, settings: Settings, dataset: nncf.Dataset 
 def calibration(model_dir: Path, count: int, source: str | Path | None) -> nncf.Dataset:
     """Samples for the language model, each picture encoded by the uncompressed vision encoder when its turn comes."""
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
-    encoder = OVImageEncoder(model_dir / VISION_ENCODER_NAME, shapes)
+    encoder = OVImageEncoder(model_dir / VISION_ENCODER_NAME, shapes, cache_bytes=0)
     return nncf.Dataset(prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source))
 
 

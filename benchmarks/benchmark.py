@@ -121,7 +121,7 @@ class Subject:
             self.weights = [(model_dir / name).with_suffix(".bin") for name in files]
             language, vision = files
             self.model = OVMLlamaForConditionalGeneration(
-                model_dir, language_model_name=language, image_encoder_name=vision, warm_up=False
+                model_dir, language_model_name=language, image_encoder_name=vision, warm_up=False, image_cache_bytes=0
             )
         else:
             self.weights = list(checkpoint.glob("*.safetensors"))
@@ -341,7 +341,7 @@ def main() -> None:
         "machine": f"{ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, {psutil.cpu_count(logical=False)} cores, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "openvino", "nncf")},
-        "command": " ".join(["python -m benchmarks.benchmark", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.benchmark", *(Path(option).name for option in sys.argv[1:])]),
         "bandwidth_gb_s": bandwidth(),
         "conversion": convert(options.checkpoint, out, options.variants, options.pictures),
         "variants": compare(options.checkpoint, out, options.variants, options),

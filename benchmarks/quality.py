@@ -66,7 +66,7 @@ def measure(
     processor, before = AutoProcessor.from_pretrained(model_dir), psutil.Process().memory_info().rss
     if files:
         model = OVMLlamaForConditionalGeneration(
-            model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False
+            model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False, image_cache_bytes=0
         )
         weights = [(model_dir / name).with_suffix(".bin") for name in files]
     else:

@@ -14,6 +14,7 @@ from conftest import ROOT, demo_samples
 NOTEBOOK = ROOT / "mllama-3.2.ipynb"
 HELPERS = [
     "data_preprocessing",
+    "gradio_helper",
     "notebook_utils",
     "ov_mllama_compression",
     "ov_mllama_convert",
