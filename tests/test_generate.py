@@ -183,3 +183,58 @@ def test_image_tokens_and_images_must_agree(pair, text, images):
 def test_fewer_images_than_tokens_reaches_no_model(pair):
     with pytest.raises(ValueError):
         pair.processor(text="<|image|>?", images=None, return_tensors="pt")
+
+
+# ---- Pictures kept encoded, warm-up ----
+
+
+def test_a_picture_is_encoded_once_in_a_conversation(pair):
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    inputs, other = pair.inputs("two images"), pair.inputs("wide")
+    fresh = [OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)(**i).logits for i in (inputs, other)]
+    runs = count_runs(model)
+    for expected, asked in [(fresh[0], inputs), (fresh[1], other), (fresh[0], inputs), (fresh[1], other)]:
+        assert torch.equal(model(**asked).logits, expected)
+    assert len(runs) == 2  # the wide picture is the first of the two
+    assert len(model.vision_encoder_infer_time) == 1
+
+
+def test_kept_pictures_stay_within_their_room(pair):
+    one = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    one(**pair.inputs("one tile"))
+    size = one.image_encoder.cached_bytes
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=2 * size)
+    runs = count_runs(model)
+    for case in ("one tile", "wide", "tall", "tall", "wide", "one tile"):
+        model(**pair.inputs(case))
+        assert model.image_encoder.cached_bytes <= 2 * size
+    assert len(runs) == 4  # tall and wide were still there, one tile had made room
+    none = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=0)
+    none(**pair.inputs("one tile"))
+    assert none.image_encoder.cached_bytes == 0
+
+
+def count_runs(model) -> list:
+    """A list that grows by one with each inference of the vision encoder."""
+    request, runs = model.image_encoder._request, []
+
+    class Counted:
+        def infer(self, *args, **kwargs):
+            runs.append(1)
+            return request.infer(*args, **kwargs)
+
+        def get_tensor(self, name):
+            return request.get_tensor(name)
+
+    model.image_encoder._request = Counted()
+    return runs
+
+
+def test_warm_up_changes_nothing_but_says_so(pair, capsys):
+    inputs = pair.inputs("chat")
+    cold = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, warm_up=False)
+    assert capsys.readouterr().out == ""
+    warm = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    assert "warmed up in" in capsys.readouterr().out
+    assert torch.equal(warm(**inputs).logits, cold(**inputs).logits)
+    assert len(warm.llm_infer_time) == 1
