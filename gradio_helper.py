@@ -34,7 +34,9 @@ LAUNCH = {
     "max_file_size": "20mb",
     "quiet": True,
     "footer_links": [],
-    "css": ".thought-group { border: 0; padding: 0 } .thought-group .arrow { display: none }",  # remarks as plain lines
+    # remarks as plain lines; no button that would upload a picture to the Hugging Face hub
+    "css": ".thought-group { border: 0; padding: 0; background: none } .thought-group .arrow, [aria-label='Share'] "
+    "{ display: none }",
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
 }
 
@@ -155,10 +157,10 @@ class TimedStreamer(AsyncTextIteratorStreamer):
         """One line: the wait for the first token, and the speed of the others."""
         if not self.times:
             return "stopped before the first token"
-        waited = f"{self.times[0] - started:.1f} s to the first token"
+        waited = f"{self.times[0] - started:.2g} s to the first token"
         if len(self.times) < 2:
             return waited
-        return f"{waited}, {(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f} tokens per second"
+        return f"{waited}, {(len(self.times) - 1) / (self.times[-1] - self.times[0]):.3g} tokens per second"
 
 
 class Chat:

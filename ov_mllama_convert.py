@@ -369,7 +369,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         shutil.rmtree(leftover)
     save_companions(source, model, out_dir)
     for what, (path, _, convert) in missing.items():
-        print(f"⌛ Convert {what}, {sizes[what] / 1e9:.3g} GB...")
+        print(f"⌛ Convert {what}, {sizes[what] / 1e6:,.0f} MB...")
         ov_model = convert(model)
         save_ir(ov_model, path, stamp)
         del ov_model

@@ -290,6 +290,7 @@ def test_conversation_about_a_picture(page, url):
     page.ask("Describe this image.", path_of(sample))
     page.expect_answer(sample["answer"])
     page.expect_answer("tokens per second")
+    expect(page.tab.get_by_role("button", name="Share")).to_have_count(0)  # it would upload to the Hugging Face hub
     page.ask("How many shapes are there?")
     page.expect_answer("There are two shapes.")
     assert all(request.startswith((url, "data:", "blob:")) for request in page.requests), (

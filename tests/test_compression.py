@@ -253,6 +253,13 @@ def test_memory_of_the_11b_is_what_was_measured():
         assert layers < 40 or 5.5 < disk / 1e9 < 5.9
 
 
+def test_memory_of_quantizing_the_vision_encoder_is_what_was_measured():
+    """RssAnon at its peak in GB: the whole 11B tower, and 4 + 1 and 8 + 2 of its 32 + 8 layers."""
+    for layers, global_layers, measured in [(32, 8, 24.1), (4, 1, 3.85), (8, 2, 6.44)]:
+        memory = ov_mllama_compression.quantization_memory(make_config(5, layers, global_layers, 128256))
+        assert measured * 0.98 < memory / 1e9 < measured * 1.1
+
+
 def test_disk_is_what_is_written(model_dir):
     config = AutoConfig.from_pretrained(model_dir)
     for arguments in ({}, {"algo": "int8_asym", "group_size": -1}, {"all_layers": True}):

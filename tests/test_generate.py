@@ -223,8 +223,8 @@ def count_runs(model) -> list:
             runs.append(1)
             return request.infer(*args, **kwargs)
 
-        def get_tensor(self, name):
-            return request.get_tensor(name)
+        def set_tensor(self, name, tensor):
+            request.set_tensor(name, tensor)
 
     model.image_encoder._request = Counted()
     return runs
