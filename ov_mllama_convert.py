@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, MllamaConf
 from ov_mllama_graphs import LanguageModel, MllamaShapes, VisionEncoder
 
 # Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
-CONVERTER_VERSION = "1"
+CONVERTER_VERSION = "2"
 
 VISION_ENCODER_NAME = "openvino_vision_encoder.xml"
 LANGUAGE_MODEL_NAME = "openvino_language_model.xml"

@@ -117,7 +117,9 @@ def test_existing_file_is_reused_and_force_rebuilds_it(model_dir, capsys):
     assert path.with_suffix(".bin").stat().st_size > 1e6
 
 
-@pytest.mark.parametrize("arguments", [{}, {"algo": "int8_asym"}, {"dataset_size": 4}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"algo": "int8_asym"}, {"awq": True}, {"dataset_size": 4}, {"dataset_size": 4, "awq": True}]
+)
 def test_straight_from_the_checkpoint_is_the_same_file(model_dir, tmp_path, arguments):
     expected = compress(model_dir, source=SAMPLES, **arguments)
     convert_mllama(DEMO, tmp_path, language_model=False)
@@ -130,9 +132,9 @@ def test_straight_from_the_checkpoint_is_the_same_file(model_dir, tmp_path, argu
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"dataset_size": 4},
-        {"dataset_size": 4, "gptq": True, "awq": False},
-        {"dataset_size": 4, "lora": True, "awq": False},
+        {"dataset_size": 4, "awq": True},
+        {"dataset_size": 4, "gptq": True},
+        {"dataset_size": 4, "lora": True},
         {"dataset_size": 4, "ratio": 0.7, "sm": "hessian_input_activation"},
     ],
 )
