@@ -234,16 +234,19 @@ _subject: Subject | None = None  # of this worker process
 
 
 def load(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None) -> dict:
+    """Makes this worker's subject: seconds until it is there and of its first inference."""
     global _subject
     seconds, _subject = Subject.timed(Subject, checkpoint, model_dir, files)
     return {"load_s": seconds, "first_infer_s": _subject.first_inference()}
 
 
 def measure(tiles: list[int], new_tokens: int) -> dict:
+    """`Subject.measure` of this worker's."""
     return _subject.measure(tiles, new_tokens)
 
 
 def footprint() -> dict:
+    """`Subject.footprint` of this worker's."""
     return _subject.footprint()
 
 
