@@ -27,6 +27,17 @@ EXAMPLES = [
     ("What can you do?", None),
 ]
 
+CSS = """
+/* remarks are plain lines, without a bubble, arrow or copy button */
+.message:has(.thought-group), .thought-group {
+    border: 0 !important; padding: 0; background: none !important; box-shadow: none }
+.thought-group .arrow, .message-row:has(.thought-group) + .message-buttons [aria-label="Copy message"] { display: none }
+/* nothing below a picture; and never a button that would upload it to the Hugging Face hub */
+.message-row:has(.message.component) + .message-buttons, [aria-label="Share"] { display: none }
+/* an edited question has room to be read */
+.edit-textarea { min-width: 24em }
+"""
+
 # For `make_demo(...).launch(**LAUNCH)`: this machine only, no tunnel, no large uploads, nothing loaded from elsewhere.
 LAUNCH = {
     "server_name": "127.0.0.1",
@@ -34,9 +45,7 @@ LAUNCH = {
     "max_file_size": "20mb",
     "quiet": True,
     "footer_links": [],
-    # remarks as plain lines; no button that would upload a picture to the Hugging Face hub
-    "css": ".thought-group { border: 0; padding: 0; background: none } .thought-group .arrow, [aria-label='Share'] "
-    "{ display: none }",
+    "css": CSS,
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
 }
 
@@ -246,6 +255,43 @@ class Chat:
 # ---- The page -------------------------------------------------------------------------------------------------------
 
 
+def edited(history: list[dict], edit: gr.EditData) -> tuple[list[dict], list[dict], dict]:
+    """The conversation up to an edited question, twice, and that question for the text box: new text, old pictures."""
+    index = edit.index[0] if isinstance(edit.index, (list, tuple)) else edit.index
+    pictures = [str(part) for part in parts(history[index]["content"]) if isinstance(part, Path)]
+    return history[:index], history[:index], {"text": edit.value, "files": pictures}
+
+
+# Presses the page's send button as soon as the edited question is in the text box
+SEND = """() => {
+    const send = (tries) => {
+        const button = document.querySelector("button.submit-button");
+        if (button && !button.disabled) button.click();
+        else if (tries > 0) setTimeout(send, 50, tries - 1);
+    };
+    setTimeout(send, 50, 40);
+}"""
+
+
+class EditableChat(gr.ChatInterface):
+    """A `ChatInterface` in which questions with pictures can be edited.
+
+    Gradio 6.31's own edit never learned to (gradio#10229): its page throws where a bubble holds more than text, so
+    `group_consecutive_messages` must be off, and it gives back the text alone, so the pictures are added here.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        with self:
+            self.chatbot.edit(
+                edited,
+                [self.chatbot_state],
+                [self.chatbot, self.chatbot_state, self.textbox],
+                api_visibility="private",
+                queue=False,
+            ).then(None, js=SEND, api_visibility="private")
+
+
 def make_demo(ov_model, processor) -> gr.ChatInterface:
     """The chat page; `make_demo(model, processor).launch(**LAUNCH)` opens it.
 
@@ -257,13 +303,15 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
         processor: its processor, with a chat template.
     """
     chat = Chat(ov_model, processor)
-    return gr.ChatInterface(
+    return EditableChat(
         chat.respond,
         multimodal=True,
         title="Llama 3.2 Vision on OpenVINO",
         description="Ask about pictures, or just ask. Everything stays on the machine that serves this page. "
         "It answers one question at a time; others wait for their turn.",
-        chatbot=gr.Chatbot(scale=1, show_label=False, buttons=["copy"]),
+        chatbot=gr.Chatbot(
+            scale=1, show_label=False, buttons=["copy"], editable="user", group_consecutive_messages=False
+        ),
         textbox=gr.MultimodalTextbox(
             file_types=["image"],
             file_count="multiple",
@@ -281,7 +329,6 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
         ],
         additional_inputs_accordion=gr.Accordion("Settings", open=False),
         examples=[[{"text": text, "files": [str(SAMPLES / name)] if name else []}] for text, name in EXAMPLES],
-        editable=True,
         save_history=True,
         flagging_mode="never",
         analytics_enabled=False,

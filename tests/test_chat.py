@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import gradio as gr
 import httpx
 import psutil
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoProcessor
 
 import gradio_helper
 from conftest import DEMO, demo_samples
-from gradio_helper import LAUNCH, Chat, answered, make_demo, open_picture, plain, remark, to_messages
+from gradio_helper import LAUNCH, Chat, answered, edited, make_demo, open_picture, plain, remark, to_messages
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 SAMPLES = demo_samples()
@@ -100,6 +101,17 @@ def test_typed_special_tokens_stay_text(processor):
     assert not set(ids) & set(processor.tokenizer.all_special_ids)
     assert processor.image_token_id not in ids
     assert plain("a < b | c") == "a < b | c"
+
+
+def test_edit_takes_back_the_question_and_what_follows():
+    history = [
+        user(picture("a.png"), {"type": "text", "text": "Old?"}),
+        assistant("Yes."),
+        user({"path": "b.png"}, "Second?"),
+        assistant("No."),
+    ]
+    edit = gr.EditData(None, {"index": 2, "value": "New?", "previous_value": "Second?"})
+    assert edited(history, edit) == (history[:2], history[:2], {"text": "New?", "files": ["b.png"]})
 
 
 def test_nothing_asked():
@@ -342,6 +354,32 @@ def test_retry_undo_and_clear(page):
     page.expect_answer(SAMPLES[0]["answer"])
     page.tab.get_by_label("Clear").first.click()
     expect(page.tab.locator("[data-testid=user]")).to_have_count(0)
+
+
+def test_edited_question_keeps_its_picture_and_what_came_before(page):
+    page.ask(SAMPLES[0]["question"], path_of(SAMPLES[0]))
+    page.expect_answer(SAMPLES[0]["answer"])
+    page.ask("Describe this image.", path_of(SAMPLES[2]))
+    page.expect_answer(SAMPLES[2]["answer"])
+    page.tab.get_by_label("Edit").last.click()
+    page.tab.locator(".edit-textarea").fill("How many shapes are there?")
+    page.tab.get_by_label("Submit").first.click()
+    page.expect_answer("There are two shapes.")
+    expect(page.tab.locator("[data-testid=user]").filter(has_text="Describe this image.")).to_have_count(0)
+    expect(page.tab.locator("[data-testid=user]").filter(has_text="How many shapes")).to_have_count(1)
+    expect(page.tab.locator("[data-testid=user] img")).to_have_count(2)
+    expect(page.tab.locator("[data-testid=bot]").filter(has_text=SAMPLES[0]["answer"])).to_have_count(1)
+
+
+def test_saved_chat_is_reopened_and_gone_on_with(page):
+    page.ask("Describe this image.", path_of(SAMPLES[2]))
+    page.expect_answer(SAMPLES[2]["answer"])
+    page.tab.get_by_role("button", name="New chat").click()
+    expect(page.tab.locator("[data-testid=bot]")).to_have_count(0)
+    page.tab.locator("button", has_text="Describe this image.").first.click()
+    page.expect_answer(SAMPLES[2]["answer"])
+    page.ask("How many shapes are there?")
+    page.expect_answer("There are two shapes.")
 
 
 def test_broken_picture_then_go_on(page, tmp_path):
