@@ -16,7 +16,7 @@ from datasets import Image, IterableDataset, get_dataset_split_names, load_datas
 from PIL import Image as PIL
 from tqdm.auto import tqdm
 
-from ov_mllama_helper import OVImageEncoder, image_inputs, language_inputs, views
+from ov_mllama_helper import OVImageEncoder, image_inputs, language_inputs, restrict, tiles_seen
 
 HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
 SAMPLES = Path(__file__).parent / "demo_model" / "samples"
@@ -163,7 +163,7 @@ def prepare_dataset_llm(
             tensors["pixel_values"], tensors["aspect_ratio_ids"], tensors["aspect_ratio_mask"]
         )
         length = tensors["input_ids"].shape[1]
-        prompt, _ = views(key_values, tensors["cross_attention_mask"], length, image_encoder.shapes)
+        prompt = restrict(key_values, tiles_seen(tensors["cross_attention_mask"], length), image_encoder.shapes)
         return language_inputs(tensors["input_ids"], prompt, tensors["attention_mask"])
 
     return Samples(inputs, source, count, seed)

@@ -16,6 +16,7 @@ import numpy as np
 import openvino as ov
 import torch
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ov_mllama_convert import (
@@ -25,9 +26,12 @@ from ov_mllama_convert import (
     convert_mllama,
     ir_stamp,
 )
+from ov_mllama_generation import GenerationStats, InVocabularyDrafts, InVocabularyProcessors, OVCache
 from ov_mllama_graphs import MASKED, MllamaShapes
 
-__all__ = ["OVMLlamaForConditionalGeneration", "convert_mllama"]
+__all__ = ["GenerationStats", "OVMLlamaForConditionalGeneration", "convert_mllama"]
+
+PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
 # ---- What the language model reads of the pictures ------------------------------------------------------------------
@@ -78,20 +82,16 @@ def restrict(key_values: dict[str, np.ndarray], mask: np.ndarray, shapes: Mllama
     return CrossAttention(key_values, bias, rows=sees_any.astype(np.float32))
 
 
-def views(
-    key_values: dict[str, np.ndarray], cross_attention_mask: np.ndarray, length: int, shapes: MllamaShapes
-) -> tuple[CrossAttention, CrossAttention]:
-    """What a prompt of `length` tokens sees of its pictures, and what every token after it sees: as its last one.
+def tiles_seen(cross_attention_mask: np.ndarray, length: int) -> np.ndarray:
+    """Which tiles each token of a prompt of `length` may see: bool [batch, length, images * tiles].
 
     Args:
         cross_attention_mask: [batch, tokens, images, tiles] from the processor; of tokens beyond it (as when an answer
             is continued) each sees what the last one does.
     """
     mask = cross_attention_mask.astype(bool).reshape(*cross_attention_mask.shape[:2], -1)
-    last = mask[:, -1:]
     missing = max(length - mask.shape[1], 0)
-    prompt = np.concatenate([mask[:, :length], last.repeat(missing, axis=1)], axis=1)
-    return restrict(key_values, prompt, shapes), restrict(key_values, last, shapes)
+    return np.concatenate([mask[:, :length], mask[:, -1:].repeat(missing, axis=1)], axis=1)
 
 
 def take_tiles(name: str, array: np.ndarray, tiles: np.ndarray) -> np.ndarray:
@@ -167,6 +167,8 @@ class OVImageEncoder:
 
     Attributes:
         infer_time: seconds for each different picture, next to nothing for those kept; whoever reads it clears it.
+        kept: how many of those were kept; cleared likewise.
+        pictures: what tells the pictures of the last call apart, for each row of the batch.
     """
 
     def __init__(
@@ -179,6 +181,8 @@ class OVImageEncoder:
     ):
         self.shapes = shapes
         self.infer_time: list[float] = []
+        self.kept = 0
+        self.pictures: list[tuple[bytes, ...]] = []
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()  # the picture used last is at the end
         model = ov.Core().compile_model(path, device, ov_config or {})
@@ -208,6 +212,7 @@ class OVImageEncoder:
                     encoded[key] = self._encode_image(key, *picture)
                 prompt.append(key)
             prompts.append(tuple(prompt))
+        self.pictures = prompts
         if len(set(prompts)) == 1:
             prompts = prompts[:1]
 
@@ -225,11 +230,17 @@ class OVImageEncoder:
             for name, array in key_values.items():  # written where it will be kept: the 11B's K/V are 0.4 GB
                 self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
             self._request.infer(image_inputs(*picture), share_inputs=True)
+        else:
+            self.kept += 1
         self._cache[key] = key_values
         while self._cache and self.cached_bytes > self.cache_bytes:
             self._cache.popitem(last=False)
         self.infer_time.append(time.perf_counter() - started)
         return key_values
+
+    def forget(self) -> None:
+        """Drops the pictures kept."""
+        self._cache.clear()
 
     @property
     def cached_bytes(self) -> int:
@@ -245,46 +256,11 @@ def join(arrays: list[np.ndarray], axis: int) -> np.ndarray:
 # ---- The model ------------------------------------------------------------------------------------------------------
 
 
-class OVCache:
-    """What `generate` may know of the KV cache, which itself never leaves the language IR.
-
-    Attributes:
-        length: columns (tokens) in the state.
-        beam_idx: i32 [batch], the state row that each row continues; None for its own.
-        cross_attention: the pictures, for tokens after the prompt.
-    """
-
-    is_compileable = False  # generate asks: this is nothing for torch.compile
-
-    def __init__(self):
-        self.length = 0
-        self.beam_idx: np.ndarray | None = None
-        self.cross_attention: CrossAttention | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Between two steps of beam search. The pictures stay: a beam never leaves its prompt."""
-        self.beam_idx = beam_idx.numpy().astype(np.int32)
-
-
-class InVocabularyProcessors(LogitsProcessorList):
-    """Logits processors that see no token id outside the logits.
-
-    `<|image|>` has an embedding but no logit, and processors such as the repetition penalty index the logits by the
-    prompt's ids. They are shown the row's first token (BOS or padding) in its place.
-    """
-
-    def __call__(self, input_ids, scores, **kwargs):
-        in_vocabulary = torch.where(input_ids < scores.shape[-1], input_ids, input_ids[:, :1])
-        return super().__call__(in_vocabulary, scores, **kwargs)
-
-
 class OVMLlamaForConditionalGeneration(GenerationMixin):
     """Llama 3.2 Vision on OpenVINO, used as transformers' class is: `model.generate(**processor(...))`.
 
-    One model holds one conversation: the KV cache lives in its infer request, and a new prompt starts it anew.
+    One model holds one conversation: the KV cache lives in its infer request. A prompt that begins as the one before
+    did, about the same pictures, is computed from where they part; any other starts anew.
 
     Args:
         model_dir: folder written by `convert_mllama`.
@@ -303,6 +279,7 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         vision_encoder_infer_time: seconds for each different picture that the last prompt brought, next to nothing for
             those that were kept encoded; empty for text only.
         llm_infer_time: seconds for each step of the language model since then; the first is the prompt's.
+        stats: `GenerationStats` of the last prompt and the tokens since.
 
     Raises:
         FileNotFoundError: the folder lacks an IR or the config.
@@ -337,13 +314,16 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         self.shapes = MllamaShapes.from_config(self.config)
         self.slice_lm_head = slice_lm_head
         self.llm_infer_time: list[float] = []
+        self.stats = GenerationStats()
         self._cache: OVCache | None = None  # whose tokens are in the language request's state
 
+        started = time.perf_counter()
         self.image_encoder = OVImageEncoder(
             model_dir / image_encoder_name, self.shapes, device, ov_config, image_cache_bytes
         )
         language_model = ov.Core().compile_model(model_dir / language_model_name, device, ov_config or {})
         self._language_request = language_model.create_infer_request()
+        self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:
             self._warm_up()
 
@@ -351,7 +331,8 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         started = time.perf_counter()
         self._language_request.infer(language_inputs(np.zeros((1, 1), np.int64), no_pictures(self.shapes)))
         self._language_request.reset_state()
-        print(f"✅ Language model warmed up in {time.perf_counter() - started:.1f} s")
+        self._warm_up_s = time.perf_counter() - started
+        print(f"✅ Language model warmed up in {self._warm_up_s:.1f} s")
 
     @property
     def vision_encoder_infer_time(self) -> list[float]:
@@ -393,10 +374,14 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
             ValueError: pictures without their masks or after the prompt, or a cache that a later prompt has replaced.
         """
         cache = OVCache() if past_key_values is None else past_key_values
-        if cache.length == 0:
-            cross_attention = self._start(
-                cache, input_ids.shape[1], pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask
-            )
+        if cache.size == 0:
+            first_needed = input_ids.shape[1] - logits_to_keep if use_cache and logits_to_keep else 0
+            plain = len(input_ids) == 1 and counts_up(position_ids) and (attention_mask is None or attention_mask.all())
+            pictures = (pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask)
+            cross_attention = self._start(cache, input_ids.numpy(), pictures, reusable=first_needed if plain else 0)
+            cache.tokens = cache.tokens if plain else None
+            input_ids = input_ids[:, len(cache.columns) :]
+            position_ids = None if position_ids is None else position_ids[:, len(cache.columns) :]
         elif cache is not self._cache:
             raise ValueError("This cache's tokens are gone: the model has begun another prompt since. Start anew.")
         elif pixel_values is not None:
@@ -404,34 +389,66 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         else:
             cross_attention = cache.cross_attention
 
+        batch, query = input_ids.shape
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, len(cache.columns) + query, dtype=torch.int64)
         inputs = language_inputs(
             input_ids.numpy(),
             cross_attention,
-            None if attention_mask is None else attention_mask.numpy(),
+            cache.hide(attention_mask.numpy()),
             None if position_ids is None else position_ids.numpy(),
             cache.beam_idx,
-            past=cache.length,
-            logits_to_keep=logits_to_keep if logits_to_keep and self.slice_lm_head else input_ids.shape[1],
+            past=len(cache.columns),
+            logits_to_keep=logits_to_keep if logits_to_keep and self.slice_lm_head else query,
         )
+        self._cache = None  # an interrupted inference leaves a state that nothing may build on
         started = time.perf_counter()
         self._language_request.infer(inputs, share_inputs=True)
-        self.llm_infer_time.append(time.perf_counter() - started)
+        self._count(cache, time.perf_counter() - started, drafts=max(logits_to_keep - 1, 0))
 
         # copied, because the next step's logits go into the same memory
         logits = torch.from_numpy(self._language_request.get_tensor("logits").data.copy())
-        cache.length += input_ids.shape[1]
+        cache.append(inputs["input_ids"])
         cache.beam_idx = None
+        self._cache = cache
         return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], past_key_values=cache if use_cache else None)
 
-    def _start(self, cache, length, pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask):
-        """Begins a prompt of `length` tokens: clears the state, encodes the pictures, returns the prompt's view of them
-        and leaves the later tokens' view in the cache."""
-        self._language_request.reset_state()
-        self._cache = cache
-        self.image_encoder.infer_time, self.llm_infer_time = [], []
-        if pixel_values is None:
+    def _start(self, cache: OVCache, input_ids: np.ndarray, pictures: tuple, reusable: int) -> CrossAttention:
+        """Begins a prompt: encodes its pictures, leaves the later tokens' view of them in the cache and returns the
+        view of the prompt's tokens that are still to be computed.
+
+        Those before are a beginning that this prompt shares with the one before, at most `reusable` tokens: its columns
+        in the state go to the new cache. If they would be less than half of the state, it is cleared instead.
+        """
+        previous, self._cache = self._cache, None
+        self.image_encoder.infer_time, self.image_encoder.kept, self.llm_infer_time = [], 0, []
+        length = input_ids.shape[1]
+        if pictures[0] is None:
+            seen = np.zeros((len(input_ids), length, 0), bool)
+        else:
+            key_values, seen = self._encode(*pictures, length)
+            cache.pictures = self.image_encoder.pictures[0]
+        cache.seen = seen[0]
+
+        reused = 0
+        if previous and reusable > 0:
+            reused = min(previous.common_prefix(input_ids[0], cache.seen, cache.pictures), reusable)
+        if previous and 0 < previous.size <= 2 * reused:
+            previous.keep(reused)
+            cache.columns, cache.tokens, cache.size = previous.columns, previous.tokens, previous.size
+        else:
+            self._language_request.reset_state()
+        self._begin_stats(cache, length)
+
+        if pictures[0] is None:
             cache.cross_attention = no_pictures(self.shapes)
             return cache.cross_attention
+        last, rest = seen[:, -1:], seen[:, len(cache.columns) :]
+        cache.cross_attention = restrict(key_values, last, self.shapes)
+        return cache.cross_attention if (rest == last).all() else restrict(key_values, rest, self.shapes)
+
+    def _encode(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask, length):
+        """K/V of a prompt's pictures, and which of their tiles each of its `length` tokens may see."""
         if aspect_ratio_ids is None or aspect_ratio_mask is None or cross_attention_mask is None:
             raise ValueError(
                 "pixel_values need aspect_ratio_ids, aspect_ratio_mask and cross_attention_mask beside them: pass all "
@@ -440,8 +457,35 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         key_values = self.image_encoder.encode(
             pixel_values.numpy(), aspect_ratio_ids.numpy(), aspect_ratio_mask.numpy()
         )
-        prompt, cache.cross_attention = views(key_values, cross_attention_mask.numpy(), length, self.shapes)
-        return prompt
+        return key_values, tiles_seen(cross_attention_mask.numpy(), length)
+
+    def _begin_stats(self, cache: OVCache, length: int) -> None:
+        encoder = self.image_encoder
+        self.stats = cache.stats = GenerationStats(
+            load_s=self._load_s,
+            warm_up_s=self._warm_up_s,
+            images=len(encoder.infer_time),
+            images_kept=encoder.kept,
+            vision_s=sum(encoder.infer_time),
+            prompt_tokens=length,
+            reused_tokens=len(cache.columns),
+        )
+
+    def _count(self, cache: OVCache, seconds: float, drafts: int) -> None:
+        """Notes a step of the language model."""
+        self.llm_infer_time.append(seconds)
+        if len(self.llm_infer_time) == 1:
+            cache.stats.prefill_s = seconds
+            cache.stats.prompt_tokens -= drafts  # they came behind it
+        else:
+            cache.stats.step_s.append(seconds)
+        cache.stats.drafted_tokens += drafts
+
+    def forget(self) -> None:
+        """Drops the conversation and the pictures kept: the next prompt is computed from its first token."""
+        self._cache = None
+        self._language_request.reset_state()
+        self.image_encoder.forget()
 
     # ---- What GenerationMixin calls ----
 
@@ -457,7 +501,7 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
         """After the prompt only text goes in: the cache holds the pictures."""
         if use_cache and not is_first_iteration:
-            for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"):
+            for name in PICTURE_INPUTS:
                 kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
@@ -467,8 +511,19 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = OVCache()
 
+    def _get_candidate_generator(self, model_kwargs, **kwargs) -> CandidateGenerator:
+        """Drafts come from text alone: an assistant model knows no pictures."""
+        text_kwargs = {name: value for name, value in model_kwargs.items() if name not in PICTURE_INPUTS}
+        drafts = super()._get_candidate_generator(model_kwargs=text_kwargs, **kwargs)
+        return InVocabularyDrafts(drafts, self.shapes.vocab_size)
+
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         return InVocabularyProcessors(super()._get_logits_processor(*args, **kwargs))
+
+
+def counts_up(position_ids: torch.LongTensor | None) -> bool:
+    """Whether they are what they are by default: 0, 1, 2, ..."""
+    return position_ids is None or torch.equal(position_ids[0], torch.arange(position_ids.shape[1]))
 
 
 def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> None:

@@ -195,6 +195,7 @@ class Subject:
                 use_cache=True,
                 logits_to_keep=1,
             )
+        self.model.forget()  # or the prompt before would be reused
         seconds, output = self.timed(self.model, **inputs, logits_to_keep=1)
         return seconds - sum(self.model.vision_encoder_infer_time), output
 
