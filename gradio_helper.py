@@ -1,4 +1,4 @@
-"""The chat: a page in the browser on top of a model with transformers' `generate`, this project's or the original.
+"""The chat: a page in the browser on top of an `OVMLlamaForConditionalGeneration`.
 
     page's history -> messages and pictures -> chat template, processor -> generate -> answer, word by word
 
@@ -8,7 +8,6 @@ This file knows Gradio's messages and the processor's. It knows nothing of how t
 import argparse
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
@@ -150,28 +149,6 @@ class StopOnEvent(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool)
 
 
-class TimedStreamer(AsyncTextIteratorStreamer):
-    """Streams an answer's words and keeps when each token came, in `times` (seconds)."""
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.times: list[float] = []
-
-    def put(self, value):
-        if not self.next_tokens_are_prompt:
-            self.times.append(time.perf_counter())
-        super().put(value)
-
-    def summary(self, started: float) -> str:
-        """One line: the wait for the first token, and the speed of the others."""
-        if not self.times:
-            return "stopped before the first token"
-        waited = f"{self.times[0] - started:.2g} s to the first token"
-        if len(self.times) < 2:
-            return waited
-        return f"{waited}, {(len(self.times) - 1) / (self.times[-1] - self.times[0]):.3g} tokens per second"
-
-
 class Chat:
     """A model that answers one question at a time, whoever asks."""
 
@@ -197,17 +174,17 @@ class Chat:
             max_new_tokens: the answer's limit.
             temperature, top_p: of sampling; a temperature of 0 takes the likeliest token (greedy).
         """
-        text, started = "", time.perf_counter()
+        text = ""
         sampling = {"do_sample": False, "temperature": None, "top_p": None}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         try:
             inputs = await asyncio.to_thread(self.prepare, message, history, system, int(max_new_tokens))
-            streamer = TimedStreamer(self.processor.tokenizer)
+            streamer = AsyncTextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
             async for piece in self.stream(streamer, **inputs, **sampling, max_new_tokens=int(max_new_tokens)):
                 text += piece
                 yield text
-            yield [text, remark(streamer.summary(started))]
+            yield [text, remark(str(self.model.stats))]
         except Exception as error:
             sentence = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             yield [*([text] if text else []), remark(f"No answer: {sentence}")]
@@ -230,7 +207,7 @@ class Chat:
             )
         return inputs
 
-    async def stream(self, streamer: TimedStreamer, **arguments) -> AsyncIterator[str]:
+    async def stream(self, streamer: AsyncTextIteratorStreamer, **arguments) -> AsyncIterator[str]:
         """The words of `generate` as they come, from a thread that has ended when this has."""
         stop = threading.Event()
 
@@ -299,7 +276,7 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
     `server_name="0.0.0.0"`.
 
     Args:
-        ov_model: anything with transformers' `generate` and `config`.
+        ov_model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate`, `config` and `stats`.
         processor: its processor, with a chat template.
     """
     chat = Chat(ov_model, processor)
