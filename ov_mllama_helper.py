@@ -266,7 +266,10 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         model_dir: folder written by `convert_mllama`.
         device: OpenVINO device of both IRs: "CPU", "GPU", "AUTO", ...
         ov_config: OpenVINO properties for both. By default a CPU with bf16 instructions computes in bf16 and keeps the
-            KV cache in 8 bit; {"EXECUTION_MODE_HINT": "ACCURACY"} computes and keeps all in f32, and then gives
+            KV cache in 8 bit. A compressed language model is computed in f32 there, because the plugin then multiplies
+            in 8 bit (dynamic quantization): on a Xeon with AMX a token takes two thirds of the time, a prompt of 512
+            tokens twice as long; for long prompts and short answers give {"INFERENCE_PRECISION_HINT": "bf16"}.
+            {"EXECUTION_MODE_HINT": "ACCURACY"} computes and keeps all in f32, and then gives
             transformers' tokens (INFERENCE_PRECISION_HINT alone leaves the cache in 8 bit).
         language_model_name, image_encoder_name: file names in `model_dir`, to choose compressed variants.
         slice_lm_head: compute only the logits that are asked for (the last position's, when generating). False computes
@@ -305,7 +308,7 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         image_cache_bytes: int = 1_000_000_000,
     ):
         model_dir = Path(model_dir)
-        check_model_dir(model_dir, (image_encoder_name, language_model_name))
+        stamps = check_model_dir(model_dir, (image_encoder_name, language_model_name))
         self.config = AutoConfig.from_pretrained(model_dir)
         if (model_dir / "generation_config.json").is_file():
             self.generation_config = GenerationConfig.from_pretrained(model_dir)
@@ -321,7 +324,10 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         self.image_encoder = OVImageEncoder(
             model_dir / image_encoder_name, self.shapes, device, ov_config, image_cache_bytes
         )
-        language_model = ov.Core().compile_model(model_dir / language_model_name, device, ov_config or {})
+        language_config = ov_config or {}
+        if device == "CPU" and "samples" in stamps[language_model_name]:
+            language_config = {"INFERENCE_PRECISION_HINT": "f32", **language_config}
+        language_model = ov.Core().compile_model(model_dir / language_model_name, device, language_config)
         self._language_request = language_model.create_infer_request()
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:
@@ -511,11 +517,11 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = OVCache()
 
-    def _get_candidate_generator(self, model_kwargs, **kwargs) -> CandidateGenerator:
+    def _get_candidate_generator(self, model_kwargs, assistant_model=None, **kwargs) -> CandidateGenerator:
         """Drafts come from text alone: an assistant model knows no pictures."""
         text_kwargs = {name: value for name, value in model_kwargs.items() if name not in PICTURE_INPUTS}
-        drafts = super()._get_candidate_generator(model_kwargs=text_kwargs, **kwargs)
-        return InVocabularyDrafts(drafts, self.shapes.vocab_size)
+        drafts = super()._get_candidate_generator(model_kwargs=text_kwargs, assistant_model=assistant_model, **kwargs)
+        return InVocabularyDrafts(drafts, self.shapes.vocab_size, back_off=assistant_model is None)
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         return InVocabularyProcessors(super()._get_logits_processor(*args, **kwargs))
@@ -526,8 +532,11 @@ def counts_up(position_ids: torch.LongTensor | None) -> bool:
     return position_ids is None or torch.equal(position_ids[0], torch.arange(position_ids.shape[1]))
 
 
-def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> None:
+def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """Refuses a folder whose IRs are missing, incomplete, foreign, outdated or of two different checkpoints.
+
+    Returns:
+        the `ir_stamp` of each.
 
     Raises:
         FileNotFoundError, ValueError: with the sentence that names the fix.
@@ -553,3 +562,4 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> None:
             f"{' and '.join(names)} in {model_dir} come from different checkpoints: run convert_mllama again with the "
             "one you want, into a folder of its own."
         )
+    return stamps

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from conftest import CASES, F32
-from ov_mllama_generation import OVCache
+from ov_mllama_generation import InVocabularyDrafts, OVCache
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
@@ -173,6 +173,18 @@ def test_drafts_right_and_wrong(pair, model, monkeypatch, wrong):
         assert len(model.llm_infer_time) == 3
     if wrong == (0, 1, 2):
         assert model.stats.accepted_tokens == 0
+
+
+def test_wrong_drafts_become_rare(pair, model, monkeypatch):
+    inputs, kwargs = pair.inputs("wide"), dict(GREEDY, max_new_tokens=40)
+    expected = pair.hf.generate(**inputs, **kwargs)
+    drafts = InVocabularyDrafts(Oracle(expected, 3, (0, 1, 2)), model.shapes.vocab_size, back_off=True)
+    monkeypatch.setattr(model, "_get_candidate_generator", lambda **_: drafts)
+    assert model.generate(**inputs, **kwargs, prompt_lookup_num_tokens=3).tolist() == expected.tolist()
+    assert model.stats.drafted_tokens == 5 * 3  # in steps 1, 3, 7, 15 and 31
+    drafts.drafts.wrong, drafts.remaining = (), 0
+    model.generate(**inputs, **kwargs, prompt_lookup_num_tokens=3)
+    assert model.stats.accepted_tokens == model.stats.drafted_tokens == 30  # ten steps of four tokens
 
 
 def test_a_conversation_with_drafts(pair, model):
