@@ -37,8 +37,10 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoProcessor, MllamaForConditionalGeneration
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from ov_mllama_convert import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+from ov_mllama_generation import InVocabularyDrafts
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 PYTORCH = "pytorch-bf16"
@@ -107,6 +109,35 @@ def convert(checkpoint: Path, out: Path, variants: list[str], pictures: int) -> 
     return result
 
 
+# ---- Drafts that are all right, or all wrong (random weights repeat nothing by themselves) ----------------------------
+
+
+class Oracle(CandidateGenerator):
+    """Drafts `count` tokens of a known answer, or other ones."""
+
+    requires_model_outputs = False
+
+    def __init__(self, answer: torch.Tensor, count: int, right: bool):
+        self.answer, self.count, self.shift = answer, count, 0 if right else 1
+
+    def get_candidates(self, input_ids, **kwargs):
+        length = input_ids.shape[1]
+        draft = self.answer[:, length : min(length + self.count, self.answer.shape[1] - 1)]
+        return torch.cat([input_ids, draft + self.shift], dim=1), None
+
+    def update_candidate_strategy(self, input_ids, scores, num_matches):
+        pass
+
+
+class Assisted(OVMLlamaForConditionalGeneration):
+    """The model, with `oracle` in the place of prompt lookup."""
+
+    oracle: Oracle
+
+    def _get_candidate_generator(self, **kwargs):
+        return InVocabularyDrafts(self.oracle, self.shapes.vocab_size, back_off=True)
+
+
 # ---- What a variant's process does ----------------------------------------------------------------------------------
 
 
@@ -120,7 +151,7 @@ class Subject:
         if self.is_openvino:
             self.weights = [(model_dir / name).with_suffix(".bin") for name in files]
             language, vision = files
-            self.model = OVMLlamaForConditionalGeneration(
+            self.model = Assisted(
                 model_dir, language_model_name=language, image_encoder_name=vision, warm_up=False, image_cache_bytes=0
             )
         else:
@@ -166,7 +197,20 @@ class Subject:
             "prefill_ms": 1000 * prefill,
             "decode_ms": 1000 * statistics.median(decode),
             "step_ms": steps,
+            **(self.assisted(inputs, max(new_tokens, 32)) if self.is_openvino else {}),
         }
+
+    def assisted(self, inputs, new_tokens: int, drafts: int = 3) -> dict:
+        """Tokens per second with drafts, relative to greedy decoding's."""
+        options = dict(do_sample=False, max_new_tokens=new_tokens, eos_token_id=None)
+        answer = self.model.generate(**inputs, **options)
+        greedy = self.model.stats.tokens_per_s
+        result = {}
+        for name, right in (("assisted_right", True), ("assisted_wrong", False)):
+            self.model.oracle = Oracle(answer, drafts, right)
+            self.model.generate(**inputs, **options, prompt_lookup_num_tokens=drafts)
+            result[name] = self.model.stats.tokens_per_s / greedy
+        return result
 
     @staticmethod
     def timed(function, *args, **kwargs):
@@ -317,6 +361,9 @@ def print_table(variants: dict) -> None:
         print(" | ".join([name, *cells]))
     for name, result in variants.items():
         print(f"step_ms of {name}: " + ", ".join(f"{q}: {ms:.0f}" for q, ms in result["step_ms"].items()))
+        if "assisted_right" in result:
+            right, wrong = result["assisted_right"], result["assisted_wrong"]
+            print(f"drafts of 3 in {name}: all right {right:.2f}, all wrong {wrong:.2f} of greedy's tokens per second")
         if "ratio" in result:
             print(f"ratio of {name} to {PYTORCH}: {json.dumps(rounded(result['ratio']))}")
 
