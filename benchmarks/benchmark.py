@@ -109,7 +109,7 @@ def convert(checkpoint: Path, out: Path, variants: list[str], pictures: int) -> 
     return result
 
 
-# ---- Drafts that are all right, or all wrong (random weights repeat nothing by themselves) ----------------------------
+# ---- Drafts that are all right, or all wrong (random weights repeat nothing by themselves) --------------------------
 
 
 class Oracle(CandidateGenerator):
