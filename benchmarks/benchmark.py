@@ -12,7 +12,9 @@ Keys of the JSON (GB = 1e9 bytes):
         load_s: until the model is there; first_infer_s: the first inference of the language model (repacks weights)
         vision_s: by number of tiles, one picture -> what the language model reads of it
         prefill_ms: PROMPT_TOKENS tokens with a picture of one tile; decode_ms: each token of --new-tokens after it
+        decode_by_tiles_ms: the same with pictures of more tiles; 0 is text only, one row of K/V
         step_ms: by q, a step of q tokens, all of whose logits are asked for
+        assisted: by number of drafts, tokens per second over greedy's where all are right and where all are wrong
         rss_gb, anon_gb: resident at the end, all and without mapped files; disk_gb: the files it was loaded from
         weights_gb_per_token: what a decode step has to read; share_of_bandwidth: that over decode_ms over bandwidth
         ratio: to pytorch-bf16, for vision_s, prefill_ms, decode_ms
@@ -36,7 +38,7 @@ import psutil
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoProcessor, MllamaForConditionalGeneration
+from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, MllamaForConditionalGeneration
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ov_mllama_convert import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
@@ -53,6 +55,8 @@ VARIANTS = {
 }
 PROMPT_TOKENS = 32
 STEPS = (1, 2, 4, 8, 16, 32)
+DRAFTS = (3, 5, 7)
+PICTURE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 TILES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2)}  # number of tiles: canvas, in tiles
 
 
@@ -109,54 +113,15 @@ def convert(checkpoint: Path, out: Path, variants: list[str], pictures: int) -> 
     return result
 
 
-# ---- Drafts that are all right, or all wrong (random weights repeat nothing by themselves) --------------------------
-
-
-class Oracle(CandidateGenerator):
-    """Drafts `count` tokens of a known answer, or other ones."""
-
-    requires_model_outputs = False
-
-    def __init__(self, answer: torch.Tensor, count: int, right: bool):
-        self.answer, self.count, self.shift = answer, count, 0 if right else 1
-
-    def get_candidates(self, input_ids, **kwargs):
-        length = input_ids.shape[1]
-        draft = self.answer[:, length : min(length + self.count, self.answer.shape[1] - 1)]
-        return torch.cat([input_ids, draft + self.shift], dim=1), None
-
-    def update_candidate_strategy(self, input_ids, scores, num_matches):
-        pass
-
-
-class Assisted(OVMLlamaForConditionalGeneration):
-    """The model, with `oracle` in the place of prompt lookup."""
-
-    oracle: Oracle
-
-    def _get_candidate_generator(self, **kwargs):
-        return InVocabularyDrafts(self.oracle, self.shapes.vocab_size, back_off=True)
-
-
 # ---- What a variant's process does ----------------------------------------------------------------------------------
 
 
 class Subject:
-    """One variant, loaded; the same questions for OpenVINO and PyTorch."""
+    """One variant, loaded; the same questions for OpenVINO and PyTorch, which the subclasses put to their models."""
 
-    def __init__(self, checkpoint: Path, model_dir: Path, files: tuple[str, str] | None):
+    def __init__(self, checkpoint: Path):
         transformers.logging.disable_progress_bar()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.is_openvino = files is not None
-        if self.is_openvino:
-            self.weights = [(model_dir / name).with_suffix(".bin") for name in files]
-            language, vision = files
-            self.model = Assisted(
-                model_dir, language_model_name=language, image_encoder_name=vision, warm_up=False, image_cache_bytes=0
-            )
-        else:
-            self.weights = list(checkpoint.glob("*.safetensors"))
-            self.model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
 
     def inputs(self, tiles: int = 1):
         """The processor's tensors for a picture of so many tiles and a prompt of PROMPT_TOKENS tokens."""
@@ -165,12 +130,14 @@ class Subject:
         pixels = np.random.default_rng(tiles).integers(0, 256, (side * height, side * width, 3), dtype=np.uint8)
         inputs = self.processor(text="<|image|>", images=[Image.fromarray(pixels)], return_tensors="pt")
         missing = PROMPT_TOKENS - inputs["input_ids"].shape[1]
-        words = torch.arange(1000, 1000 + missing)[None] % self.model.config.text_config.vocab_size
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], words], dim=1)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], self.words(1000, missing)], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         mask = inputs["cross_attention_mask"]
         inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
         return inputs
+
+    def words(self, start: int, count: int) -> torch.LongTensor:
+        return torch.arange(start, start + count)[None] % self.model.config.text_config.vocab_size
 
     @torch.inference_mode()
     def first_inference(self) -> float:
@@ -179,15 +146,12 @@ class Subject:
     @torch.inference_mode()
     def measure(self, tiles: list[int], new_tokens: int) -> dict:
         """One round."""
-        vision = {}
+        vision, decode = {}, {}
         for count in tiles[::-1]:  # one tile last: its picture is the one that is asked about
             inputs = self.inputs(count)
             vision[count], picture = self.timed(self.encode, inputs)
-        prefill, output = self.prefill(inputs, picture)
-        decode = []
-        for token in range(new_tokens):
-            seconds, output = self.step(output.past_key_values, inputs, 1, start=token)
-            decode.append(seconds)
+            prefill, output = self.prefill(inputs, picture)
+            decode[count], output = self.decode(output, inputs, new_tokens)
         steps = {}
         for q in STEPS:
             self.step(output.past_key_values, inputs, q)  # a new shape may be compiled
@@ -195,22 +159,18 @@ class Subject:
         return {
             "vision_s": {count: vision[count] for count in tiles},
             "prefill_ms": 1000 * prefill,
-            "decode_ms": 1000 * statistics.median(decode),
+            "decode_ms": 1000 * decode[tiles[0]],
+            "decode_by_tiles_ms": {count: 1000 * decode[count] for count in tiles},
             "step_ms": steps,
-            **(self.assisted(inputs, max(new_tokens, 32)) if self.is_openvino else {}),
         }
 
-    def assisted(self, inputs, new_tokens: int, drafts: int = 3) -> dict:
-        """Tokens per second with drafts, relative to greedy decoding's."""
-        options = dict(do_sample=False, max_new_tokens=new_tokens, eos_token_id=None)
-        answer = self.model.generate(**inputs, **options)
-        greedy = self.model.stats.tokens_per_s
-        result = {}
-        for name, right in (("assisted_right", True), ("assisted_wrong", False)):
-            self.model.oracle = Oracle(answer, drafts, right)
-            self.model.generate(**inputs, **options, prompt_lookup_num_tokens=drafts)
-            result[name] = self.model.stats.tokens_per_s / greedy
-        return result
+    def decode(self, output, inputs, new_tokens: int):
+        """Median seconds of so many steps of one token, and the last step's output."""
+        seconds = []
+        for token in range(new_tokens):
+            took, output = self.step(output.past_key_values, inputs, 1, start=token)
+            seconds.append(took)
+        return statistics.median(seconds), output
 
     @staticmethod
     def timed(function, *args, **kwargs):
@@ -218,61 +178,142 @@ class Subject:
         result = function(*args, **kwargs)
         return time.perf_counter() - started, result
 
+    def footprint(self) -> dict:
+        """GB resident, on disk, and read by a decode step (which is without embedding and vision encoder)."""
+        return {
+            "rss_gb": psutil.Process().memory_info().rss / 1e9,
+            "anon_gb": anonymous(os.getpid()),
+            "disk_gb": sum(path.stat().st_size for path in self.weights) / 1e9,
+            "weights_gb_per_token": self.weights_per_token() / 1e9,
+        }
+
+
+class PyTorchSubject(Subject):
+    """transformers in bf16."""
+
+    def __init__(self, checkpoint: Path):
+        super().__init__(checkpoint)
+        self.weights = list(checkpoint.glob("*.safetensors"))
+        self.model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+
     def encode(self, inputs):
-        """One picture -> what the language model reads of it: K/V here, the projected states in PyTorch."""
-        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-        if self.is_openvino:
-            return self.model.image_encoder.encode(*(inputs[name].numpy() for name in names))
-        vision = self.model.model.vision_model(**{name: inputs[name] for name in names}).last_hidden_state
+        """One picture -> the projected states that the language model reads."""
+        vision = self.model.model.vision_model(**{name: inputs[name] for name in PICTURE}).last_hidden_state
         states = self.model.model.multi_modal_projector(vision.to(torch.bfloat16))
         return states.reshape(-1, vision.shape[-2], states.shape[-1])
 
     def prefill(self, inputs, picture):
         """Seconds without the picture's encoding, and the output."""
         text = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
-        if not self.is_openvino:
-            return self.timed(
-                self.model,
-                **text,
-                cross_attention_states=picture,
-                past_key_values=None,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        options = {"past_key_values": None, "use_cache": True, "logits_to_keep": 1}
+        return self.timed(self.model, **text, cross_attention_states=picture, **options)
+
+    def step(self, past, inputs, q: int, start: int = 0):
+        """Seconds of a step of q tokens, and its output."""
+        mask = inputs["cross_attention_mask"][:, -1:].expand(-1, q, -1, -1)
+        options = {"past_key_values": past, "use_cache": True, "logits_to_keep": q}
+        return self.timed(self.model, input_ids=self.words(start + 2000, q), cross_attention_mask=mask, **options)
+
+    def weights_per_token(self) -> int:
+        """Bytes."""
+        modules = self.model.model
+        unused = [modules.vision_model, modules.multi_modal_projector, modules.language_model.embed_tokens]
+        crosses = [layer.cross_attn for layer in modules.language_model.layers if hasattr(layer, "cross_attn")]
+        unused += [projection for attention in crosses for projection in (attention.k_proj, attention.v_proj)]
+        files = sum(path.stat().st_size for path in self.weights)
+        return files - 2 * sum(weight.numel() for module in unused for weight in module.parameters())
+
+
+class OpenVINOSubject(Subject):
+    """This project, with the given IRs."""
+
+    def __init__(self, checkpoint: Path, model_dir: Path, files: tuple[str, str]):
+        super().__init__(checkpoint)
+        self.weights = [(model_dir / name).with_suffix(".bin") for name in files]
+        language, vision = files
+        self.model = Assisted(
+            model_dir, language_model_name=language, image_encoder_name=vision, warm_up=False, image_cache_bytes=0
+        )
+
+    def measure(self, tiles: list[int], new_tokens: int) -> dict:
+        """One round, with what only this project is asked: a picture's rows beside none, and assisted decoding."""
+        result = super().measure(tiles, new_tokens)
+        text = {"input_ids": self.words(1000, PROMPT_TOKENS)}
+        _, output = self.prefill(text, None)
+        result["decode_by_tiles_ms"][0] = 1000 * self.decode(output, text, new_tokens)[0]
+        return result | {"assisted": self.assisted(text, max(new_tokens, 32))}
+
+    def assisted(self, text, new_tokens: int) -> dict:
+        """Tokens per second relative to greedy decoding's, by number of drafts, where all or none of them are right."""
+        answer = torch.cat([text["input_ids"], self.words(3000, new_tokens)], dim=1)
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None}
+        options["logits_processor"] = LogitsProcessorList([Dictated(answer)])
+        self.model.generate(**text, **options)
+        greedy, result = self.model.stats.tokens_per_s, {}
+        for drafts in DRAFTS:
+            result[drafts] = {}
+            for name, shift in (("right", 0), ("wrong", 1)):
+                self.model.drafts = KnownDrafts(answer + shift, drafts)
+                self.model.generate(**text, **options, prompt_lookup_num_tokens=drafts)
+                result[drafts][name] = self.model.stats.tokens_per_s / greedy
+        return result
+
+    def encode(self, inputs):
+        """One picture -> the K/V that the language model reads."""
+        return self.model.image_encoder.encode(*(inputs[name].numpy() for name in PICTURE))
+
+    def prefill(self, inputs, picture):
+        """Seconds without the picture's encoding, and the output."""
         self.model.forget()  # or the prompt before would be reused
         seconds, output = self.timed(self.model, **inputs, logits_to_keep=1)
         return seconds - sum(self.model.vision_encoder_infer_time), output
 
     def step(self, past, inputs, q: int, start: int = 0):
-        tokens = torch.arange(start + 2000, start + 2000 + q)[None] % self.model.config.text_config.vocab_size
-        mask = {}
-        if not self.is_openvino:
-            mask["cross_attention_mask"] = inputs["cross_attention_mask"][:, -1:].expand(-1, q, -1, -1)
-        return self.timed(self.model, input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=q, **mask)
+        """Seconds of a step of q tokens, and its output."""
+        return self.timed(self.model, input_ids=self.words(start + 2000, q), past_key_values=past, logits_to_keep=q)
 
-    def footprint(self) -> dict:
-        """GB resident, on disk, and read by a decode step (which is without embedding and vision encoder)."""
-        text = self.model.config.text_config
-        language = self.weights[:1] if self.is_openvino else self.weights
-        read = sum(path.stat().st_size for path in language)
-        if self.is_openvino:
-            embedding = text.vocab_size * text.hidden_size * (1 if "int" in language[0].name else 2)
-        else:
-            modules = self.model.model
-            unused = [modules.vision_model, modules.multi_modal_projector, modules.language_model.embed_tokens]
-            unused += [
-                projection
-                for layer in modules.language_model.layers
-                if hasattr(layer, "cross_attn")
-                for projection in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)
-            ]
-            embedding = 2 * sum(weight.numel() for module in unused for weight in module.parameters())
-        return {
-            "rss_gb": psutil.Process().memory_info().rss / 1e9,
-            "anon_gb": anonymous(os.getpid()),
-            "disk_gb": sum(path.stat().st_size for path in self.weights) / 1e9,
-            "weights_gb_per_token": (read - embedding) / 1e9,
-        }
+    def weights_per_token(self) -> int:
+        """Bytes."""
+        text, language = self.model.config.text_config, self.weights[0]
+        embedding = text.vocab_size * text.hidden_size * (1 if "int" in language.name else 2)
+        return language.stat().st_size - embedding
+
+
+class Dictated(LogitsProcessor):
+    """Makes a given answer the likeliest: random weights' own changes with each near tie, and repeats nothing."""
+
+    def __init__(self, answer: torch.LongTensor):
+        self.answer = answer
+
+    def __call__(self, input_ids, scores):
+        scores[:, self.answer[0, input_ids.shape[1]]] += 1000
+        return scores
+
+
+class KnownDrafts(CandidateGenerator):
+    """Drafts the next `count` tokens of a text."""
+
+    requires_model_outputs = False
+
+    def __init__(self, text: torch.LongTensor, count: int):
+        self.text, self.count = text, count
+
+    def get_candidates(self, input_ids, **kwargs):
+        length = input_ids.shape[1]
+        end = min(length + self.count, self.text.shape[1] - 1)
+        return torch.cat([input_ids, self.text[:, length:end]], dim=1), None
+
+    def update_candidate_strategy(self, input_ids, scores, num_matches):
+        pass
+
+
+class Assisted(OVMLlamaForConditionalGeneration):
+    """The model, with `drafts` in the place of prompt lookup."""
+
+    drafts: CandidateGenerator
+
+    def _get_candidate_generator(self, **kwargs):
+        return InVocabularyDrafts(self.drafts, self.shapes.vocab_size, back_off=True)
 
 
 _subject: Subject | None = None  # of this worker process
@@ -281,7 +322,8 @@ _subject: Subject | None = None  # of this worker process
 def load(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None) -> dict:
     """Makes this worker's subject: seconds until it is there and of its first inference."""
     global _subject
-    seconds, _subject = Subject.timed(Subject, checkpoint, model_dir, files)
+    make = (OpenVINOSubject, checkpoint, model_dir, files) if files else (PyTorchSubject, checkpoint)
+    seconds, _subject = Subject.timed(*make)
     return {"load_s": seconds, "first_infer_s": _subject.first_inference()}
 
 
@@ -361,9 +403,9 @@ def print_table(variants: dict) -> None:
         print(" | ".join([name, *cells]))
     for name, result in variants.items():
         print(f"step_ms of {name}: " + ", ".join(f"{q}: {ms:.0f}" for q, ms in result["step_ms"].items()))
-        if "assisted_right" in result:
-            right, wrong = result["assisted_right"], result["assisted_wrong"]
-            print(f"drafts of 3 in {name}: all right {right:.2f}, all wrong {wrong:.2f} of greedy's tokens per second")
+        print(f"decode_by_tiles_ms of {name}: {json.dumps(rounded(result['decode_by_tiles_ms']))}")
+        if "assisted" in result:
+            print(f"assisted in {name}: {json.dumps(rounded(result['assisted']))}")
         if "ratio" in result:
             print(f"ratio of {name} to {PYTORCH}: {json.dumps(rounded(result['ratio']))}")
 
