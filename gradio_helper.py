@@ -316,6 +316,7 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
 
 
 def main() -> None:
+    """The command line: loads a model, opens the page, waits for Ctrl-C."""
     from ov_mllama_convert import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
     from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 

@@ -123,6 +123,7 @@ def make_checkpoint(
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text-layers", type=int, default=40)

@@ -46,6 +46,7 @@ def ask(model, processor, samples: list[dict], max_new_tokens: int = 80) -> list
 
 
 def main() -> None:
+    """The command line: exact match by kind of question."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent)
     parser.add_argument("--questions", type=int, default=2000)

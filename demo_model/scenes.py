@@ -196,14 +196,17 @@ def count_question(rng, things) -> tuple[str, str, str]:
 
 
 def plural(noun: str) -> str:
+    """Of a regular noun."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
 def capital(text: str) -> str:
+    """The text with its first letter capital, the rest as it is."""
     return text[0].upper() + text[1:]
 
 
 def pick(rng, *options):
+    """One of the options, each as likely as the others."""
     return options[rng.integers(len(options))]
 
 

@@ -278,6 +278,7 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 
 
 def main() -> None:
+    """The command line: both phases of training, resumed where they stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the checkpoint")
     parser.add_argument("--run-dir", type=Path, default=Path(__file__).parent / ".run", help="where to resume from")
