@@ -16,7 +16,8 @@ from datasets import Image, IterableDataset, get_dataset_split_names, load_datas
 from PIL import Image as PIL
 from tqdm.auto import tqdm
 
-from ov_mllama_helper import OVImageEncoder, image_inputs, language_inputs, restrict, tiles_seen
+from ov_mllama_helper import language_inputs
+from ov_mllama_vision import OVImageEncoder, image_inputs, restrict, tiles_seen
 
 HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
 SAMPLES = Path(__file__).parent / "demo_model" / "samples"

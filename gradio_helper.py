@@ -317,7 +317,7 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
 
 def main() -> None:
     """The command line: loads a model, opens the page, waits for Ctrl-C."""
-    from ov_mllama_convert import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+    from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
     from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
     parser = argparse.ArgumentParser(description="Opens the chat on a converted model.")

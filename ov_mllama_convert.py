@@ -1,20 +1,15 @@
-"""Checkpoint -> OpenVINO IR: the two graphs of `ov_mllama_graphs.py` traced, their state hidden, and written to files.
+"""Checkpoint -> OpenVINO IR: the two graphs of `ov_mllama_graphs.py` traced, their state hidden, and written down.
 
 This file knows how OpenVINO wants a model written down. It does not know how the IRs are run (`ov_mllama_helper.py`) or
 made smaller (`ov_mllama_compression.py`).
 """
 
 import contextlib
-import errno
-import hashlib
-import re
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
 import openvino as ov
-import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -26,13 +21,18 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 
+from ov_mllama_files import (
+    CONVERTER_VERSION,
+    LANGUAGE_MODEL_NAME,
+    VISION_ENCODER_NAME,
+    check_room,
+    fingerprint,
+    is_current,
+    save_ir,
+    whole,
+    writing,
+)
 from ov_mllama_graphs import LanguageModel, MllamaShapes, VisionEncoder
-
-# Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
-CONVERTER_VERSION = "2"
-
-VISION_ENCODER_NAME = "openvino_vision_encoder.xml"
-LANGUAGE_MODEL_NAME = "openvino_language_model.xml"
 
 # Bytes at the peak for a checkpoint of any size, whose weights stay on disk; the 11B's vision encoder took 0.7 GB
 CONVERSION_MEMORY = 1.2e9
@@ -247,89 +247,10 @@ def _download(model_id: str) -> Path:
         ) from error
 
 
-def fingerprint(folder: Path) -> str:
-    """A cheap identity of a checkpoint: its config and, of each weight file, the size and 64 samples of 64 KiB."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size, sample = path.stat().st_size, 1 << 16
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(sample, size // 64)):
-                file.seek(start)
-                digest.update(file.read(sample))
-    return digest.hexdigest()[:16]
-
-
-def check_room(folder: Path, disk: float, memory: float, advice: str) -> None:
-    """Refuses to begin what this machine has no room for.
-
-    Args:
-        folder: where the result will be written, `disk` bytes of it.
-        memory: bytes that the process will take at its peak, beside files that are mapped and can be dropped.
-        advice: what else to do; ends the sentence.
-    Raises:
-        OSError: too little disk (errno.ENOSPC); MemoryError: too little memory. Both say how much is missing.
-    """
-    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < disk:
-        raise OSError(
-            errno.ENOSPC,
-            f"{folder} will take {disk / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left, "
-            f"{(disk - free) / 1e9:.1f} GB too little: make room there, or choose a folder on another disk",
-        )
-    available = psutil.virtual_memory().available
-    if available < memory:
-        raise MemoryError(
-            f"This will take {memory / 1e9:.1f} GB of memory at its peak and {available / 1e9:.1f} GB are free, "
-            f"{(memory - available) / 1e9:.1f} GB too little: {advice}."
-        )
-
-
-def save_ir(model: ov.Model, path: Path, stamp: dict[str, str]) -> None:
-    """Writes an IR with its `stamp` (see `ir_stamp`) so that `path` exists only once it is whole: into a folder beside
-    it, then renamed, .xml last.
-
-    Raises:
-        OSError: it could not be written whole, as on a full disk; what was there before is kept.
-    """
-    for key, value in stamp.items():
-        model.set_rt_info(value, ["mllama", key])
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as scratch:
-        part = Path(scratch) / path.name
-        # 16-bit weights are stored as they are; what is left in f32 (norms, rotary frequencies) must stay exact
-        try:
-            ov.save_model(model, part, compress_to_fp16=False)
-        except RuntimeError as error:  # "iostream error" is all that OpenVINO says of a full disk
-            raise OSError(errno.EIO, f"{path} could not be written; is its disk full? ({error})") from error
-        path.unlink(missing_ok=True)
-        part.with_suffix(".bin").replace(path.with_suffix(".bin"))
-        part.replace(path)
-
-
-def ir_stamp(path: Path) -> dict[str, str]:
-    """What `save_ir` wrote into an IR about its origin: `converter_version`, `checkpoint`, if compressed `samples`.
-
-    Returns an empty dict for an IR that is missing, incomplete or made by another program.
-    """
-    weights = path.with_suffix(".bin")
-    if not (path.is_file() and weights.is_file()):
-        return {}
-    text = path.read_text(encoding="utf-8")
-    if not text.rstrip().endswith("</net>"):
-        return {}
-    last_byte = max(
-        (int(o) + int(s) for o, s in re.findall(r'<data [^>]*?offset="(\d+)" size="(\d+)"', text)), default=0
-    )
-    if weights.stat().st_size < last_byte:
-        return {}
-    section = text.rpartition("<mllama>")[2].partition("</mllama>")[0]
-    return dict(re.findall(r'<(\w+) value="([^"]*)"', section))
-
-
 def checkpoint_stamp(folder: Path) -> dict[str, str]:
-    """The stamp of the IRs that this version of the converter makes of a checkpoint."""
-    return {"converter_version": CONVERTER_VERSION, "checkpoint": fingerprint(folder)}
+    """What the IRs that this version of the converter makes of a checkpoint say of their origin."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return {"converter_version": CONVERTER_VERSION, "checkpoint": fingerprint(*files)}
 
 
 def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bool = True) -> Path:
@@ -353,27 +274,22 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
     parts = {"vision encoder": (out_dir / VISION_ENCODER_NAME, VisionEncoder, convert_vision_encoder)}
     if language_model:
         parts["language model"] = (out_dir / LANGUAGE_MODEL_NAME, LanguageModel, convert_language_model)
-    missing = {what: part for what, part in parts.items() if ir_stamp(part[0]) != stamp}
-    if not missing:
+    if all(is_current(path, stamp) for path, _, _ in parts.values()):
         print(f"✅ {out_dir} already holds the converted model")
         return out_dir
 
     print("⌛ Load original model")
     model = load_checkpoint(source)
-    sizes = {
-        what: 2 * sum(weight.numel() for weight in graph(model).parameters()) for what, (_, graph, _) in missing.items()
-    }
-    check_room(out_dir, sum(sizes.values()), CONVERSION_MEMORY, "close other programs")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in out_dir.glob(".partial-*"):
-        shutil.rmtree(leftover)
-    save_companions(source, model, out_dir)
-    for what, (path, _, convert) in missing.items():
-        print(f"⌛ Convert {what}, {sizes[what] / 1e6:,.0f} MB...")
-        ov_model = convert(model)
-        save_ir(ov_model, path, stamp)
-        del ov_model
-        print(f"✅ {what.capitalize()} successfully converted")
+    sizes = {what: 2 * sum(weight.numel() for weight in parts[what][1](model).parameters()) for what in parts}
+    missing = sum(size for what, size in sizes.items() if not is_current(parts[what][0], stamp))
+    check_room(out_dir, missing, CONVERSION_MEMORY, "close other programs")
+    with writing(out_dir):
+        save_companions(source, model, out_dir)
+        for what, (path, _, convert) in parts.items():
+            if not is_current(path, stamp):  # asked again: another process may just have made it
+                print(f"⌛ Convert {what}, {sizes[what] / 1e6:,.0f} MB...")
+                save_ir(convert(model), path, stamp)
+                print(f"✅ {what.capitalize()} successfully converted")
     print(f"✅ Model successfully converted and can be found in {out_dir}")
     return out_dir
 
@@ -386,8 +302,12 @@ def load_checkpoint(folder: Path) -> MllamaForConditionalGeneration:
 
 
 def save_companions(source: Path, model: MllamaForConditionalGeneration, out_dir: Path) -> None:
-    """Everything beside the IRs that running the model needs: config, generation config, processor, chat template."""
-    model.config.save_pretrained(out_dir)
-    if (source / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(source).save_pretrained(out_dir)
-    AutoProcessor.from_pretrained(source).save_pretrained(out_dir)
+    """Everything beside the IRs that running the model needs: config, generation config, processor, chat template; and
+    the golden answer, where the checkpoint brings one."""
+    with whole(out_dir) as folder:
+        model.config.save_pretrained(folder)
+        if (source / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(source).save_pretrained(folder)
+        AutoProcessor.from_pretrained(source).save_pretrained(folder)
+        for path in source.glob("golden.*"):
+            shutil.copy(path, folder)

@@ -106,7 +106,7 @@ class OVCache:
         seen: bool [tokens of the prompt, images * tiles], the tiles that each may see; later ones see as the last.
         pictures: what tells the prompt's pictures from others.
         beam_idx: i32 [batch], the state row that each row continues; None for its own.
-        cross_attention: the pictures as the tokens after the prompt read them (`ov_mllama_helper.CrossAttention`).
+        cross_attention: the pictures as the tokens after the prompt read them (`ov_mllama_vision.CrossAttention`).
         stats: `GenerationStats` of the prompt and the tokens since.
     """
 

@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import apply_rotary_pos_emb, repeat_kv
 
-# Additive mask value. Finite and inside float16's range, so that no precision turns a masked row into NaN
-# ("!!!!" answers, openvino_notebooks#2442); exp() of it is exactly zero in every precision.
-MASKED = torch.finfo(torch.float16).min
+# Additive mask value. It and its sum with a score are finite in float16 too, so that no precision turns a masked row
+# into NaN ("!!!!" answers, openvino_notebooks#2442); exp() of it is exactly zero in every precision.
+MASKED = torch.finfo(torch.float16).min / 2
 
 
 @dataclass(frozen=True)

@@ -6,100 +6,31 @@ This file knows what `generate` asks of a model and what the IRs take. It knows 
 nor of how the IRs came to be: that is `ov_mllama_convert.py`, whose `convert_mllama` can be imported from here too.
 """
 
-import hashlib
+import json
 import time
-from collections import OrderedDict
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import torch
-from transformers import AutoConfig, GenerationConfig, GenerationMixin, LogitsProcessorList
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ov_mllama_convert import (
-    CONVERTER_VERSION,
-    LANGUAGE_MODEL_NAME,
-    VISION_ENCODER_NAME,
-    convert_mllama,
-    ir_stamp,
-)
+from ov_mllama_convert import convert_mllama
+from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir
 from ov_mllama_generation import GenerationStats, InVocabularyDrafts, InVocabularyProcessors, OVCache
-from ov_mllama_graphs import MASKED, MllamaShapes
+from ov_mllama_graphs import MllamaShapes
+from ov_mllama_vision import CrossAttention, DeviceTensors, OVImageEncoder, no_pictures, restrict, tiles_seen
 
 __all__ = ["GenerationStats", "OVMLlamaForConditionalGeneration", "convert_mllama"]
 
 PICTURE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
-# ---- What the language model reads of the pictures ------------------------------------------------------------------
-
-
-@dataclass
-class CrossAttention:
-    """The pictures as one step of the language model reads them. Any axis of 1 broadcasts.
-
-    Attributes:
-        key_values: by port name, f32: key [batch, kv heads, head_dim, rows], value [batch, kv heads, rows, head_dim].
-        bias: f32 [batch, 1, query, rows], 0 or MASKED; a single 0 where every token may see every row.
-        rows: f32 [batch, query, 1], 0 for tokens that may see no picture, else 1.
-    """
-
-    key_values: dict[str, np.ndarray]
-    bias: np.ndarray
-    rows: np.ndarray
-
-
-def no_pictures(shapes: MllamaShapes) -> CrossAttention:
-    """For text only: one all-zero row and `rows` closed, so that the cross-attention layers add exactly nothing."""
-    key, value = (1, shapes.num_kv_heads, shapes.head_dim, 1), (1, shapes.num_kv_heads, 1, shapes.head_dim)
-    key_values = {name: np.zeros(key if name.endswith(".key") else value, np.float32) for name in shapes.cross_kv_names}
-    return CrossAttention(key_values, bias=np.zeros((1, 1, 1, 1), np.float32), rows=np.zeros((1, 1, 1), np.float32))
-
-
-def restrict(key_values: dict[str, np.ndarray], mask: np.ndarray, shapes: MllamaShapes) -> CrossAttention:
-    """The part of the pictures that tokens may see, and the bias that hides the rest.
-
-    A token that may see no tile at all (text before the first picture) attends to every row, padding tiles included,
-    and only its MLP is switched off: what transformers does, and its open question (transformers#39379). So no row can
-    be left out of a step that has such a token.
-
-    Args:
-        key_values: of all rows, as the vision encoder wrote them.
-        mask: bool [batch, query, images * tiles].
-    """
-    sees_any = mask.any(-1, keepdims=True)
-    needed = mask.any((0, 1)) if sees_any.all() else np.ones(mask.shape[-1], bool)
-    if not needed.all():
-        key_values = {name: take_tiles(name, array, needed) for name, array in key_values.items()}
-    visible = mask[..., needed] | ~sees_any
-    if visible.all():
-        bias = np.zeros((1, 1, 1, 1), np.float32)
-    else:
-        bias = np.where(visible, np.float32(0), np.float32(MASKED)).repeat(shapes.patches_per_tile, axis=-1)[:, None]
-    return CrossAttention(key_values, bias, rows=sees_any.astype(np.float32))
-
-
-def tiles_seen(cross_attention_mask: np.ndarray, length: int) -> np.ndarray:
-    """Which tiles each token of a prompt of `length` may see: bool [batch, length, images * tiles].
-
-    Args:
-        cross_attention_mask: [batch, tokens, images, tiles] from the processor; of tokens beyond it (as when an answer
-            is continued) each sees what the last one does.
-    """
-    mask = cross_attention_mask.astype(bool).reshape(*cross_attention_mask.shape[:2], -1)
-    missing = max(length - mask.shape[1], 0)
-    return np.concatenate([mask[:, :length], mask[:, -1:].repeat(missing, axis=1)], axis=1)
-
-
-def take_tiles(name: str, array: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """A contiguous copy of a key's or value's rows that belong to `tiles` (bool [images * tiles])."""
-    axis = 3 if name.endswith(".key") else 2
-    by_tile = array.reshape(*array.shape[:axis], len(tiles), -1, *array.shape[axis + 1 :])
-    taken = by_tile.compress(tiles, axis)
-    return taken.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
+# ---- The language model's inputs ------------------------------------------------------------------------------------
 
 
 def language_inputs(
@@ -138,121 +69,6 @@ def language_inputs(
     }
 
 
-# ---- The pictures ---------------------------------------------------------------------------------------------------
-
-
-def image_inputs(pixels: np.ndarray, aspect_ratio_id: int, tile_mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Everything that one inference of the vision IR takes, by port name, for one picture as the processor gives it.
-
-    Args:
-        pixels: f32 [tiles, channels, height, width].
-        tile_mask: i64 [tiles], 1 for real tiles.
-    """
-    return {
-        "pixel_values": np.ascontiguousarray(pixels, np.float32),
-        "aspect_ratio_ids": np.array([aspect_ratio_id], np.int64),
-        "aspect_ratio_mask": np.ascontiguousarray(tile_mask, np.int64),
-    }
-
-
-class OVImageEncoder:
-    """The vision IR: pictures -> cross-attention K/V.
-
-    The pictures used last are kept encoded: a follow-up question does not wait for them again.
-
-    Args:
-        path: of the IR.
-        device, ov_config: as for `OVMLlamaForConditionalGeneration`.
-        cache_bytes: room for encoded pictures; one takes 0.42 GB with the 11B, whatever its size. 0 keeps none.
-
-    Attributes:
-        infer_time: seconds for each different picture, next to nothing for those kept; whoever reads it clears it.
-        kept: how many of those were kept; cleared likewise.
-        pictures: what tells the pictures of the last call apart, for each row of the batch.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        shapes: MllamaShapes,
-        device: str = "CPU",
-        ov_config: dict | None = None,
-        cache_bytes: int = 1_000_000_000,
-    ):
-        self.shapes = shapes
-        self.infer_time: list[float] = []
-        self.kept = 0
-        self.pictures: list[tuple[bytes, ...]] = []
-        self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()  # the picture used last is at the end
-        model = ov.Core().compile_model(path, device, ov_config or {})
-        self._output_shapes = {name: tuple(model.output(name).shape) for name in shapes.cross_kv_names}
-        self._request = model.create_infer_request()
-
-    def encode(
-        self, pixel_values: np.ndarray, aspect_ratio_ids: np.ndarray, aspect_ratio_mask: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Pictures -> cross-attention K/V by port name (shapes in `CrossAttention`), rows = images * tiles * patches.
-
-        Pictures are encoded one by one (batching gains nothing where arithmetic is the limit), and each different one
-        once: beams, repeated pictures and the processor's fill-up pictures cost nothing more. When all rows of the
-        batch hold the same pictures, the result has a batch of 1, which broadcasts.
-
-        Args:
-            pixel_values: f32 [batch, images, tiles, channels, height, width].
-            aspect_ratio_ids: i64 [batch, images].
-            aspect_ratio_mask: i64 [batch, images, tiles].
-        """
-        encoded, prompts = {}, []
-        for row in zip(pixel_values, aspect_ratio_ids, aspect_ratio_mask, strict=True):
-            prompt = []
-            for picture in zip(*row, strict=True):
-                key = b"".join(hashlib.sha256(np.ascontiguousarray(part)).digest() for part in picture)
-                if key not in encoded:
-                    encoded[key] = self._encode_image(key, *picture)
-                prompt.append(key)
-            prompts.append(tuple(prompt))
-        self.pictures = prompts
-        if len(set(prompts)) == 1:
-            prompts = prompts[:1]
-
-        joined = {}
-        for name in self.shapes.cross_kv_names:
-            row_axis = 3 if name.endswith(".key") else 2
-            joined[name] = join([join([encoded[key][name] for key in prompt], row_axis) for prompt in prompts], axis=0)
-        return joined
-
-    def _encode_image(self, key: bytes, *picture) -> dict[str, np.ndarray]:
-        started = time.perf_counter()
-        key_values = self._cache.pop(key, None)
-        if key_values is None:
-            key_values = {name: np.empty(shape, np.float32) for name, shape in self._output_shapes.items()}
-            for name, array in key_values.items():  # written where it will be kept: the 11B's K/V are 0.4 GB
-                self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
-            self._request.infer(image_inputs(*picture), share_inputs=True)
-        else:
-            self.kept += 1
-        self._cache[key] = key_values
-        while self._cache and self.cached_bytes > self.cache_bytes:
-            self._cache.popitem(last=False)
-        self.infer_time.append(time.perf_counter() - started)
-        return key_values
-
-    def forget(self) -> None:
-        """Drops the pictures kept."""
-        self._cache.clear()
-
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes that the pictures kept take."""
-        return sum(array.nbytes for key_values in self._cache.values() for array in key_values.values())
-
-
-def join(arrays: list[np.ndarray], axis: int) -> np.ndarray:
-    """Concatenated, or the only one itself: K/V of a picture are too large to copy for nothing."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
-
-
 # ---- The model ------------------------------------------------------------------------------------------------------
 
 
@@ -275,8 +91,10 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         slice_lm_head: compute only the logits that are asked for (the last position's, when generating). False computes
             all of them and returns the same.
         warm_up: run the language model once, so that the first question does not wait while the CPU plugin repacks the
-            weights (26 s for the 11B's INT4 ones).
+            weights (26 s for the 11B's INT4 ones); then compare the golden answer, if the checkpoint brought one.
         image_cache_bytes: room to keep encoded pictures in, see `OVImageEncoder`.
+        use_remote_tensors: on a GPU, give the pictures' K/V to the language model in the device's own memory (see
+            `DeviceTensors`; not verified on hardware). Elsewhere it changes nothing.
 
     Attributes:
         vision_encoder_infer_time: seconds for each different picture that the last prompt brought, next to nothing for
@@ -306,6 +124,7 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         slice_lm_head: bool = True,
         warm_up: bool = True,
         image_cache_bytes: int = 1_000_000_000,
+        use_remote_tensors: bool = True,
     ):
         model_dir = Path(model_dir)
         stamps = check_model_dir(model_dir, (image_encoder_name, language_model_name))
@@ -316,6 +135,7 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
             self.generation_config = GenerationConfig.from_model_config(self.config)
         self.shapes = MllamaShapes.from_config(self.config)
         self.slice_lm_head = slice_lm_head
+        self._device = device
         self.llm_infer_time: list[float] = []
         self.stats = GenerationStats()
         self._cache: OVCache | None = None  # whose tokens are in the language request's state
@@ -329,9 +149,12 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
             language_config = {"INFERENCE_PRECISION_HINT": "f32", **language_config}
         language_model = ov.Core().compile_model(model_dir / language_model_name, device, language_config)
         self._language_request = language_model.create_infer_request()
+        self._device_tensors = DeviceTensors.of(device) if use_remote_tensors else None
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:
             self._warm_up()
+            if (model_dir / "golden.json").is_file():
+                self._check_golden_answer(model_dir)
 
     def _warm_up(self) -> None:
         started = time.perf_counter()
@@ -339,6 +162,27 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         self._language_request.reset_state()
         self._warm_up_s = time.perf_counter() - started
         print(f"✅ Language model warmed up in {self._warm_up_s:.1f} s")
+
+    def _check_golden_answer(self, model_dir: Path) -> None:
+        """Warns where this device answers otherwise than transformers did, as some drivers make models do
+        (openvino_notebooks#2900). The demo checkpoint brings such an answer: load it first on a device you do not know.
+        """
+        golden = json.loads((model_dir / "golden.json").read_text(encoding="utf-8"))
+        processor = AutoProcessor.from_pretrained(model_dir)
+        content = [{"type": "image"}, {"type": "text", "text": golden["question"]}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        with Image.open(model_dir / golden["picture"]) as picture:
+            inputs = processor(text=prompt, images=[picture], add_special_tokens=False, return_tensors="pt")
+        output = self.generate(**inputs, do_sample=False, max_new_tokens=64)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if answer != golden["answer"]:
+            warnings.warn(
+                f"On {self._device} this model answers '{answer}' where transformers answers '{golden['answer']}'. Use "
+                "device='CPU', or ov_config={'INFERENCE_PRECISION_HINT': 'f32'}, or another driver.",
+                stacklevel=3,
+            )
+        self.forget()
+        self.stats, self.llm_infer_time, self.image_encoder.infer_time = GenerationStats(), [], []
 
     @property
     def vision_encoder_infer_time(self) -> list[float]:
@@ -446,12 +290,13 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
             self._language_request.reset_state()
         self._begin_stats(cache, length)
 
+        place = self._device_tensors.place if self._device_tensors else lambda cross_attention: cross_attention
         if pictures[0] is None:
-            cache.cross_attention = no_pictures(self.shapes)
+            cache.cross_attention = place(no_pictures(self.shapes))
             return cache.cross_attention
         last, rest = seen[:, -1:], seen[:, len(cache.columns) :]
-        cache.cross_attention = restrict(key_values, last, self.shapes)
-        return cache.cross_attention if (rest == last).all() else restrict(key_values, rest, self.shapes)
+        cache.cross_attention = place(restrict(key_values, last, self.shapes))
+        return cache.cross_attention if (rest == last).all() else place(restrict(key_values, rest, self.shapes))
 
     def _encode(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask, length):
         """K/V of a prompt's pictures, and which of their tiles each of its `length` tokens may see."""
@@ -530,36 +375,3 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
 def counts_up(position_ids: torch.LongTensor | None) -> bool:
     """Whether they are what they are by default: 0, 1, 2, ..."""
     return position_ids is None or torch.equal(position_ids[0], torch.arange(position_ids.shape[1]))
-
-
-def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Refuses a folder whose IRs are missing, incomplete, foreign, outdated or of two different checkpoints.
-
-    Returns:
-        the `ir_stamp` of each.
-
-    Raises:
-        FileNotFoundError, ValueError: with the sentence that names the fix.
-    """
-    for name in ("config.json", *names):
-        if not (model_dir / name).is_file():
-            raise FileNotFoundError(
-                f"{model_dir / name} is missing: run convert_mllama(model_id, '{model_dir}') first."
-            )
-    stamps = {name: ir_stamp(model_dir / name) for name in names}
-    for name, stamp in stamps.items():
-        if not stamp:
-            raise ValueError(
-                f"{model_dir / name} is incomplete or was not written by convert_mllama: delete it and convert again."
-            )
-        if stamp["converter_version"] != CONVERTER_VERSION:
-            raise ValueError(
-                f"{model_dir / name} was made by converter version {stamp['converter_version']}, this is version "
-                f"{CONVERTER_VERSION}: run convert_mllama again, it replaces what is outdated."
-            )
-    if len({stamp["checkpoint"] for stamp in stamps.values()}) > 1:
-        raise ValueError(
-            f"{' and '.join(names)} in {model_dir} come from different checkpoints: run convert_mllama again with the "
-            "one you want, into a folder of its own."
-        )
-    return stamps

@@ -41,7 +41,7 @@ from PIL import Image
 from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, MllamaForConditionalGeneration
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ov_mllama_convert import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
 from ov_mllama_generation import InVocabularyDrafts
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 import ov_mllama_compression
-import ov_mllama_convert
+import ov_mllama_files
 from benchmarks.make_checkpoint import make_config
 from conftest import DEMO, F32, demo_samples
 from data_preprocessing import SAMPLES, load_samples, prepare_dataset_llm, prepare_dataset_vision
@@ -27,8 +27,10 @@ from ov_mllama_compression import (
     optimize_vision_encoder,
     vision_encoder_selection_widget,
 )
-from ov_mllama_convert import VISION_ENCODER_NAME, convert_mllama
-from ov_mllama_helper import OVImageEncoder, OVMLlamaForConditionalGeneration
+from ov_mllama_convert import convert_mllama
+from ov_mllama_files import VISION_ENCODER_NAME
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from ov_mllama_vision import OVImageEncoder
 
 PLAIN = dict(
     algo="int4_asym",
@@ -236,7 +238,7 @@ def test_refusals_name_the_fix(model_dir, arguments, fix):
 def test_too_little_memory_points_to_the_way_that_needs_less(model_dir, monkeypatch, arguments, fix):
     needed = Settings(**dict(PLAIN, **arguments)).room(AutoConfig.from_pretrained(model_dir))[1]
     memory = SimpleNamespace(available=needed - 1e6)
-    monkeypatch.setattr(ov_mllama_convert.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(ov_mllama_files.psutil, "virtual_memory", lambda: memory)
     with pytest.raises(MemoryError, match=f"GB too little: .*{fix}"):
         compress(model_dir, force=True, source=SAMPLES, **arguments)
 

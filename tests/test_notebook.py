@@ -18,8 +18,11 @@ HELPERS = [
     "notebook_utils",
     "ov_mllama_compression",
     "ov_mllama_convert",
+    "ov_mllama_files",
+    "ov_mllama_generation",
     "ov_mllama_graphs",
     "ov_mllama_helper",
+    "ov_mllama_vision",
 ]
 
 

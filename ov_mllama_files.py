@@ -1,0 +1,210 @@
+"""IRs as files: written whole or not at all, by one process at a time, stamped with their origin, checked when read.
+
+`ov_mllama_convert.py` and `ov_mllama_compression.py` write them, `ov_mllama_helper.py` reads them.
+"""
+
+import contextlib
+import errno
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import openvino as ov
+import psutil
+from filelock import FileLock, Timeout
+
+# Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
+CONVERTER_VERSION = "3"
+
+VISION_ENCODER_NAME = "openvino_vision_encoder.xml"
+LANGUAGE_MODEL_NAME = "openvino_language_model.xml"
+
+NO_FINGERPRINT = "0" * 16
+
+
+# ---- Before ---------------------------------------------------------------------------------------------------------
+
+
+def check_room(folder: Path, disk: float, memory: float, advice: str) -> None:
+    """Refuses to begin what this machine has no room for.
+
+    Args:
+        folder: where the result will be written, `disk` bytes of it.
+        memory: bytes that the process will take at its peak, beside files that are mapped and can be dropped.
+        advice: what else to do; ends the sentence.
+    Raises:
+        OSError: too little disk (errno.ENOSPC); MemoryError: too little memory. Both say how much is missing.
+    """
+    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < disk:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder} will take {disk / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left, "
+            f"{(disk - free) / 1e9:.1f} GB too little: make room there, or choose a folder on another disk",
+        )
+    available = psutil.virtual_memory().available
+    if available < memory:
+        raise MemoryError(
+            f"This will take {memory / 1e9:.1f} GB of memory at its peak and {available / 1e9:.1f} GB are free, "
+            f"{(memory - available) / 1e9:.1f} GB too little: {advice}."
+        )
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside, this process alone writes into `folder`, which exists and holds nothing half-written.
+
+    Another process waits here until the first is done or gone: the system takes the lock from a process that dies.
+
+    Raises:
+        OSError: the folder cannot be written to (PermissionError where that is the reason).
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock")
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                print(f"⌛ Another process is writing into {folder}: waiting for it")
+                stack.enter_context(lock.acquire())
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{folder} cannot be written to ({error.strerror}): choose another folder, or allow it"
+            ) from error
+        for leftover in folder.glob(".partial-*"):
+            shutil.rmtree(leftover)
+        yield
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(*paths: Path) -> str:
+    """A cheap identity of large files: of each, its size and 64 samples of 64 KiB, spread evenly."""
+    digest, sample = hashlib.sha256(), 1 << 16
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size}:".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(sample, size // 64)):
+                file.seek(start)
+                digest.update(file.read(sample))
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A scratch folder inside `folder`, whose files move there when all of them are written; else they are dropped.
+
+    The .xml move last, and their old selves go first: an IR is there once all of it is.
+    """
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
+        yield Path(scratch)
+        paths = sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".xml")
+        for path in paths:
+            if path.suffix == ".xml":
+                (folder / path.name).unlink(missing_ok=True)
+        for path in paths:
+            path.replace(folder / path.name)
+
+
+def save_ir(model: ov.Model, path: Path, stamp: dict[str, str]) -> None:
+    """Writes an IR with its `stamp` (see `ir_stamp`), whole or not at all.
+
+    Raises:
+        OSError: it could not be written whole, as on a full disk; what was there before is kept.
+    """
+    for key, value in {**stamp, "openvino": ov.get_version(), "weights": NO_FINGERPRINT}.items():
+        model.set_rt_info(value, ["mllama", key])
+    with whole(path.parent) as folder:
+        part = folder / path.name
+        # 16-bit weights are stored as they are; what is left in f32 (norms, rotary frequencies) must stay exact
+        try:
+            ov.save_model(model, part, compress_to_fp16=False)
+        except RuntimeError as error:  # "iostream error" is all that OpenVINO says of a full disk
+            raise OSError(errno.EIO, f"{path} could not be written; is its disk full? ({error})") from error
+        text = part.read_text(encoding="utf-8")
+        weights = fingerprint(part.with_suffix(".bin"))
+        text = text.replace(f'<weights value="{NO_FINGERPRINT}"', f'<weights value="{weights}"')
+        part.write_text(text, encoding="utf-8")
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def ir_stamp(path: Path) -> dict[str, str]:
+    """What `save_ir` wrote into an IR about its origin.
+
+    Returns:
+        `converter_version`, `checkpoint` (its fingerprint), `openvino` (its version), `weights` (fingerprint of the
+        .bin) and, if compressed, `samples`. Empty for an IR that is missing, incomplete, made by another program, or
+        beside a .bin that is not its own.
+    """
+    weights = path.with_suffix(".bin")
+    if not (path.is_file() and weights.is_file()):
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.rstrip().endswith("</net>"):
+        return {}
+    section = text.rpartition("<mllama>")[2].partition("</mllama>")[0]
+    stamp = dict(re.findall(r'<(\w+) value="([^"]*)"', section))
+    return stamp if stamp.get("weights") == fingerprint(weights) else {}
+
+
+def is_current(path: Path, origin: dict[str, str]) -> bool:
+    """Whether an IR is there, whole, and says of itself what `origin` (part of a stamp) does."""
+    return origin.items() <= ir_stamp(path).items()
+
+
+def origin(path: Path) -> dict[str, str]:
+    """The part of an IR's stamp that its descendants share: converter version and checkpoint."""
+    return {key: value for key, value in ir_stamp(path).items() if key in ("converter_version", "checkpoint")}
+
+
+def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """Refuses a folder whose IRs are missing, incomplete, foreign, outdated or of two different checkpoints.
+
+    Returns:
+        the `ir_stamp` of each.
+
+    Raises:
+        FileNotFoundError, ValueError: with the sentence that names the fix.
+    """
+    for name in ("config.json", *names):
+        if not (model_dir / name).is_file():
+            raise FileNotFoundError(
+                f"{model_dir / name} is missing: run convert_mllama(model_id, '{model_dir}') first."
+            )
+    stamps = {name: ir_stamp(model_dir / name) for name in names}
+    for name, stamp in stamps.items():
+        if not stamp:
+            raise ValueError(
+                f"{model_dir / name} is incomplete, beside a .bin of another model, or not written by convert_mllama: "
+                "delete it and convert again."
+            )
+        if stamp["converter_version"] != CONVERTER_VERSION:
+            raise ValueError(
+                f"{model_dir / name} was made by converter version {stamp['converter_version']}, this is version "
+                f"{CONVERTER_VERSION}: run convert_mllama again, it replaces what is outdated."
+            )
+        if release(stamp["openvino"]) > release(ov.get_version()):
+            raise ValueError(
+                f"{model_dir / name} was made with OpenVINO {stamp['openvino']}, and {ov.get_version()} here may not "
+                "know all that is in it: install the versions of requirements.txt, or delete it and convert again."
+            )
+    if len({stamp["checkpoint"] for stamp in stamps.values()}) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} in {model_dir} come from different checkpoints: run convert_mllama again with the "
+            "one you want, into a folder of its own."
+        )
+    return stamps
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Of an OpenVINO version such as "2026.4.1-1234-abc", the numbers in front."""
+    return tuple(int(number) for number in version.split("-")[0].split("."))

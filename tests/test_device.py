@@ -1,0 +1,88 @@
+"""What differs by device, as far as it can be seen without the device: the K/V's way through a GPU's memory, with a
+stand-in for its context, and the golden answer."""
+
+import json
+import warnings
+
+import openvino as ov
+import pytest
+
+from conftest import DEMO, F32
+from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
+from ov_mllama_vision import DeviceTensors
+
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+
+
+class HostContext:
+    """Gives out memory as a GPU's context does, only that it is the host's; counts what is allocated."""
+
+    def __init__(self):
+        self.allocated = []
+
+    def create_tensor(self, element_type, shape, properties):
+        self.allocated.append(tuple(shape))
+        return ov.Tensor(element_type, shape)
+
+
+@pytest.fixture
+def model(pair):
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    model._device_tensors = DeviceTensors(HostContext())
+    return model
+
+
+def test_the_tokens_are_the_same_through_device_memory(pair, model):
+    for case in ("wide", "two images", "text before image", "mixed batch", "text only", "wide", "chat", "tall"):
+        expected = pair.hf.generate(**pair.inputs(case), **GREEDY)
+        assert model.generate(**pair.inputs(case), **GREEDY).tolist() == expected.tolist(), case
+
+
+def test_device_memory_is_allocated_once_per_shape(pair, model):
+    context = model._device_tensors.context
+    names = len(model.shapes.cross_kv_names)
+    for case in ("one tile", "one tile", "chat", "one tile"):  # the rows of one tile, and those of both pictures
+        model.generate(**pair.inputs(case), **GREEDY)
+    assert len(context.allocated) == 2 * names and len(set(context.allocated)) == 4
+
+
+def test_the_language_model_reads_device_memory(pair, model):
+    model.generate(**pair.inputs("wide"), **GREEDY)
+    tensors = model._cache.cross_attention.key_values
+    assert all(isinstance(tensor, ov.Tensor) for tensor in tensors.values())
+    name, tensor = next(iter(tensors.items()))
+    assert model._language_request.get_tensor(name).data.ctypes.data == tensor.data.ctypes.data
+
+
+def test_which_devices_have_such_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ov.Core, "get_default_context", lambda core, device: asked.append(device) or HostContext())
+    assert DeviceTensors.of("CPU") is None and DeviceTensors.of("AUTO") is None
+    assert DeviceTensors.of("GPU") and DeviceTensors.of("GPU.1")
+    assert asked == ["GPU", "GPU.1"]
+
+
+def test_without_such_memory_the_hosts_is_used(pair, monkeypatch):
+    assert DeviceTensors.of("GPU.7") is None  # no such device here: OpenVINO's own error
+    monkeypatch.setattr(DeviceTensors, "of", lambda device: DeviceTensors(HostContext()))
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, use_remote_tensors=False)
+    assert model._device_tensors is None
+
+
+def test_golden_answer(tmp_path):
+    folder = convert_mllama(DEMO, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = OVMLlamaForConditionalGeneration(folder)
+    assert model.stats.prompt_tokens == 0 and not model.llm_infer_time and not model.vision_encoder_infer_time
+    assert model.image_encoder.cached_bytes == 0
+
+    golden = json.loads((folder / "golden.json").read_text())
+    (folder / "golden.json").write_text(json.dumps(golden | {"answer": "!!!!"}))
+    with pytest.warns(UserWarning, match="On CPU this model answers 'A green square.*transformers answers '!!!!'"):
+        OVMLlamaForConditionalGeneration(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OVMLlamaForConditionalGeneration(folder, warm_up=False)
+        (folder / "golden.json").unlink()
+        OVMLlamaForConditionalGeneration(folder)
