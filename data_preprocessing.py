@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ov_mllama_helper import language_inputs
 from ov_mllama_vision import OVImageEncoder, image_inputs, restrict, tiles_seen
+from pictures import open_picture
 
 HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
 SAMPLES = Path(__file__).parent / "demo_model" / "samples"
@@ -94,8 +95,8 @@ def load_samples(source: str | Path | None, count: int, seed: int = 0) -> Iterat
                 skipped["no caption"] += 1
                 continue
             try:
-                image = Image().decode_example(row[picture_column]).convert("RGB")
-            except (OSError, ValueError, TypeError, PIL.DecompressionBombError) as error:
+                image = open_picture(Image().decode_example(row[picture_column]))
+            except (OSError, ValueError, TypeError, SyntaxError, PIL.DecompressionBombError) as error:
                 skipped[f"unreadable picture ({type(error).__name__})"] += 1
                 continue
             started = time.perf_counter()

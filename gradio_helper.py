@@ -7,24 +7,26 @@ This file knows Gradio's messages and the processor's. It knows nothing of how t
 
 import argparse
 import asyncio
+import re
 import threading
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import gradio as gr
 import torch
-from PIL import Image, ImageOps
 from transformers import AutoProcessor, StoppingCriteria
 from transformers.generation.streamers import AsyncTextIteratorStreamer
 
-MAX_PIXELS = 50_000_000  # a picture's; a small file can unfold to any number
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+from pictures import open_picture
+
 SAMPLES = Path(__file__).parent / "demo_model" / "samples"
 EXAMPLES = [
     ("What is unusual on this image?", "00-unusual-224x224.png"),
     ("Describe this image.", "02-describe-224x112.png"),
     ("What can you do?", None),
 ]
+
+SAID_PLAINLY = (ValueError, MemoryError, FloatingPointError)  # the model's refusals are sentences already
 
 CSS = """
 /* remarks are plain lines, without a bubble, arrow or copy button */
@@ -52,30 +54,11 @@ LAUNCH = {
 # ---- The page's history -> messages and pictures --------------------------------------------------------------------
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture as RGB, the right way up.
-
-    Raises:
-        ValueError: with a sentence for the page: it is gone, no picture, or too large.
-    """
-    name = Path(path).name
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{name} has {image.width} × {image.height} pixels: make it smaller, at most "
-                    f"{MAX_PIXELS / 1e6:.0f} million pixels."
-                )
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"{name} is no longer here: add the picture again.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is not a picture that can be read: use a whole PNG, JPEG or WebP file.") from error
-
-
 def plain(text: str) -> str:
-    """Text in which nothing is a special token: a zero-width space keeps "<|eot_id|>" readable and harmless."""
-    return text.replace("<|", "<\u200b|")
+    """Text that any tokenizer takes and in which nothing is a special token, nor becomes one behind another text: a
+    zero-width space keeps "<|eot_id|>" readable and harmless. Halves of characters (lone surrogates) become U+FFFD."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return re.sub(r"(^|<)\|", "\\1\u200b|", whole)
 
 
 def answered(history: Iterable[dict]) -> list[dict]:
@@ -179,33 +162,34 @@ class Chat:
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         try:
-            inputs = await asyncio.to_thread(self.prepare, message, history, system, int(max_new_tokens))
+            inputs, remarks = await asyncio.to_thread(self.prepare, message, history, system, int(max_new_tokens))
             streamer = AsyncTextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
             async for piece in self.stream(streamer, **inputs, **sampling, max_new_tokens=int(max_new_tokens)):
                 text += piece
                 yield text
-            yield [text, remark(str(self.model.stats))]
+            yield [text, remark(" · ".join([str(self.model.stats), *remarks]))]
         except Exception as error:
-            sentence = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            sentence = str(error) if isinstance(error, SAID_PLAINLY) else f"{type(error).__name__}: {error}"
             yield [*([text] if text else []), remark(f"No answer: {sentence}")]
 
-    def prepare(self, message: dict, history: list[dict], system: str, max_new_tokens: int) -> dict:
-        """The processor's tensors for a conversation.
+    def prepare(self, message: dict, history: list[dict], system: str, max_new_tokens: int) -> tuple[dict, list[str]]:
+        """The processor's tensors for a conversation, and what is to be said of its pictures.
 
         Raises:
             ValueError: no question, a picture that cannot be used, or more text than the model's context holds.
         """
         messages, paths = to_messages(message, history, system)
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        images = [open_picture(path) for path in paths] or None
-        inputs = self.processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
-        length, context = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        context = self.model.config.text_config.max_position_embeddings
         if length + max_new_tokens > context:
             raise ValueError(
                 f"The conversation has {length} tokens, and with {max_new_tokens} for the answer that is more than the "
                 f"{context} this model can hold: start a new one, or ask for a shorter answer."
             )
-        return inputs
+        images = [open_picture(path) for path in paths] or None
+        inputs = self.processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
+        return inputs, [image.info["remark"] for image in images or [] if "remark" in image.info]
 
     async def stream(self, streamer: AsyncTextIteratorStreamer, **arguments) -> AsyncIterator[str]:
         """The words of `generate` as they come, from a thread that has ended when this has."""

@@ -354,8 +354,8 @@ def quantization_memory(config: MllamaConfig) -> float:
     """Bytes at the peak of quantizing the vision encoder: seen to grow so with the 11B tower's layers and rows."""
     vision = config.vision_config
     rows = MllamaShapes.from_config(config).patches_per_tile
-    activations = 64 * rows * vision.hidden_size * (vision.num_hidden_layers + vision.num_global_layers)
-    return LIBRARIES + 0.4e9 + 8 * vision_bytes(config) + activations
+    activations = 51 * rows * vision.hidden_size * (vision.num_hidden_layers + vision.num_global_layers)
+    return LIBRARIES + 0.4e9 + 9.3 * vision_bytes(config) + activations
 
 
 def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int) -> ov.Model:

@@ -7,12 +7,14 @@ nor of how the IRs came to be: that is `ov_mllama_convert.py`, whose `convert_ml
 """
 
 import json
+import threading
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
+import psutil
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, GenerationMixin, LogitsProcessorList
@@ -23,7 +25,15 @@ from ov_mllama_convert import convert_mllama
 from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir
 from ov_mllama_generation import GenerationStats, InVocabularyDrafts, InVocabularyProcessors, OVCache
 from ov_mllama_graphs import MllamaShapes
-from ov_mllama_vision import CrossAttention, DeviceTensors, OVImageEncoder, no_pictures, restrict, tiles_seen
+from ov_mllama_vision import (
+    CrossAttention,
+    DeviceTensors,
+    OVImageEncoder,
+    check_finite,
+    no_pictures,
+    restrict,
+    tiles_seen,
+)
 
 __all__ = ["GenerationStats", "OVMLlamaForConditionalGeneration", "convert_mllama"]
 
@@ -76,7 +86,8 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
     """Llama 3.2 Vision on OpenVINO, used as transformers' class is: `model.generate(**processor(...))`.
 
     One model holds one conversation: the KV cache lives in its infer request. A prompt that begins as the one before
-    did, about the same pictures, is computed from where they part; any other starts anew.
+    did, about the same pictures, is computed from where they part; any other starts anew. Threads take turns: a call of
+    `generate` waits for the one before to end.
 
     Args:
         model_dir: folder written by `convert_mllama`.
@@ -138,6 +149,7 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         self._device = device
         self.llm_infer_time: list[float] = []
         self.stats = GenerationStats()
+        self._turn = threading.RLock()  # a thread's, for as long as its generate takes
         self._cache: OVCache | None = None  # whose tokens are in the language request's state
 
         started = time.perf_counter()
@@ -147,8 +159,9 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         language_config = ov_config or {}
         if device == "CPU" and "samples" in stamps[language_model_name]:
             language_config = {"INFERENCE_PRECISION_HINT": "f32", **language_config}
-        language_model = ov.Core().compile_model(model_dir / language_model_name, device, language_config)
-        self._language_request = language_model.create_infer_request()
+        self._language_model = ov.Core().compile_model(model_dir / language_model_name, device, language_config)
+        check_ports(self.shapes, self.image_encoder.output_shapes, self._language_model, model_dir)
+        self._language_request = self._language_model.create_infer_request()
         self._device_tensors = DeviceTensors.of(device) if use_remote_tensors else None
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:
@@ -188,8 +201,19 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
     def vision_encoder_infer_time(self) -> list[float]:
         return self.image_encoder.infer_time
 
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "This model lives in OpenVINO's memory and can be neither copied nor pickled: load it once more with "
+            "OVMLlamaForConditionalGeneration(model_dir)."
+        )
+
     def __call__(self, *args, **kwargs) -> CausalLMOutputWithPast:
         return self.forward(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """`GenerationMixin.generate`, one thread at a time."""
+        with self._turn:
+            return super().generate(*args, **kwargs)
 
     def forward(
         self,
@@ -221,20 +245,36 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         Returns:
             `logits` f32 [batch, kept, vocab] and `past_key_values`.
         Raises:
-            ValueError: pictures without their masks or after the prompt, or a cache that a later prompt has replaced.
+            MemoryError: a longer prompt than this machine's memory holds.
+            ValueError: no tokens, more than the model's context holds, pictures without their masks or after the
+                prompt, or a cache that a later prompt has replaced.
+            FloatingPointError: the logits are not finite; says which precision to set.
         """
+        with self._turn:
+            return self._forward(
+                input_ids,
+                (pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask),
+                attention_mask,
+                position_ids,
+                past_key_values,
+                use_cache,
+                logits_to_keep,
+            )
+
+    def _forward(
+        self, input_ids, pictures, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep
+    ) -> CausalLMOutputWithPast:
         cache = OVCache() if past_key_values is None else past_key_values
         if cache.size == 0:
             first_needed = input_ids.shape[1] - logits_to_keep if use_cache and logits_to_keep else 0
             plain = len(input_ids) == 1 and counts_up(position_ids) and (attention_mask is None or attention_mask.all())
-            pictures = (pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask)
             cross_attention = self._start(cache, input_ids.numpy(), pictures, reusable=first_needed if plain else 0)
             cache.tokens = cache.tokens if plain else None
             input_ids = input_ids[:, len(cache.columns) :]
             position_ids = None if position_ids is None else position_ids[:, len(cache.columns) :]
         elif cache is not self._cache:
             raise ValueError("This cache's tokens are gone: the model has begun another prompt since. Start anew.")
-        elif pixel_values is not None:
+        elif pictures[0] is not None:
             raise ValueError("Pictures can only come with the prompt: call without past_key_values, with all the text.")
         else:
             cross_attention = cache.cross_attention
@@ -258,6 +298,7 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
 
         # copied, because the next step's logits go into the same memory
         logits = torch.from_numpy(self._language_request.get_tensor("logits").data.copy())
+        check_finite(logits.numpy(), "logits")
         cache.append(inputs["input_ids"])
         cache.beam_idx = None
         self._cache = cache
@@ -270,6 +311,7 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
         Those before are a beginning that this prompt shares with the one before, at most `reusable` tokens: its columns
         in the state go to the new cache. If they would be less than half of the state, it is cleared instead.
         """
+        self._check_room(*input_ids.shape, tiles=0 if pictures[2] is None else int(pictures[2].sum()))
         previous, self._cache = self._cache, None
         self.image_encoder.infer_time, self.image_encoder.kept, self.llm_infer_time = [], 0, []
         length = input_ids.shape[1]
@@ -309,6 +351,26 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
             pixel_values.numpy(), aspect_ratio_ids.numpy(), aspect_ratio_mask.numpy()
         )
         return key_values, tiles_seen(cross_attention_mask.numpy(), length)
+
+    def _check_room(self, batch: int, tokens: int, tiles: int) -> None:
+        """Refuses a prompt that the context or this machine's memory cannot hold, before anything is computed."""
+        text = self.config.text_config
+        advice = "shorten it, or ask about its parts one by one."
+        if not 0 < tokens <= text.max_position_embeddings:
+            raise ValueError(
+                f"The prompt has {tokens} tokens, and this model takes 1 to {text.max_position_embeddings}: "
+                + (advice if tokens else "write a question.")
+            )
+        new = max(tokens - (len(self._cache.columns) if self._cache else 0), 1)
+        # seen with the 11B: MLP and attention of one layer, the causal mask, scores against image rows
+        rows = tiles * self.shapes.patches_per_tile
+        memory = batch * new * (28 * text.intermediate_size + 48 * tokens) + new * 16 * self.shapes.num_heads * rows
+        available = psutil.virtual_memory().available
+        if available < memory:
+            raise MemoryError(
+                f"A prompt of {tokens} tokens takes {memory / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
+                f"free, {(memory - available) / 1e9:.1f} GB too little: {advice}"
+            )
 
     def _begin_stats(self, cache: OVCache, length: int) -> None:
         encoder = self.image_encoder
@@ -370,6 +432,29 @@ class OVMLlamaForConditionalGeneration(GenerationMixin):
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         return InVocabularyProcessors(super()._get_logits_processor(*args, **kwargs))
+
+
+def check_ports(shapes: MllamaShapes, key_values: dict, language_model: ov.CompiledModel, model_dir: Path) -> None:
+    """Refuses IRs that are not what the folder's config describes.
+
+    Args:
+        key_values: shapes of the vision encoder's outputs by port name.
+
+    Raises:
+        ValueError: with the sentence that names the fix.
+    """
+    rows, heads, dim = shapes.max_num_tiles * shapes.patches_per_tile, shapes.num_kv_heads, shapes.head_dim
+    expected = {
+        name: (1, heads, dim, rows) if name.endswith(".key") else (1, heads, rows, dim)
+        for name in shapes.cross_kv_names
+    }
+    read = {name for port in language_model.inputs for name in port.get_names()}
+    vocabulary = language_model.output("logits").partial_shape[2].get_length()
+    if key_values != expected or not expected.keys() <= read or vocabulary != shapes.vocab_size:
+        raise ValueError(
+            f"{model_dir / 'config.json'} describes another model than the IRs beside it: run convert_mllama again, "
+            "into a folder of its own."
+        )
 
 
 def counts_up(position_ids: torch.LongTensor | None) -> bool:

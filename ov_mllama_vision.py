@@ -45,6 +45,7 @@ class OVImageEncoder:
         infer_time: seconds for each different picture, next to nothing for those kept; whoever reads it clears it.
         kept: how many of those were kept; cleared likewise.
         pictures: what tells the pictures of the last call apart, for each row of the batch.
+        output_shapes: of K/V by port name.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class OVImageEncoder:
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()  # the picture used last is at the end
         self._model = ov.Core().compile_model(path, device, ov_config or {})
-        self._output_shapes = {name: tuple(self._model.output(name).shape) for name in shapes.cross_kv_names}
+        self.output_shapes = {port.get_any_name(): tuple(port.shape) for port in self._model.outputs}
         self._request = self._model.create_infer_request()
 
     def encode(
@@ -78,7 +79,15 @@ class OVImageEncoder:
             pixel_values: f32 [batch, images, tiles, channels, height, width].
             aspect_ratio_ids: i64 [batch, images].
             aspect_ratio_mask: i64 [batch, images, tiles].
+        Raises:
+            ValueError: pixels of another model's processor; FloatingPointError: K/V that are not finite.
         """
+        takes = tuple(self._model.input("pixel_values").shape)
+        if pixel_values.shape[2:] != takes:
+            raise ValueError(
+                f"pixel_values are {pixel_values.shape[2:]} for each picture, and this model takes {takes}: use the "
+                "processor in the model's own folder."
+            )
         encoded, prompts = {}, []
         for row in zip(pixel_values, aspect_ratio_ids, aspect_ratio_mask, strict=True):
             prompt = []
@@ -102,10 +111,12 @@ class OVImageEncoder:
         started = time.perf_counter()
         key_values = self._cache.pop(key, None)
         if key_values is None:
-            key_values = {name: np.empty(shape, np.float32) for name, shape in self._output_shapes.items()}
+            key_values = {name: np.empty(shape, np.float32) for name, shape in self.output_shapes.items()}
             for name, array in key_values.items():  # written where it will be kept: the 11B's K/V are 0.4 GB
                 self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
             self._request.infer(image_inputs(*picture), share_inputs=True)
+            for array in key_values.values():
+                check_finite(array, "image's keys and values")
             self._model.release_memory()  # of what the layers held, while the language model answers
         else:
             self.kept += 1
@@ -123,6 +134,19 @@ class OVImageEncoder:
     def cached_bytes(self) -> int:
         """Bytes that the pictures kept take."""
         return sum(array.nbytes for key_values in self._cache.values() for array in key_values.values())
+
+
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Refuses numbers that would come out as "!!!!".
+
+    Raises:
+        FloatingPointError: with the precision to set.
+    """
+    if not np.isfinite(array).all():
+        raise FloatingPointError(
+            f"The {what} are not finite: the numbers have outgrown the precision that this device computes in. Load "
+            "the model with ov_config={'INFERENCE_PRECISION_HINT': 'f32'}; if that is set, the weights are broken."
+        )
 
 
 def join(arrays: list[np.ndarray], axis: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,36 @@ class Pair:
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And this?"}]},
         ]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+TRIED, WRONG = Counter(), {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--torture", action="store_true", help="the long form of the tests marked torture")
+
+
+@pytest.fixture
+def times(request):
+    """`times(short, long)`: how often to try, without and with --torture."""
+    return lambda short, long: long if request.config.getoption("--torture") else short
+
+
+@pytest.fixture
+def tally():
+    """`tally(kind, tried, wrong)`: counts what was tried, for the line at the end, and fails if any went wrong."""
+
+    def count(kind: str, tried: int, wrong: list = ()):
+        TRIED[kind] += tried
+        WRONG.setdefault(kind, []).extend(wrong)
+        assert not wrong, f"{len(wrong)} of {tried} {kind} went wrong: {wrong[:5]}"
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    for kind, tried in TRIED.items():
+        terminalreporter.write_line(f"{tried} {kind}: {len(WRONG[kind]) or 'none'} went wrong")
 
 
 CASES = [

@@ -1,0 +1,19 @@
+"""What the tests of faults run in processes that are killed: every step that writes into a model's folder."""
+
+import contextlib
+import io
+
+from data_preprocessing import SAMPLES
+from ov_mllama_compression import compress, optimize_vision_encoder
+from ov_mllama_convert import convert_mllama
+
+SMALLER = ("llm_int4_asym_r10_gs32.xml", "openvino_vision_encoder_int8.xml")
+
+
+def everything(checkpoint, out_dir) -> None:
+    """Converts, compresses and quantises; says nothing."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        convert_mllama(checkpoint, out_dir)
+        compress(out_dir, group_size=32)
+        optimize_vision_encoder(out_dir, "INT8 quantization", dataset_size=1, source=SAMPLES)

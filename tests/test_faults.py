@@ -1,0 +1,423 @@
+"""Faults: files that break, processes that are killed, numbers that overflow, threads that meet. The next run ends with
+a right model, and a wrong one is never loaded silently."""
+
+import contextlib
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import openvino as ov
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MllamaForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
+
+import kills
+import ov_mllama_convert
+import ov_mllama_files
+from conftest import F32
+from ov_mllama_convert import convert_mllama
+from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp
+from ov_mllama_graphs import MASKED
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from tiny_mllama import make_checkpoint
+
+pytestmark = pytest.mark.torture
+GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
+IRS = (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME, *kills.SMALLER)
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["kills"])  # seconds of imports, once
+
+
+def start(checkpoint, folder):
+    process = PROCESSES.Process(target=kills.everything, args=(checkpoint, folder))
+    process.start()
+    return process
+
+
+def weights(folder) -> list[str]:
+    """What identifies each IR's weights; empty for what would not be loaded."""
+    return [ir_stamp(folder / name).get("weights", "") for name in IRS]
+
+
+@pytest.fixture(scope="module")
+def finished(pair, tmp_path_factory):
+    """A folder with every IR, and the seconds that making them took."""
+    folder = tmp_path_factory.mktemp("finished")
+    started = time.monotonic()
+    process = start(pair.checkpoint, folder)
+    process.join()
+    assert process.exitcode == 0
+    return folder, time.monotonic() - started
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of it, to be broken."""
+    return shutil.copytree(finished[0], tmp_path / "model")
+
+
+def load(folder, names=(VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)):
+    vision, language = names
+    return OVMLlamaForConditionalGeneration(
+        folder, ov_config=F32, image_encoder_name=vision, language_model_name=language
+    )
+
+
+# ---- Killed ----
+
+
+def test_killed_at_any_moment(pair, finished, tmp_path, times, tally):
+    expected, seconds = weights(finished[0]), finished[1]
+    rng, wrong, count = random.Random(time.time_ns()), [], times(4, 60)  # noqa: S311
+    folder, killed = tmp_path / "0", 0
+    while killed < count:
+        process, moment = start(pair.checkpoint, folder), rng.uniform(0.02, 1) * seconds
+        process.join(moment)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            killed += 1
+            if not set(weights(folder)) <= {*expected, ""}:
+                wrong.append(f"after {moment:.2f} s a wrong IR passes for whole")
+            if rng.random() < 0.4:  # and again, in the same folder
+                continue
+        process = start(pair.checkpoint, folder)
+        process.join()
+        left = list(folder.glob(".partial-*"))
+        if process.exitcode or weights(folder) != expected or left:
+            wrong.append(f"after a kill at {moment:.2f} s: exit {process.exitcode}, {weights(folder)}, {left}")
+        elif rng.random() < 0.2:
+            inputs = pair.inputs("wide")
+            same = load(folder).generate(**inputs, **GREEDY).tolist() == pair.ov.generate(**inputs, **GREEDY).tolist()
+            wrong += [] if same else ["other tokens"]
+        shutil.rmtree(folder)
+        folder = tmp_path / str(killed)
+    tally("kills", killed, wrong)
+
+
+def test_two_processes_write_into_one_folder(pair, finished, tmp_path, times, tally):
+    for number in range(times(1, 5)):
+        folder = tmp_path / str(number)
+        processes = [start(pair.checkpoint, folder) for _ in range(3)]
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+        assert weights(folder) == weights(finished[0])
+        tally("processes writing into one folder at once", 3)
+
+
+def test_the_second_waits_for_the_first(tmp_path, capsys):
+    def second():
+        with ov_mllama_files.writing(tmp_path):
+            order.append("second")
+
+    order = []
+    with ov_mllama_files.writing(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert "Another process is writing" in capsys.readouterr().out
+
+
+# ---- Files ----
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def other_checkpoint(folder):
+    """The IRs of a checkpoint with the same shapes and other weights."""
+    return convert_mllama(make_checkpoint(folder / "other", seed=9), folder / "other-ov")
+
+
+FAULTS = {
+    "weights missing": lambda path, _: path.with_suffix(".bin").unlink(),
+    "weights cut short": lambda path, _: os.truncate(path.with_suffix(".bin"), 1000),
+    "weights empty": lambda path, _: os.truncate(path.with_suffix(".bin"), 0),
+    "a bit of the weights": lambda path, _: flip(path.with_suffix(".bin")),
+    "weights of another model": lambda path, other: shutil.copy(other.with_suffix(".bin"), path.parent),
+    "graph of another model": lambda path, other: shutil.copy(other, path.parent),
+    "graph missing": lambda path, _: path.unlink(),
+    "graph cut short": lambda path, _: os.truncate(path, path.stat().st_size // 2),
+    "graph empty": lambda path, _: os.truncate(path, 0),
+    "graph no text": lambda path, _: path.write_bytes(os.urandom(1000)),
+    "other converter": lambda path, _: rewrite(path, "converter_version", "1"),
+    "newer OpenVINO": lambda path, _: rewrite(path, "openvino", "2099.1.0-1-abc"),
+}
+
+
+def rewrite(path, key, value):
+    path.write_text(re.sub(f'<{key} value="[^"]*"', f'<{key} value="{value}"', path.read_text()))
+
+
+@pytest.mark.parametrize("name", [VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_file_is_refused_and_the_next_run_mends_it(pair, folder, tmp_path, name, fault, tally):
+    FAULTS[fault](folder / name, other_checkpoint(tmp_path) / name)
+    with pytest.raises((ValueError, FileNotFoundError), match="convert"):
+        load(folder)
+    if fault == "newer OpenVINO":  # whole, of this checkpoint: kept for the one who has that OpenVINO
+        (folder / name).unlink()
+    convert_mllama(pair.checkpoint, folder)
+    inputs = pair.inputs("wide")
+    assert load(folder).generate(**inputs, **GREEDY).tolist() == pair.ov.generate(**inputs, **GREEDY).tolist()
+    tally("broken files", 1)
+
+
+@pytest.mark.parametrize("name", kills.SMALLER)
+@pytest.mark.parametrize("fault", ["weights cut short", "a bit of the weights", "graph cut short", "graph missing"])
+def test_a_broken_smaller_ir_is_made_anew(pair, folder, finished, name, fault, tally):
+    FAULTS[fault](folder / name, None)
+    with pytest.raises((ValueError, FileNotFoundError), match="convert"):
+        check_model_dir(folder, (name,))
+    kills.everything(pair.checkpoint, folder)
+    assert weights(folder) == weights(finished[0])
+    tally("broken files", 1)
+
+
+def test_a_folder_of_mixed_models(pair, folder, tmp_path, tally):
+    other = make_checkpoint(tmp_path / "other", heads=4, kv_heads=4, tiles=2, seed=3)
+    other_dir = convert_mllama(other, tmp_path / "other-ov")
+    for source, files in [
+        (other_dir, [VISION_ENCODER_NAME, "openvino_vision_encoder.bin"]),
+        (other_dir, ["config.json"]),
+    ]:
+        mixed = shutil.copytree(folder, tmp_path / "mixed", dirs_exist_ok=True)
+        for name in files:
+            shutil.copy(source / name, mixed)
+        with pytest.raises(ValueError, match="different checkpoints|describes another model"):
+            load(mixed)
+        shutil.rmtree(mixed)
+    (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises((ValueError, OSError)):
+        load(folder)
+    tally("broken files", 3)
+
+
+def test_another_models_processor(pair, tmp_path):
+    inputs = dict(pair.inputs("wide"))
+    inputs["pixel_values"] = inputs["pixel_values"][..., :-7, :-7]
+    with pytest.raises(ValueError, match="use the processor in the model's own folder"):
+        pair.ov.generate(**inputs, **GREEDY)
+
+
+@contextlib.contextmanager
+def small_disk(folder, kilobytes: int):
+    """A file system of its own at `folder`."""
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if sys.platform != "linux" or os.geteuid() or not mount:
+        pytest.skip("needs root on Linux, to mount a tmpfs")
+    made = subprocess.run([mount, "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], capture_output=True)  # noqa: S603
+    if made.returncode:
+        pytest.skip(f"cannot mount: {made.stderr.decode()}")
+    try:
+        yield lambda options: subprocess.run([mount, "-o", f"remount,{options}", str(folder)], check=True)  # noqa: S603
+    finally:
+        subprocess.run([shutil.which("umount"), "-l", str(folder)], check=True)  # noqa: S603
+
+
+def test_a_disk_that_fills(pair, finished, tmp_path, times, tally, monkeypatch):
+    monkeypatch.setattr(ov_mllama_convert, "check_room", lambda *_: None)  # or nothing would be written at all
+    monkeypatch.setattr("ov_mllama_compression.check_room", lambda *_: None)
+    needed = sum(path.stat().st_size for path in finished[0].iterdir()) // 1024
+    sizes = np.linspace(8, needed, times(4, 30), endpoint=False).astype(int).tolist()
+    wrong = []
+    for number, size in enumerate(sizes):
+        folder = tmp_path / str(number)
+        with small_disk(folder, size) as remount:
+            try:
+                kills.everything(pair.checkpoint, folder)
+                wrong.append(f"{size} KiB were enough for {needed}")
+            except OSError:
+                pass
+            if not set(weights(folder)) <= {*weights(finished[0]), ""} or list(folder.glob(".partial-*")):
+                wrong.append(f"{size} KiB: something half-written is left")
+            remount(f"size={3 * needed}k")
+            kills.everything(pair.checkpoint, folder)
+            if weights(folder) != weights(finished[0]):
+                wrong.append(f"{size} KiB: not made whole afterwards")
+    tally("full disks", len(sizes), wrong)
+
+
+def test_a_folder_that_cannot_be_written_to(pair, finished, tmp_path):
+    folder = tmp_path / "readonly"
+    with small_disk(folder, 10_000) as remount:
+        remount("ro")
+        with pytest.raises(OSError, match="readonly cannot be written to.*choose another folder"):
+            convert_mllama(pair.checkpoint, folder)
+        remount("rw")
+        shutil.copytree(finished[0], folder, dirs_exist_ok=True)
+        remount("ro")
+        kills.everything(pair.checkpoint, folder)  # all is there: nothing to write
+        assert load(folder).generate(**pair.inputs("wide"), **GREEDY).shape[1] > 6
+
+
+# ---- Numbers ----
+
+
+def changed(pair, folder, change):
+    """A checkpoint like the pair's, its tensors changed by `change(name, tensor)`, and its conversion."""
+    checkpoint = shutil.copytree(pair.checkpoint, folder / "checkpoint")
+    path = next(checkpoint.glob("*.safetensors"))
+    tensors = {name: change(name, tensor.float()).to(tensor.dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return checkpoint, convert_mllama(checkpoint, folder / "ov")
+
+
+def test_masks_and_scores_are_finite_in_every_precision():
+    with np.errstate(over="raise"):
+        for score in (-30_000, -1000, 0, 1000):
+            assert np.isfinite(np.float16(MASKED) + np.float16(score))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        weights = torch.tensor([MASKED, 0.0], dtype=dtype).softmax(0)
+        assert weights.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
+def test_large_activations(pair, tmp_path, hint, tally):
+    """Residual streams far outside float16's range, as the real models' massive activations are."""
+    if hint.upper() not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") + ["F32"]:
+        pytest.skip(f"this CPU does not compute in {hint}")
+
+    def change(name, tensor):
+        return tensor * 3000 if name.endswith(("down_proj.weight", "embed_tokens.weight", "fc2.weight")) else tensor
+
+    checkpoint, model_dir = changed(pair, tmp_path, change)
+    model = OVMLlamaForConditionalGeneration(
+        model_dir, ov_config=F32 if hint == "f32" else {"INFERENCE_PRECISION_HINT": hint}
+    )
+    hf = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    inputs = pair.inputs("mixed batch")
+    largest = max(state.abs().max() for state in hf(**inputs, output_hidden_states=True).hidden_states[:-1])
+    assert largest > 65504
+    logits = model(**inputs).logits
+    assert torch.isfinite(logits).all()
+    if hint == "f32":
+        assert model.generate(**inputs, **GREEDY).tolist() == hf.generate(**inputs, **GREEDY).tolist()
+    tally("large activations", 1)
+
+
+@pytest.mark.parametrize(
+    "broken, what", [("language_model.norm.weight", "logits"), ("layernorm_post.weight", "image's keys and values")]
+)
+def test_numbers_that_overflow_are_said(pair, tmp_path, broken, what):
+    def change(name, tensor):
+        return tensor * torch.inf if name.endswith(broken) else tensor
+
+    _, model_dir = changed(pair, tmp_path, change)
+    model = OVMLlamaForConditionalGeneration(model_dir, warm_up=False)
+    for _ in range(2):  # and nothing of it was kept
+        with pytest.raises(FloatingPointError, match=f"{what} are not finite.*INFERENCE_PRECISION_HINT"):
+            model.generate(**pair.inputs("wide"), **GREEDY)
+    assert model.image_encoder.cached_bytes == 0 or what == "logits"
+
+
+# ---- Use ----
+
+
+@pytest.fixture
+def model(pair):
+    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+
+
+def test_threads_take_turns(pair, model, times, tally):
+    cases, rounds = ["wide", "tall", "text only", "chat"], times(5, 100)
+    expected = {case: pair.ov.generate(**pair.inputs(case), **GREEDY).tolist() for case in cases}
+    wrong = []
+
+    def ask(case):
+        for _ in range(rounds):
+            if model.generate(**pair.inputs(case), **GREEDY).tolist() != expected[case]:
+                wrong.append(case)
+
+    threads = [threading.Thread(target=ask, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tally("answers in threads", rounds * len(cases), wrong)
+
+
+def test_steps_of_two_conversations_are_refused_not_mixed(pair, model):
+    first = model(**pair.inputs("wide"), logits_to_keep=1)
+    model(**pair.inputs("tall"), logits_to_keep=1)
+    with pytest.raises(ValueError, match="another prompt since"):
+        model(torch.tensor([[65]]), past_key_values=first.past_key_values)
+
+
+class Raising(BaseStreamer):
+    """Fails after so many tokens."""
+
+    def __init__(self, tokens, error):
+        self.left, self.error = tokens, error
+
+    def put(self, value):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken pipe")])
+@pytest.mark.parametrize("tokens", range(4))
+def test_an_interrupted_call_is_followed_by_a_right_one(pair, model, error, tokens, tally):
+    for case in ("wide", "chat", "text only"):
+        expected = pair.ov.generate(**pair.inputs(case), **GREEDY).tolist()
+        with pytest.raises(type(error)):
+            model.generate(**pair.inputs(case), **GREEDY, streamer=Raising(tokens, error))
+        assert model.generate(**pair.inputs(case), **GREEDY).tolist() == expected
+        tally("interrupted calls", 1)
+
+
+def test_many_calls_in_flat_memory(pair, model, times, tally):
+    cases, calls = ["wide", "chat", "text only", "large", "mixed batch"], times(60, 600)
+    inputs = {case: pair.inputs(case) for case in cases}
+    expected = {case: pair.ov.generate(**inputs[case], **GREEDY).tolist() for case in cases}
+    wrong, used = [], []
+    for call in range(calls):
+        case = cases[call % len(cases)]
+        if model.generate(**inputs[case], **GREEDY).tolist() != expected[case]:
+            wrong.append(case)
+        used.append(psutil.Process().memory_info().rss)
+    grown = np.median(used[-10:]) - np.median(used[calls // 3 :][:10])
+    assert grown < 20e6, f"{grown / 1e6:.0f} MB more after {calls} calls"
+    tally("calls in a row", calls, wrong)
+
+
+def test_one_model_after_another(pair, tmp_path):
+    other = OVMLlamaForConditionalGeneration(other_checkpoint(tmp_path), ov_config=F32)
+    model, inputs = load(pair.model_dir), pair.inputs("wide")
+    expected = pair.ov.generate(**inputs, **GREEDY).tolist()
+    assert other.generate(**inputs, **GREEDY).tolist() != expected
+    assert model.generate(**inputs, **GREEDY).tolist() == expected
+    del other
+    gc.collect()
+    assert model.generate(**inputs, **GREEDY).tolist() == expected
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(pair, copied):
+    with pytest.raises(TypeError, match="neither copied nor pickled.*OVMLlamaForConditionalGeneration"):
+        copied(pair.ov)

@@ -1,0 +1,174 @@
+"""Properties over generated inputs (hypothesis), each against a slower and simpler way to the same."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from gradio_helper import answered, plain, remark, to_messages
+from ov_mllama_compression import GROUP_SIZES, INT4, Settings
+from ov_mllama_graphs import MASKED, MllamaShapes
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from ov_mllama_vision import restrict, take_tiles, tiles_seen
+
+pytestmark = pytest.mark.torture
+EXAMPLES = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SHAPES = MllamaShapes(4, 3, 16, 4, 2, 4, (0,), (1,), 10)  # three rows a tile
+
+
+@pytest.fixture
+def run(times, tally):
+    """`run(test, short, long)`: tries a hypothesis test on so many examples, without and with --torture."""
+
+    def run(test, short, long):
+        tried = []
+        settings(max_examples=times(short, long), **EXAMPLES)(
+            given(st.data())(lambda data: (tried.append(1), test(data.draw))[0])
+        )()
+        tally("generated examples", len(tried))
+
+    return run
+
+
+# ---- Masks and tiles ----
+
+
+def attention(query, key, value, bias):
+    """Plain softmax attention: query [batch, heads, query, dim], key [.., dim, rows], value [.., rows, dim]."""
+    scores = query @ key + bias
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)) @ value
+
+
+def test_a_restricted_view_attends_as_the_whole(run):
+    def test(draw):
+        batch, queries = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+        tiles = draw(st.integers(1, 8))
+        mask = draw(arrays(bool, (batch, queries, tiles)))
+        rng = np.random.default_rng(draw(st.integers(0, 99)))
+        rows = tiles * SHAPES.patches_per_tile
+        kv_batch = draw(st.sampled_from([1, batch]))
+        key = rng.standard_normal((kv_batch, 2, 4, rows)).astype(np.float32)
+        value = rng.standard_normal((kv_batch, 2, rows, 4)).astype(np.float32)
+        query = rng.standard_normal((batch, 2, queries, 4)).astype(np.float32)
+
+        view = restrict({"cross_attn_key_values.1.key": key, "cross_attn_key_values.1.value": value}, mask, SHAPES)
+        seen = mask | ~mask.any(-1, keepdims=True)  # a token that may see nothing attends to everything
+        bias = np.where(seen, 0, MASKED).astype(np.float32).repeat(SHAPES.patches_per_tile, -1)[:, None]
+        expected = attention(query, key, value, bias)
+        actual = attention(query, *view.key_values.values(), view.bias)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+        assert np.array_equal(view.rows[..., 0] == 1, mask.any(-1))
+
+    run(test, 100, 3000)
+
+
+def test_tiles_are_taken_in_order(run):
+    def test(draw):
+        tiles = draw(arrays(bool, draw(st.integers(1, 8))).filter(np.any))
+        patches = draw(st.integers(1, 5))
+        rows = np.arange(len(tiles) * patches)
+        expected = [row for row in rows if tiles[row // patches]]
+        key = np.broadcast_to(rows, (1, 2, 4, len(rows)))
+        assert take_tiles("x.key", key, tiles)[0, 1, 3].tolist() == expected
+        assert take_tiles("x.value", key.swapaxes(2, 3), tiles)[0, 1, :, 2].tolist() == expected
+
+    run(test, 100, 3000)
+
+
+def test_later_tokens_see_what_the_last_one_does(run):
+    def test(draw):
+        mask = draw(arrays(np.int64, array_shapes(min_dims=4, max_dims=4, max_side=4), elements=st.integers(0, 1)))
+        length = draw(st.integers(1, 8))
+        seen = tiles_seen(mask, length)
+        for token in range(length):
+            source = mask[:, min(token, mask.shape[1] - 1)]
+            assert np.array_equal(seen[:, token], source.reshape(len(mask), -1) == 1)
+
+    run(test, 100, 3000)
+
+
+# ---- A conversation's beginning ----
+
+
+def test_any_prompts_in_any_order_answer_as_a_fresh_model(run, pair):
+    """Prompts over three letters, so that they often begin alike, about two pictures or none."""
+    warm = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config={"EXECUTION_MODE_HINT": "ACCURACY"})
+    pictures = [None, [pair.picture(1, 1, 1)], [pair.picture(2, 1, 2)]]
+    reused = []
+
+    def test(draw):
+        for _ in range(draw(st.integers(1, 4))):
+            images = pictures[draw(st.integers(0, 2))]
+            text = "<|image|>" * bool(images) + draw(st.text("abc", min_size=1, max_size=12))
+            inputs = pair.processor(text=text, images=images, return_tensors="pt", add_special_tokens=False)
+            pair.ov.forget()
+            expected = pair.ov(**inputs, logits_to_keep=1).logits
+            actual = warm(**inputs, logits_to_keep=1).logits
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+            reused.append(warm.stats.reused_tokens)
+
+    run(test, 30, 1000)
+    assert sum(number > 0 for number in reused) > len(reused) / 20  # else nothing was tested
+
+
+# ---- File names ----
+
+
+def some_settings(draw) -> Settings:
+    algo = draw(st.sampled_from([*INT4, "int8_asym"]))
+    flag = st.booleans() if algo in INT4 else st.just(False)
+    return Settings(
+        algo=algo,
+        ratio=draw(st.integers(0, 10)) / 10 if algo in INT4 else 1.0,
+        sm=draw(st.sampled_from([None, "hessian_input_activation", "max_activation_variance"])),
+        awq=draw(flag),
+        scale_estimation=draw(flag),
+        lora=draw(flag),
+        gptq=draw(flag),
+        group_size=draw(st.sampled_from(GROUP_SIZES)) if algo in INT4 else -1,
+        all_layers=draw(flag),
+        dataset_size=0,
+        int8_layers=tuple(draw(st.lists(st.sampled_from(["cross_attn.o_proj", "mlp.down_proj"]), unique=True))),
+    )
+
+
+def test_other_settings_have_another_file_name(run):
+    def test(draw):
+        one, other = some_settings(draw), some_settings(draw)
+        assert (one.file_name == other.file_name) == (one == other)
+        assert one.file_name.endswith(".xml") and "/" not in one.file_name and one.file_name.isascii()
+
+    run(test, 300, 20_000)
+
+
+# ---- The page's history ----
+
+
+def test_any_history_becomes_a_conversation(run):
+    picture = st.integers(0, 9).map(lambda number: {"file": {"path": f"{number}.png"}})
+    words = st.text(min_size=1, max_size=5).map(lambda text: {"type": "text", "text": text})
+    content = st.one_of(st.text(max_size=5), st.lists(st.one_of(words, picture), min_size=1, max_size=3))
+    entry = st.one_of(
+        st.builds(lambda c: {"role": "user", "content": c}, content),
+        st.builds(lambda c: {"role": "assistant", "content": c, "metadata": {"title": None}}, st.text(max_size=5)),
+        st.text(min_size=1, max_size=5).map(remark),
+    )
+
+    def test(draw):
+        history, files = draw(st.lists(entry, max_size=8)), draw(st.lists(st.sampled_from(["x.png", "y.png"])))
+        question, system = "?" + draw(st.text(max_size=5)), draw(st.text(max_size=3))
+        messages, pictures = to_messages({"text": question, "files": files}, history, system)
+        images = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        assert len(images) == len(pictures)
+        assert [str(path) for path in pictures[len(pictures) - len(files) :]] == files
+        roles = [message["role"] for message in messages]
+        assert roles[0] == "system" if system.strip() else "system" not in roles
+        turns = [role for role in roles if role != "system"]
+        assert turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+        assert len(turns) == len(answered(history)) + 1
+        assert messages[-1]["content"][-1] == {"type": "text", "text": plain(question.strip())}
+
+    run(test, 200, 5000)
