@@ -1,6 +1,7 @@
 # Every target makes .venv first if it has to; a second run reuses it.
 #   make notebook   run mllama-3.2.ipynb from top to bottom without a screen
 #   make test       run the tests
+#   make torture    hostile pictures and prompts, faults and kills, long; says what was tried and what went wrong
 #   make lab        open the notebook in JupyterLab
 #   make chat       open the chat in a browser, on the demo model or on MODEL_DIR=<folder of convert_mllama>
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
@@ -16,7 +17,7 @@ BIN := .venv/bin
 comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: notebook test lab chat bench lint clean
+.PHONY: notebook test torture lab chat bench lint clean
 
 notebook: .venv/.run
 	$(BIN)/python -c "import notebook_utils; notebook_utils.execute('mllama-3.2.ipynb', 'build'$(if $(MODEL_ID),$(comma) MODEL_ID='$(MODEL_ID)'))"
@@ -36,6 +37,9 @@ build/slice/config.json: .venv/.run
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
+
+torture: .venv/.dev
+	$(BIN)/python -m pytest -m torture --torture
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

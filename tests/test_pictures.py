@@ -392,7 +392,7 @@ def test_broken_files(times, tally):
     seeds = [contents(picture, form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")]
     seeds += [contents(picture, form, **frames) for form in ("GIF", "WEBP", "PNG", "TIFF", "MPO")]
     seeds += [data for data, _ in FILES.values()]
-    count = times(1000, 30_000)
+    count = times(1000, 20_000)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
         data = broken(rng.choice(seeds), rng)
