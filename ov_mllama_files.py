@@ -157,8 +157,9 @@ def ir_stamp(path: Path) -> dict[str, str]:
 
 
 def is_current(path: Path, origin: dict[str, str]) -> bool:
-    """Whether an IR is there, whole, and says of itself what `origin` (part of a stamp) does."""
-    return origin.items() <= ir_stamp(path).items()
+    """Whether an IR is there, whole, readable here, and says of itself what `origin` (part of a stamp) does."""
+    stamp = ir_stamp(path)
+    return origin.items() <= stamp.items() and not is_from_the_future(stamp)
 
 
 def origin(path: Path) -> dict[str, str]:
@@ -192,10 +193,10 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
                 f"{model_dir / name} was made by converter version {stamp['converter_version']}, this is version "
                 f"{CONVERTER_VERSION}: run convert_mllama again, it replaces what is outdated."
             )
-        if release(stamp["openvino"]) > release(ov.get_version()):
+        if is_from_the_future(stamp):
             raise ValueError(
                 f"{model_dir / name} was made with OpenVINO {stamp['openvino']}, and {ov.get_version()} here may not "
-                "know all that is in it: install the versions of requirements.txt, or delete it and convert again."
+                "know all that is in it: install the versions of requirements.txt, or run convert_mllama again."
             )
     if len({stamp["checkpoint"] for stamp in stamps.values()}) > 1:
         raise ValueError(
@@ -205,6 +206,10 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
     return stamps
 
 
-def release(version: str) -> tuple[int, ...]:
-    """Of an OpenVINO version such as "2026.4.1-1234-abc", the numbers in front."""
-    return tuple(int(number) for number in version.split("-")[0].split("."))
+def is_from_the_future(stamp: dict[str, str]) -> bool:
+    """Whether an IR was made by a newer OpenVINO than this one; older ones' are read by every later release."""
+
+    def release(version: str) -> tuple[int, ...]:  # "2026.4.1-1234-abc"
+        return tuple(int(number) for number in version.split("-")[0].split("."))
+
+    return release(stamp["openvino"]) > release(ov.get_version())
