@@ -82,10 +82,11 @@ class GenerationStats:
     def __str__(self) -> str:
         line = [f"{self.first_token_s:.2g} s to the first token"]
         if self.images:
+            encoded = f" {self.vision_s:.2g} s" if self.images > self.images_kept else ""
             kept = f", {self.images_kept} kept" if self.images_kept else ""
-            line[0] += f" ({self.images} picture{'s' * (self.images > 1)} {self.vision_s:.2g} s{kept})"
+            line[0] += f" ({self.images} picture{'s' * (self.images > 1)}{encoded}{kept})"
         if self.tokens_per_s:
-            line.append(f"{self.tokens_per_s:.3g} tokens per second")
+            line.append(f"{self.tokens_per_s:.{1 if self.tokens_per_s < 10 else 0}f} tokens per second")
         reused = f", {self.reused_tokens} reused" if self.reused_tokens else ""
         line.append(f"{self.prompt_tokens} tokens asked{reused}, {self.new_tokens} answered")
         if self.drafted_tokens:

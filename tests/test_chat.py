@@ -12,13 +12,11 @@ import psutil
 import pytest
 import torch
 from gradio_client import Client, handle_file
-from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from transformers import AutoProcessor
 
-import gradio_helper
 from conftest import DEMO, demo_samples
-from gradio_helper import LAUNCH, Chat, answered, edited, make_demo, open_picture, plain, remark, to_messages
+from gradio_helper import LAUNCH, Chat, answered, edited, make_demo, plain, remark, to_messages
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 SAMPLES = demo_samples()
@@ -117,30 +115,6 @@ def test_edit_takes_back_the_question_and_what_follows():
 def test_nothing_asked():
     with pytest.raises(ValueError, match="no question"):
         to_messages({"text": "  ", "files": []}, [])
-
-
-def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
-    (tmp_path / "page.png").write_text("<html>")
-    (tmp_path / "half.png").write_bytes((DEMO / "samples" / SAMPLES[0]["file_name"]).read_bytes()[:200])
-    for name in ("page.png", "half.png"):
-        with pytest.raises(ValueError, match=f"{name} is not a picture"):
-            open_picture(tmp_path / name)
-    with pytest.raises(ValueError, match="no longer here"):
-        open_picture(tmp_path / "gone.png")
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # 50 kB that unfold to 1.2 GB
-    with pytest.raises(ValueError, match="bomb.png"):
-        open_picture(tmp_path / "bomb.png")
-    monkeypatch.setattr(gradio_helper, "MAX_PIXELS", 100)
-    with pytest.raises(ValueError, match="million pixels"):
-        open_picture(path_of(SAMPLES[0]))
-
-
-def test_pictures_are_turned_upright_and_made_rgb(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    Image.new("L", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    image = open_picture(tmp_path / "turned.jpg")
-    assert (image.mode, image.size) == ("RGB", (20, 40))
 
 
 def respond(chat, message, **arguments):

@@ -258,8 +258,8 @@ def test_memory_of_the_11b_is_what_was_measured():
 
 
 def test_memory_of_quantizing_the_vision_encoder_is_what_was_measured():
-    """RssAnon at its peak in GB: the whole 11B tower, and 4 + 1 and 8 + 2 of its 32 + 8 layers."""
-    for layers, global_layers, measured in [(32, 8, 24.1), (4, 1, 3.85), (8, 2, 6.44)]:
+    """RssAnon at its peak in GB: the whole 11B tower, and 4 + 1 of its 32 + 8 layers (benchmarks/results)."""
+    for layers, global_layers, measured in [(32, 8, 19.9), (4, 1, 3.3)]:
         memory = ov_mllama_compression.quantization_memory(make_config(5, layers, global_layers, 128256))
         assert measured * 0.98 < memory / 1e9 < measured * 1.1
 
