@@ -101,15 +101,11 @@ def fingerprint(*paths: Path) -> str:
 def whole(folder: Path) -> Iterator[Path]:
     """A scratch folder inside `folder`, whose files move there when all of them are written; else they are dropped.
 
-    The .xml move last, and their old selves go first: an IR is there once all of it is.
+    The .xml move last. An old one beside a new .bin, as a kill between the two leaves them, is no IR to `ir_stamp`.
     """
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
         yield Path(scratch)
-        paths = sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".xml")
-        for path in paths:
-            if path.suffix == ".xml":
-                (folder / path.name).unlink(missing_ok=True)
-        for path in paths:
+        for path in sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".xml"):
             path.replace(folder / path.name)
 
 

@@ -347,8 +347,11 @@ def test_threads_take_turns(pair, model, times, tally):
 
     def ask(case):
         for _ in range(rounds):
-            if model.generate(**pair.inputs(case), **GREEDY).tolist() != expected[case]:
-                wrong.append(case)
+            try:
+                if model.generate(**pair.inputs(case), **GREEDY).tolist() != expected[case]:
+                    wrong.append(case)
+            except Exception as error:
+                wrong.append(repr(error))
 
     threads = [threading.Thread(target=ask, args=(case,)) for case in cases]
     for thread in threads:
