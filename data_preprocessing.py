@@ -16,9 +16,9 @@ from datasets import Image, IterableDataset, get_dataset_split_names, load_datas
 from PIL import Image as PIL
 from tqdm.auto import tqdm
 
-from ov_mllama_helper import language_inputs
-from ov_mllama_vision import OVImageEncoder, image_inputs, restrict, tiles_seen
-from pictures import open_picture
+from ov_mllama.images import open_picture
+from ov_mllama.model import language_inputs
+from ov_mllama.vision import OVImageEncoder, image_inputs, restrict, tiles_seen
 
 HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
 SAMPLES = Path(__file__).parent / "demo_model" / "samples"

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoProcessor, StoppingCriteria
 from transformers.generation.streamers import AsyncTextIteratorStreamer
 
-from pictures import open_picture
+from ov_mllama.images import open_picture
 
 SAMPLES = Path(__file__).parent / "demo_model" / "samples"
 EXAMPLES = [
@@ -301,7 +301,7 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
 
 def main() -> None:
     """The command line: loads a model, opens the page, waits for Ctrl-C."""
-    from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+    from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
     from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
     parser = argparse.ArgumentParser(description="Opens the chat on a converted model.")

@@ -103,7 +103,7 @@ def show_price_list(rows: list[dict]) -> None:
     """Shows what each variant costs: a table, and a plot of exact match over size on disk.
 
     Args:
-        rows: as `benchmarks.quality.price_list` returns them.
+        rows: as `ov_mllama.quality.price_list` returns them.
     """
     table = pd.DataFrame(rows).set_index("variant")
     display(table.round({name: 4 if name == "kl" else 1 for name in table}))

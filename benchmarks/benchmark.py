@@ -41,8 +41,8 @@ from PIL import Image
 from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, MllamaForConditionalGeneration
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
-from ov_mllama_generation import InVocabularyDrafts
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+from ov_mllama.generation import InVocabularyDrafts
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 PYTORCH = "pytorch-bf16"
@@ -62,7 +62,7 @@ TILES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2)}  # number of tiles: canvas,
 
 # ---- Conversion, each step in a process of its own ------------------------------------------------------------------
 
-CONVERT = "from ov_mllama_convert import convert_mllama; convert_mllama({checkpoint!r}, {out!r}, language_model={fp16})"
+CONVERT = "from ov_mllama.convert import convert_mllama; convert_mllama({checkpoint!r}, {out!r}, language_model={fp16})"
 COMPRESS = "from ov_mllama_compression import compress; compress({out!r}, checkpoint={checkpoint!r})"
 QUANTIZE = (
     "from ov_mllama_compression import optimize_vision_encoder; "

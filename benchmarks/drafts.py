@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from demo_model.evaluate import heldout_samples
-from ov_mllama_generation import GenerationStats
+from ov_mllama.generation import GenerationStats
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 GREEDY = {"do_sample": False, "max_new_tokens": 60}

@@ -4,8 +4,8 @@ import contextlib
 import io
 
 from data_preprocessing import SAMPLES
+from ov_mllama.convert import convert_mllama
 from ov_mllama_compression import compress, optimize_vision_encoder
-from ov_mllama_convert import convert_mllama
 
 SMALLER = ("llm_int4_asym_r10_gs32.xml", "openvino_vision_encoder_int8.xml")
 

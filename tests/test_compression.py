@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
-import ov_mllama_compression
-import ov_mllama_files
+import ov_mllama.compress
 from benchmarks.make_checkpoint import make_config
 from conftest import DEMO, F32, demo_samples
 from data_preprocessing import SAMPLES, load_samples, prepare_dataset_llm, prepare_dataset_vision
-from ov_mllama_compression import (
+from ov_mllama import files
+from ov_mllama.compress import (
     GROUP_SIZES,
     INT4,
     INT8,
@@ -27,10 +27,10 @@ from ov_mllama_compression import (
     optimize_vision_encoder,
     vision_encoder_selection_widget,
 )
-from ov_mllama_convert import convert_mllama
-from ov_mllama_files import VISION_ENCODER_NAME
+from ov_mllama.convert import convert_mllama
+from ov_mllama.files import VISION_ENCODER_NAME
+from ov_mllama.vision import OVImageEncoder
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
-from ov_mllama_vision import OVImageEncoder
 
 PLAIN = dict(
     algo="int4_asym",
@@ -238,7 +238,7 @@ def test_refusals_name_the_fix(model_dir, arguments, fix):
 def test_too_little_memory_points_to_the_way_that_needs_less(model_dir, monkeypatch, arguments, fix):
     needed = Settings(**dict(PLAIN, **arguments)).room(AutoConfig.from_pretrained(model_dir))[1]
     memory = SimpleNamespace(available=needed - 1e6)
-    monkeypatch.setattr(ov_mllama_files.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory)
     with pytest.raises(MemoryError, match=f"GB too little: .*{fix}"):
         compress(model_dir, force=True, source=SAMPLES, **arguments)
 
@@ -260,7 +260,7 @@ def test_memory_of_the_11b_is_what_was_measured():
 def test_memory_of_quantizing_the_vision_encoder_is_what_was_measured():
     """RssAnon at its peak in GB: the whole 11B tower, and 4 + 1 of its 32 + 8 layers (benchmarks/results)."""
     for layers, global_layers, measured in [(32, 8, 19.9), (4, 1, 3.3)]:
-        memory = ov_mllama_compression.quantization_memory(make_config(5, layers, global_layers, 128256))
+        memory = ov_mllama.compress.quantization_memory(make_config(5, layers, global_layers, 128256))
         assert measured * 0.98 < memory / 1e9 < measured * 1.1
 
 
@@ -360,7 +360,7 @@ def test_vision_encoder_options(model_dir, monkeypatch):
     fake = [op for op in ov.Core().read_model(quantized).get_ops() if op.get_type_name() == "FakeQuantize"]
     assert len(fake) > vision.num_hidden_layers + vision.num_global_layers
 
-    monkeypatch.setattr(ov_mllama_compression.nncf, "quantize", lambda *_, **__: pytest.fail("not reused"))
+    monkeypatch.setattr(ov_mllama.compress.nncf, "quantize", lambda *_, **__: pytest.fail("not reused"))
     assert optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=4, source=SAMPLES) == quantized
     with pytest.raises(ValueError, match="FP16"):
         optimize_vision_encoder(model_dir, "INT2")

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import ov_mllama_convert
-import ov_mllama_files
-from ov_mllama_convert import convert_mllama
-from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
+from ov_mllama import convert, files
+from ov_mllama.convert import convert_mllama
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint
 
@@ -124,7 +123,7 @@ def test_folder_is_complete(pair):
 
 
 def test_second_run_reuses(pair, monkeypatch):
-    monkeypatch.setattr(ov_mllama_convert, "load_checkpoint", lambda *_: pytest.fail("loaded the checkpoint again"))
+    monkeypatch.setattr(convert, "load_checkpoint", lambda *_: pytest.fail("loaded the checkpoint again"))
     assert convert_mllama(pair.checkpoint, pair.model_dir) == pair.model_dir
 
 
@@ -181,7 +180,7 @@ def test_full_disk_keeps_what_was_there(pair, copy, monkeypatch):
     monkeypatch.setattr(ov, "save_model", full)
     model = ov.Core().read_model(copy / LANGUAGE_MODEL_NAME)
     with pytest.raises(OSError, match="disk full"):
-        ov_mllama_files.save_ir(model, copy / LANGUAGE_MODEL_NAME, {"checkpoint": "another"})
+        files.save_ir(model, copy / LANGUAGE_MODEL_NAME, {"checkpoint": "another"})
     assert {path.name: path.stat().st_size for path in copy.iterdir()} == before
 
 
@@ -195,7 +194,7 @@ def test_full_disk_keeps_what_was_there(pair, copy, monkeypatch):
 def test_too_little_room_is_said_before_anything_is_written(
     pair, tmp_path, monkeypatch, module, function, answer, error
 ):
-    monkeypatch.setattr(getattr(ov_mllama_files, module), function, lambda *_: answer)
+    monkeypatch.setattr(getattr(files, module), function, lambda *_: answer)
     with pytest.raises(error, match="GB too little"):
         convert_mllama(pair.checkpoint, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -262,7 +261,7 @@ def hub_raises(monkeypatch, error):
     def snapshot_download(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(ov_mllama_convert, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(convert, "snapshot_download", snapshot_download)
 
 
 def test_gated_repository(tmp_path, monkeypatch):

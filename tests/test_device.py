@@ -8,8 +8,8 @@ import openvino as ov
 import pytest
 
 from conftest import DEMO, F32
+from ov_mllama.vision import DeviceTensors
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
-from ov_mllama_vision import DeviceTensors
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
 

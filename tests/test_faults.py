@@ -25,12 +25,11 @@ from transformers import MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 import kills
-import ov_mllama_convert
-import ov_mllama_files
 from conftest import F32
-from ov_mllama_convert import convert_mllama
-from ov_mllama_files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp
-from ov_mllama_graphs import MASKED
+from ov_mllama import convert, files
+from ov_mllama.convert import convert_mllama
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp
+from ov_mllama.graphs import MASKED
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint
 
@@ -121,11 +120,11 @@ def test_two_processes_write_into_one_folder(pair, finished, tmp_path, times, ta
 
 def test_the_second_waits_for_the_first(tmp_path, capsys):
     def second():
-        with ov_mllama_files.writing(tmp_path):
+        with files.writing(tmp_path):
             order.append("second")
 
     order = []
-    with ov_mllama_files.writing(tmp_path):
+    with files.writing(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.3)
@@ -197,12 +196,12 @@ def test_a_broken_smaller_ir_is_made_anew(pair, folder, finished, name, fault, t
 def test_a_folder_of_mixed_models(pair, folder, tmp_path, tally):
     other = make_checkpoint(tmp_path / "other", heads=4, kv_heads=4, tiles=2, seed=3)
     other_dir = convert_mllama(other, tmp_path / "other-ov")
-    for source, files in [
+    for source, names in [
         (other_dir, [VISION_ENCODER_NAME, "openvino_vision_encoder.bin"]),
         (other_dir, ["config.json"]),
     ]:
         mixed = shutil.copytree(folder, tmp_path / "mixed", dirs_exist_ok=True)
-        for name in files:
+        for name in names:
             shutil.copy(source / name, mixed)
         with pytest.raises(ValueError, match="different checkpoints|describes another model"):
             load(mixed)
@@ -237,8 +236,8 @@ def small_disk(folder, kilobytes: int):
 
 
 def test_a_disk_that_fills(pair, finished, tmp_path, times, tally, monkeypatch):
-    monkeypatch.setattr(ov_mllama_convert, "check_room", lambda *_: None)  # or nothing would be written at all
-    monkeypatch.setattr("ov_mllama_compression.check_room", lambda *_: None)
+    monkeypatch.setattr(convert, "check_room", lambda *_: None)  # or nothing would be written at all
+    monkeypatch.setattr("ov_mllama.compress.check_room", lambda *_: None)
     needed = sum(path.stat().st_size for path in finished[0].iterdir()) // 1024
     sizes = np.linspace(8, needed, times(3, 10), endpoint=False).astype(int).tolist()
     wrong = []

@@ -17,12 +17,8 @@ HELPERS = [
     "gradio_helper",
     "notebook_utils",
     "ov_mllama_compression",
-    "ov_mllama_convert",
-    "ov_mllama_files",
-    "ov_mllama_generation",
-    "ov_mllama_graphs",
     "ov_mllama_helper",
-    "ov_mllama_vision",
+    *(f"ov_mllama.{path.stem}" for path in sorted((ROOT / "ov_mllama").glob("*.py"))),
 ]
 
 

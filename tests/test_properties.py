@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from gradio_helper import answered, plain, remark, to_messages
-from ov_mllama_compression import GROUP_SIZES, INT4, Settings
-from ov_mllama_graphs import MASKED, MllamaShapes
+from ov_mllama.compress import GROUP_SIZES, INT4, Settings
+from ov_mllama.graphs import MASKED, MllamaShapes
+from ov_mllama.vision import restrict, take_tiles, tiles_seen
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
-from ov_mllama_vision import restrict, take_tiles, tiles_seen
 
 pytestmark = pytest.mark.torture
 EXAMPLES = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from conftest import CASES, F32
-from ov_mllama_generation import InVocabularyDrafts, OVCache
+from ov_mllama.generation import InVocabularyDrafts, OVCache
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)

@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures
 from conftest import DEMO
-from pictures import PictureError, open_picture
+from ov_mllama import images
+from ov_mllama.images import PictureError, open_picture
 
 pytestmark = pytest.mark.torture
 SAMPLE = DEMO / "samples" / "02-describe-224x112.png"
@@ -324,8 +324,8 @@ def test_an_address(address, path):
     ],
 )
 def test_addresses_that_give_no_picture(address, path, sentence, monkeypatch, tally):
-    monkeypatch.setattr(pictures, "SECONDS", 1)
-    monkeypatch.setattr(pictures, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(images, "SECONDS", 1)
+    monkeypatch.setattr(images, "MAX_BYTES", 1_000_000)
     started = time.monotonic()
     with pytest.raises(PictureError, match=sentence):
         open_picture(f"{address}/{path}")
@@ -401,7 +401,7 @@ def test_broken_files(times, tally):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image = open_picture(data)
-            right = image.mode == "RGB" and image.width * image.height <= pictures.MAX_PIXELS
+            right = image.mode == "RGB" and image.width * image.height <= images.MAX_PIXELS
         except PictureError:
             right = True
         except Exception as error:

@@ -18,7 +18,7 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from demo_model.evaluate import heldout_samples, prompts
-from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from ov_mllama.model import OVMLlamaForConditionalGeneration
 
 BATCH = 50
 TIMED = 20  # questions asked one by one for the waits

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from ov_mllama_graphs import MASKED, MllamaShapes
+from ov_mllama.graphs import MASKED, MllamaShapes
 
 # ---- The pictures ---------------------------------------------------------------------------------------------------
 

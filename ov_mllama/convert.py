@@ -21,7 +21,7 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 
-from ov_mllama_files import (
+from ov_mllama.files import (
     CONVERTER_VERSION,
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
@@ -32,7 +32,7 @@ from ov_mllama_files import (
     whole,
     writing,
 )
-from ov_mllama_graphs import LanguageModel, MllamaShapes, VisionEncoder
+from ov_mllama.graphs import LanguageModel, MllamaShapes, VisionEncoder
 
 # Bytes at the peak for a checkpoint of any size, whose weights stay on disk; the 11B's vision encoder took 0.7 GB
 CONVERSION_MEMORY = 1.2e9
