@@ -1,11 +1,12 @@
 # Every target makes .venv first if it has to; a second run reuses it.
 #   make notebook   run mllama-3.2.ipynb from top to bottom without a screen
 #   make test       run the tests
+#   make quick      a minute of it: parity on one checkpoint, sessions, the layout
 #   make torture    hostile pictures and prompts, faults and kills, long; says what was tried and what went wrong
 #   make lab        open the notebook in JupyterLab
 #   make chat       open the chat in a browser, on the demo model or on MODEL_DIR=<folder of convert_mllama>
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
-#   make lint       ruff on .py and .ipynb
+#   make lint       ruff on .py and .ipynb, types of the package, spelling
 # MODEL_ID=<hub id or folder> runs the notebook on another checkpoint.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch from there (0.2 GB) instead of PyPI (5 GB).
 
@@ -17,7 +18,7 @@ BIN := .venv/bin
 comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: notebook test torture lab chat bench lint clean
+.PHONY: notebook test quick torture lab chat bench lint clean
 
 notebook: .venv/.run
 	$(BIN)/python -c "import notebook_utils; notebook_utils.execute('mllama-3.2.ipynb', 'build'$(if $(MODEL_ID),$(comma) MODEL_ID='$(MODEL_ID)'))"
@@ -26,7 +27,7 @@ lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
 
 chat: .venv/.run
-	$(BIN)/python gradio_helper.py $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)')
+	$(BIN)/python -m ov_mllama chat $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)')
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json
@@ -38,12 +39,17 @@ build/slice/config.json: .venv/.run
 test: .venv/.dev
 	$(BIN)/python -m pytest
 
+quick: .venv/.dev
+	$(BIN)/python -m pytest tests/test_parity.py tests/test_sessions.py tests/test_house.py -k 'not any_pair or gqa-llama3'
+
 torture: .venv/.dev
 	$(BIN)/python -m pytest -m torture --torture
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
 
 clean:
 	rm -rf .venv build models

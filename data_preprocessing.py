@@ -2,8 +2,9 @@
 
     load_samples -> processor -> image_inputs -> vision IR -> language_inputs -> language IR
 
-The tensors are built by the functions that inference uses (`ov_mllama_helper.py`), so each sample has its own tiles and
-masks. Nothing is kept: iterating again reads, decodes and encodes again, and memory holds one sample.
+The tensors are built by the functions that inference uses (`ov_mllama/vision.py`, `ov_mllama/language.py`), so each
+sample has its own tiles and masks. Nothing is kept: iterating again reads, decodes and encodes again, and memory holds
+one sample.
 """
 
 import time
@@ -11,17 +12,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
-from datasets import Image, IterableDataset, get_dataset_split_names, load_dataset
-from PIL import Image as PIL
+import PIL.Image
+from datasets import IterableDataset, get_dataset_split_names, load_dataset
 from tqdm.auto import tqdm
 
+from demo_model import SAMPLES
 from ov_mllama.images import open_picture
-from ov_mllama.model import language_inputs
-from ov_mllama.vision import OVImageEncoder, image_inputs, restrict, tiles_seen
+from ov_mllama.language import language_inputs
+from ov_mllama.vision import ImageInputs, OVImageEncoder, image_inputs, restrict, tiles_seen
 
 HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
-SAMPLES = Path(__file__).parent / "demo_model" / "samples"
 QUESTION = "Describe this image."
 CAPTION_COLUMNS = ("answer", "caption", "captions", "text", "sentence", "sentences")
 
@@ -61,7 +63,7 @@ def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDat
 
 def columns(data: IterableDataset) -> tuple[str, str]:
     """Names of the pictures' and of the captions' column."""
-    pictures = [name for name, kind in data.features.items() if isinstance(kind, Image)]
+    pictures = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
     captions = [name for name in CAPTION_COLUMNS if name in data.features]
     if not (pictures and captions):
         raise ValueError(
@@ -84,7 +86,7 @@ def load_samples(source: str | Path | None, count: int, seed: int = 0) -> Iterat
     data, skipped = open_dataset(source, seed), Counter()
     picture_column, caption_column = columns(data)
     # undecoded, so that one broken file is one skipped sample and not the end of the stream
-    data = data.cast_column(picture_column, Image(decode=False))
+    data = data.cast_column(picture_column, datasets.Image(decode=False))
     with tqdm(total=count, desc="Calibration samples", unit="sample", leave=False) as bar:
         for row in data:
             if bar.n == count:
@@ -95,8 +97,8 @@ def load_samples(source: str | Path | None, count: int, seed: int = 0) -> Iterat
                 skipped["no caption"] += 1
                 continue
             try:
-                image = open_picture(Image().decode_example(row[picture_column]))
-            except (OSError, ValueError, TypeError, SyntaxError, PIL.DecompressionBombError) as error:
+                image = open_picture(datasets.Image().decode_example(row[picture_column]))
+            except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
                 skipped[f"unreadable picture ({type(error).__name__})"] += 1
                 continue
             started = time.perf_counter()
@@ -161,11 +163,9 @@ def prepare_dataset_llm(
 
     def inputs(sample):
         tensors = processed(processor, sample)
-        key_values = image_encoder.encode(
-            tensors["pixel_values"], tensors["aspect_ratio_ids"], tensors["aspect_ratio_mask"]
-        )
-        length = tensors["input_ids"].shape[1]
-        prompt = restrict(key_values, tiles_seen(tensors["cross_attention_mask"], length), image_encoder.shapes)
+        images = ImageInputs(*(tensors[name] for name in ImageInputs._fields))
+        seen = tiles_seen(images.cross_attention_mask, tensors["input_ids"].shape[1])
+        prompt = restrict(image_encoder.encode(images).key_values, seen, image_encoder.shapes)
         return language_inputs(tensors["input_ids"], prompt, tensors["attention_mask"])
 
     return Samples(inputs, source, count, seed)

@@ -5,21 +5,18 @@
 This file knows Gradio's messages and the processor's. It knows nothing of how the model computes.
 """
 
-import argparse
 import asyncio
-import re
-import threading
+import logging
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import gradio as gr
-import torch
-from transformers import AutoProcessor, StoppingCriteria
-from transformers.generation.streamers import AsyncTextIteratorStreamer
 
-from ov_mllama.images import open_picture
+from demo_model import SAMPLES
+from ov_mllama.conversation import plain, prompt_tensors, sampling, stream_words
 
-SAMPLES = Path(__file__).parent / "demo_model" / "samples"
+logger = logging.getLogger(__name__)
+
 EXAMPLES = [
     ("What is unusual on this image?", "00-unusual-224x224.png"),
     ("Describe this image.", "02-describe-224x112.png"),
@@ -52,13 +49,6 @@ LAUNCH = {
 
 
 # ---- The page's history -> messages and pictures --------------------------------------------------------------------
-
-
-def plain(text: str) -> str:
-    """Text that any tokenizer takes and in which nothing is a special token, nor becomes one behind another text: a
-    zero-width space keeps "<|eot_id|>" readable and harmless. Halves of characters (lone surrogates) become U+FFFD."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return re.sub(r"(^|<)\|", "\\1\u200b|", whole)
 
 
 def answered(history: Iterable[dict]) -> list[dict]:
@@ -122,22 +112,11 @@ def remark(title: str) -> dict:
 # ---- Messages and pictures -> answer --------------------------------------------------------------------------------
 
 
-class StopOnEvent(StoppingCriteria):
-    """Ends `generate` after the token during which the event was set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool)
-
-
 class Chat:
-    """A model that answers one question at a time, whoever asks."""
+    """A model that answers one question at a time, whoever asks: the others wait for its `turn`."""
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
-        self._free = threading.Lock()
 
     async def respond(
         self,
@@ -157,60 +136,22 @@ class Chat:
             max_new_tokens: the answer's limit.
             temperature, top_p: of sampling; a temperature of 0 takes the likeliest token (greedy).
         """
-        text = ""
-        sampling = {"do_sample": False, "temperature": None, "top_p": None}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        text, limit = "", int(max_new_tokens)
         try:
-            inputs, remarks = await asyncio.to_thread(self.prepare, message, history, system, int(max_new_tokens))
-            streamer = AsyncTextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            async for piece in self.stream(streamer, **inputs, **sampling, max_new_tokens=int(max_new_tokens)):
+            messages, pictures = to_messages(message, history, system)
+            inputs, remarks = await asyncio.to_thread(
+                prompt_tensors, self.model, self.processor, messages, pictures, limit
+            )
+            arguments = {**inputs, **sampling(temperature, top_p), "max_new_tokens": limit}
+            async for piece in stream_words(self.model, self.processor, **arguments):
                 text += piece
                 yield text
             yield [text, remark(" · ".join([str(self.model.stats), *remarks]))]
-        except Exception as error:
-            sentence = str(error) if isinstance(error, SAID_PLAINLY) else f"{type(error).__name__}: {error}"
-            yield [*([text] if text else []), remark(f"No answer: {sentence}")]
-
-    def prepare(self, message: dict, history: list[dict], system: str, max_new_tokens: int) -> tuple[dict, list[str]]:
-        """The processor's tensors for a conversation, and what is to be said of its pictures.
-
-        Raises:
-            ValueError: no question, a picture that cannot be used, or more text than the model's context holds.
-        """
-        messages, paths = to_messages(message, history, system)
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        context = self.model.config.text_config.max_position_embeddings
-        if length + max_new_tokens > context:
-            raise ValueError(
-                f"The conversation has {length} tokens, and with {max_new_tokens} for the answer that is more than the "
-                f"{context} this model can hold: start a new one, or ask for a shorter answer."
-            )
-        images = [open_picture(path) for path in paths] or None
-        inputs = self.processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
-        return inputs, [image.info["remark"] for image in images or [] if "remark" in image.info]
-
-    async def stream(self, streamer: AsyncTextIteratorStreamer, **arguments) -> AsyncIterator[str]:
-        """The words of `generate` as they come, from a thread that has ended when this has."""
-        stop = threading.Event()
-
-        def generate():
-            try:
-                with self._free:
-                    if not stop.is_set():
-                        self.model.generate(**arguments, streamer=streamer, stopping_criteria=[StopOnEvent(stop)])
-            finally:
-                streamer.end()  # a second time after a whole answer, which the loop below does not see
-
-        generating = asyncio.create_task(asyncio.to_thread(generate))
-        try:
-            async for piece in streamer:
-                yield piece
-            await generating  # raises what generate raised
-        finally:
-            stop.set()
-            await asyncio.wait([generating])
+        except SAID_PLAINLY as error:
+            yield [*([text] if text else []), remark(f"No answer: {error}")]
+        except Exception as error:  # whatever it is, the page says it and stays usable; the log has the rest
+            logger.exception("A question could not be answered")
+            yield [*([text] if text else []), remark(f"No answer: {type(error).__name__}: {error}")]
 
 
 # ---- The page -------------------------------------------------------------------------------------------------------
@@ -260,7 +201,7 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
     `server_name="0.0.0.0"`.
 
     Args:
-        ov_model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate`, `config` and `stats`.
+        ov_model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate`, `turn`, `config` and `stats`.
         processor: its processor, with a chat template.
     """
     chat = Chat(ov_model, processor)
@@ -297,36 +238,3 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
         delete_cache=(600, 3600),  # every ten minutes, uploads older than an hour; all of them when the server ends
         api_name="chat",
     )
-
-
-def main() -> None:
-    """The command line: loads a model, opens the page, waits for Ctrl-C."""
-    from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
-    from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
-
-    parser = argparse.ArgumentParser(description="Opens the chat on a converted model.")
-    parser.add_argument("--model-dir", type=Path, help="folder of convert_mllama; default: the demo model's")
-    parser.add_argument("--language-model", help="its .xml; default: uncompressed, else the newest compressed one")
-    parser.add_argument("--image-encoder", default=VISION_ENCODER_NAME)
-    parser.add_argument("--device", default="CPU")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))
-    options = parser.parse_args()
-    model_dir = options.model_dir or convert_mllama("demo_model", "models/demo_model")
-    compressed = sorted(model_dir.glob("llm_*.xml"), key=lambda path: path.stat().st_mtime)
-    if options.language_model or (model_dir / LANGUAGE_MODEL_NAME).is_file() or not compressed:
-        name = options.language_model or LANGUAGE_MODEL_NAME
-    else:
-        name = compressed[-1].name
-    model = OVMLlamaForConditionalGeneration(
-        model_dir, options.device, language_model_name=name, image_encoder_name=options.image_encoder
-    )
-    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir))
-    auth = tuple(options.auth) if options.auth else None
-    _, url, _ = demo.launch(**LAUNCH, server_port=options.port, auth=auth, prevent_thread_lock=True)
-    print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
-    demo.block_thread()
-
-
-if __name__ == "__main__":
-    main()

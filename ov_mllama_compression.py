@@ -1,17 +1,158 @@
-"""What the notebook calls to make the two IRs smaller."""
+"""IR -> smaller IR: what the notebook calls, and the widgets that choose.
+
+- What NNCF is told, which settings go together, which file comes out: `ov_mllama/compress.py`.
+- What it will take in memory and disk: `ov_mllama/plan.py`.
+- Where calibration samples come from: `data_preprocessing.py`, loaded only where they are needed.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import ipywidgets
 
 from ov_mllama.compress import (
+    DATA_METRIC,
+    DATA_METRICS,
+    GROUP_SIZES,
+    INT4,
+    INT8,
     VISION_OPTIONS,
-    compress,
-    compression_widgets_helper,
-    optimize_vision_encoder,
-    vision_encoder_selection_widget,
+    Settings,
+    compress_language_model,
+    make_vision_encoder,
 )
 
 __all__ = [
     "VISION_OPTIONS",
+    "Settings",
     "compress",
     "compression_widgets_helper",
     "optimize_vision_encoder",
     "vision_encoder_selection_widget",
 ]
+
+
+def compress(
+    model_dir: str | Path,
+    source: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    force: bool = False,
+    **settings,
+) -> Path:
+    """Compresses the language model's weights; an IR of the same settings that is there already is kept.
+
+    Args:
+        model_dir: folder written by `convert_mllama`.
+        source: of calibration samples, see `data_preprocessing.load_samples`.
+        checkpoint: the original, as given to `convert_mllama`: then the 16-bit IR is neither needed nor written.
+        force: make it anew.
+        settings: `algo`, `ratio`, `sm`, `awq`, `scale_estimation`, `lora`, `gptq`, `group_size`, `all_layers`,
+            `dataset_size`, `int8_layers`, as `ov_mllama.compress.Settings` explains them.
+    Returns:
+        path of the compressed .xml in `model_dir`, its name composed from the settings.
+    Raises:
+        TypeError, ValueError, FileNotFoundError, OSError, MemoryError: as `compress_language_model`, each with the fix.
+    """
+    chosen = Settings.of(**settings)
+    samples = partial(language_samples, model_dir, chosen.dataset_size, source)
+    name = f"{chosen.dataset_size} of {source}"
+    return compress_language_model(model_dir, chosen, samples, name, checkpoint, force)
+
+
+def language_samples(model_dir: str | Path, count: int, source: str | Path | None):
+    """Samples for the language model, each picture encoded by the uncompressed vision encoder when its turn comes."""
+    from transformers import AutoConfig, AutoProcessor
+
+    from data_preprocessing import prepare_dataset_llm
+    from ov_mllama.files import VISION_ENCODER_NAME
+    from ov_mllama.shapes import MllamaShapes
+    from ov_mllama.vision import OVImageEncoder
+
+    shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
+    encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
+    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
+
+
+def optimize_vision_encoder(
+    model_dir: str | Path,
+    option: str,
+    dataset_size: int = 8,
+    source: str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Makes the vision encoder smaller; an IR of the same option that is there already is kept.
+
+    Args:
+        option: one of VISION_OPTIONS. "INT8 quantization" computes in 8 bit and is calibrated with pictures (NNCF runs
+            each of them twice); "INT8 weights compression" only stores in 8 bit; "FP16" changes nothing.
+        dataset_size: pictures to calibrate with. For the demo model 13 lose nothing, 4 cost 0.3 points, 1 costs 1.3
+            (benchmarks/README.md).
+        source: of the pictures, see `data_preprocessing.load_samples`.
+    Returns:
+        path of the .xml in `model_dir`.
+    Raises:
+        ValueError, FileNotFoundError, OSError, MemoryError: as `make_vision_encoder`, each with the fix.
+    """
+    samples = partial(image_samples, model_dir, dataset_size, source)
+    return make_vision_encoder(model_dir, option, dataset_size, samples, f"{dataset_size} of {source}", force)
+
+
+def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
+    """Samples for the vision encoder."""
+    from transformers import AutoProcessor
+
+    from data_preprocessing import prepare_dataset_vision
+
+    return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir), count, source)
+
+
+# ---- Widgets --------------------------------------------------------------------------------------------------------
+
+
+def vision_encoder_selection_widget(device: str) -> ipywidgets.Dropdown:
+    """A drop-down of VISION_OPTIONS: quantised on CPUs; elsewhere, where that is not verified, compressed weights."""
+    default = "INT8 quantization" if device == "CPU" else "INT8 weights compression"
+    return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=default, description="Vision Encoder")
+
+
+def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.Widget]]:
+    """A box to show, and in it the widget of each setting of `compress`:
+    `compress(model_dir, **{name: widget.value for name, widget in widgets.items()})`.
+
+    Choosing the route or the algorithm sets the rest to defaults that go with it, and locks what it has no use for.
+    """
+    route = ipywidgets.RadioButtons(options=["data-free", "data-aware"])
+    widgets = {
+        "algo": ipywidgets.Dropdown(options=INT4 + INT8),
+        "ratio": ipywidgets.FloatSlider(min=0.0, max=1.0, step=0.1),
+        "sm": ipywidgets.Dropdown(),
+        "awq": ipywidgets.Checkbox(),
+        "scale_estimation": ipywidgets.Checkbox(),
+        "lora": ipywidgets.Checkbox(),
+        "gptq": ipywidgets.Checkbox(),
+        "group_size": ipywidgets.Dropdown(options=GROUP_SIZES),
+        "all_layers": ipywidgets.Checkbox(),
+        "dataset_size": ipywidgets.IntSlider(max=128),
+    }
+    for name, widget in widgets.items():
+        widget.description = name
+
+    def set_defaults(_=None):
+        is_int4 = widgets["algo"].value in INT4
+        with_data = is_int4 and route.value == "data-aware"
+        widgets["sm"].options = DATA_METRICS if with_data else [None]
+        defaults = {"ratio": 1.0, "awq": with_data, "all_layers": False, "group_size": 64 if is_int4 else -1}
+        data_defaults = {
+            "sm": DATA_METRIC if with_data else None,
+            "scale_estimation": with_data,
+            "lora": False,
+            "gptq": False,
+        }
+        for name, value in {**defaults, **data_defaults, "dataset_size": 32 * with_data}.items():
+            widgets[name].value = value
+            widgets[name].disabled = not (is_int4 if name in defaults else with_data)
+
+    route.observe(set_defaults, "value")
+    widgets["algo"].observe(set_defaults, "value")
+    set_defaults()
+    return ipywidgets.VBox([route, *widgets.values()]), widgets

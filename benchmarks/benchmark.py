@@ -41,9 +41,10 @@ from PIL import Image
 from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, MllamaForConditionalGeneration
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from ov_mllama.drafts import InVocabularyDrafts
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
-from ov_mllama.generation import InVocabularyDrafts
-from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.vision import ImageInputs
 
 PYTORCH = "pytorch-bf16"
 INT4_NAME, VISION_INT8_NAME = "llm_int4_asym_r10_gs64.xml", "openvino_vision_encoder_int8.xml"
@@ -260,7 +261,7 @@ class OpenVINOSubject(Subject):
     def encode(self, inputs):
         """One picture -> the K/V that the language model reads; kept for the prefill that follows."""
         self.model.forget()  # what another round left
-        return self.model.image_encoder.encode(*(inputs[name].numpy() for name in PICTURE))
+        return self.model.image_encoder.encode(ImageInputs(*(inputs[name].numpy() for name in ImageInputs._fields)))
 
     def prefill(self, inputs, picture):
         """Seconds of a prompt whose picture is encoded already, and the output."""

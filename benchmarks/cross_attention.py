@@ -17,7 +17,7 @@ import numpy as np
 import openvino as ov
 import torch
 import torch.nn.functional as F
-from openvino._offline_transformations import apply_make_stateful_transformation
+from openvino.passes import MakeStateful, Manager  # noqa: TID251
 from torch import nn
 from transformers.models.mllama.modeling_mllama import repeat_kv
 
@@ -76,7 +76,9 @@ def layouts(rows: int) -> dict[str, tuple[ov.Model, dict[str, np.ndarray], dict[
         if name == "as states":
             for port, label in zip(model.outputs[1:], ("key", "value"), strict=True):
                 port.get_tensor().set_names({f"{label}.out"})
-            apply_make_stateful_transformation(model, {"key": "key.out", "value": "value.out"})
+            manager = Manager()
+            manager.register_pass(MakeStateful({"key": "key.out", "value": "value.out"}))
+            manager.run_passes(model)
             states = {label: inputs.pop(label) for label in ("key", "value")}
         result[name] = model, inputs, states
     return result

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from demo_model.evaluate import heldout_samples
-from ov_mllama.generation import GenerationStats
-from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.stats import GenerationStats
 
 GREEDY = {"do_sample": False, "max_new_tokens": 60}
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 from demo_model.scenes import draw, random_scene
+from ov_mllama.conversation import first_questions
 
 SIZES = ((112, 112), (224, 112), (112, 224), (224, 224), (336, 112), (112, 448), (100, 80), (300, 200), (500, 500))
 
@@ -27,20 +28,9 @@ def heldout_samples(count: int, seed: int = 2026) -> Iterator[dict]:
         yield {"image": Image.fromarray(draw(scene, rng)), "question": question, "answer": answer, "task": task}
 
 
-def prompts(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch of samples as the model takes it, padded on the left."""
-    messages = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample["question"]}]}]
-        for sample in samples
-    ]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    images = [[sample["image"]] for sample in samples]
-    return processor(text=text, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
-
-
 def ask(model, processor, samples: list[dict], max_new_tokens: int = 80) -> list[str]:
     """The model's greedy answers to a batch of samples."""
-    inputs = prompts(processor, samples)
+    inputs = first_questions(processor, samples)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -1,44 +1,42 @@
-"""Checkpoint -> OpenVINO IR: the two graphs of `ov_mllama_graphs.py` traced, their state hidden, and written down.
+"""Checkpoint -> two OpenVINO IRs: the graphs of `graphs.py`, traced by `tracing.py`, written by `files.py`.
 
-This file knows how OpenVINO wants a model written down. It does not know how the IRs are run (`ov_mllama_helper.py`) or
-made smaller (`ov_mllama_compression.py`).
+This file knows checkpoints and what goes with them. It does not know how the IRs are run (`model.py`) or made smaller
+(`compress.py`).
 """
 
-import contextlib
 import shutil
-import warnings
 from pathlib import Path
 
 import openvino as ov
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from openvino import opset13 as ops
-from openvino._offline_transformations import apply_make_stateful_transformation
-from openvino.frontend.pytorch import patch_model
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-from torch import nn
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    GenerationConfig,
+    LlamaForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+)
 
 from ov_mllama.files import (
     CONVERTER_VERSION,
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
-    check_room,
+    check_disk_and_memory,
     fingerprint,
     is_current,
     save_ir,
     whole,
     writing,
 )
-from ov_mllama.graphs import LanguageModel, MllamaShapes, VisionEncoder
+from ov_mllama.graphs import LanguageModel, VisionEncoder
+from ov_mllama.plan import CONVERSION_MEMORY
+from ov_mllama.shapes import MllamaShapes
+from ov_mllama.tracing import make_stateful, name_ports, trace
 
-# Bytes at the peak for a checkpoint of any size, whose weights stay on disk; the 11B's vision encoder took 0.7 GB
-CONVERSION_MEMORY = 1.2e9
-
-
-# ---- Tracing --------------------------------------------------------------------------------------------------------
+# ---- Graphs ---------------------------------------------------------------------------------------------------------
 
 
 def vision_encoder_example(config: MllamaConfig) -> dict[str, torch.Tensor]:
@@ -56,109 +54,22 @@ def vision_encoder_example(config: MllamaConfig) -> dict[str, torch.Tensor]:
 
 
 def language_model_example(shapes: MllamaShapes) -> dict:
-    """Example inputs for two rows of two new tokens after two old ones and three image rows."""
+    """Example inputs for two rows of two new tokens after two old ones and, if there are images, three rows of one."""
     batch, queries, past, rows = 2, 2, 2, 3
-    heads, dim = shapes.num_kv_heads, shapes.head_dim
-
-    def key_value(key_shape, value_shape, layers):
-        return [(torch.zeros(key_shape), torch.zeros(value_shape)) for _ in layers]
-
-    return {
+    cache = (batch, shapes.num_kv_heads, past, shapes.head_dim)
+    example = {
         "input_ids": torch.ones(batch, queries, dtype=torch.int64),
         "attention_mask": torch.ones(batch, past + queries, dtype=torch.int64),
         "position_ids": torch.arange(past, past + queries).expand(batch, -1),
-        "cross_attention_bias": torch.zeros(batch, 1, queries, rows),
-        "cross_attention_rows": torch.ones(batch, queries, 1),
         "logits_to_keep": torch.tensor(1),
-        "cross_attn_key_values": key_value((batch, heads, dim, rows), (batch, heads, rows, dim), shapes.cross_layers),
-        "past_key_values": key_value((batch, heads, past, dim), (batch, heads, past, dim), shapes.self_layers),
+        "past_key_values": [(torch.zeros(cache), torch.zeros(cache)) for _ in shapes.self_layers],
     }
-
-
-@contextlib.contextmanager
-def traceable_16bit(module: nn.Module):
-    """Inside, linear and embedding layers of `module` put their 16-bit weights into the graph as they are.
-
-    OpenVINO's own patching (openvino/frontend/pytorch/patch_model.py; Optimum Intel uses the same): the IR's constants
-    share the memory-mapped safetensors, nothing is converted or copied, and tracing skips those layers' arithmetic.
-    """
-    attribute = "_openvino_module_extension_patch_orig_forward"
-    patch_model.__make_16bit_traceable(module, attribute)
-    try:
-        yield
-    finally:
-        patch_model.unpatch_model(module, attribute)
-
-
-@contextlib.contextmanager
-def quiet():
-    """Hides what torch and transformers say about tracing: deprecations, and branches that no input of ours takes."""
-    verbosity = transformers.logging.get_verbosity()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
-        warnings.simplefilter("ignore", category=FutureWarning)
-        transformers.logging.set_verbosity_error()
-        try:
-            yield
-        finally:
-            transformers.logging.set_verbosity(verbosity)
-
-
-def trace(module: nn.Module, example: dict) -> ov.Model:
-    """`module` as an OpenVINO model, its ports still without names."""
-    with torch.no_grad(), quiet(), traceable_16bit(module):
-        # check_trace would run it twice more, to compare outputs that traceable_16bit makes meaningless; the graph is
-        # compared with transformers on shapes other than the example's instead (tests/test_parity.py)
-        decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
-        return ov.convert_model(decoder, example_input=example)
-
-
-def name_ports(model: ov.Model, inputs: dict[str, list], outputs: list[str]) -> None:
-    """Names the model's ports in order; `inputs` maps names to partial shapes (-1 is dynamic).
-
-    Raises:
-        RuntimeError: the graph has other ports than expected, as when the tracer dropped an unused input.
-    """
-    if (len(model.inputs), len(model.outputs)) != (len(inputs), len(outputs)):
-        raise RuntimeError(
-            f"The traced graph has {len(model.inputs)} inputs and {len(model.outputs)} outputs where {len(inputs)} and "
-            f"{len(outputs)} were expected; use the exact versions of requirements.txt."
-        )
-    for port, (name, shape) in zip(model.inputs, inputs.items(), strict=True):
-        port.get_tensor().set_names({name})
-        port.get_node().set_friendly_name(name)
-        port.get_node().set_partial_shape(ov.PartialShape(shape))
-    for port, name in zip(model.outputs, outputs, strict=True):
-        port.get_tensor().set_names({name})
-    model.validate_nodes_and_infer_types()
-
-
-def make_stateful(model: ov.Model, shapes: MllamaShapes) -> None:
-    """Moves the text KV cache inside the model and lets input `beam_idx` (i32 [batch]) reorder its rows.
-
-    Only the caches named in `shapes.past_names` become state: the image's `cross_attn_key_values` stay inputs, although
-    their names contain "key_values" too.
-    """
-    ports = {port.get_any_name(): port for port in model.inputs}
-    beam_idx = ops.parameter([-1], ov.Type.i32, name="beam_idx")
-    beam_idx.output(0).get_tensor().set_names({"beam_idx"})
-    model.add_parameters([beam_idx])
-    for name in shapes.past_names:
-        consumers = ports[name].get_target_inputs()
-        reordered = ops.gather(ports[name], beam_idx, ops.constant(0, dtype=ov.Type.i64))
-        for consumer in consumers:
-            consumer.replace_source_output(reordered.output(0))
-    model.validate_nodes_and_infer_types()
-    apply_make_stateful_transformation(model, dict(zip(shapes.past_names, shapes.present_names, strict=True)))
-
-    # A cache starts with no columns but with as many rows as input_ids has: [batch, kv heads, 0, head_dim]
-    batch = ops.gather(ops.shape_of(ports["input_ids"]), ops.constant([0]), ops.constant(0))
-    rest = ops.constant([shapes.num_kv_heads, 0, shapes.head_dim], dtype=ov.Type.i64)
-    empty = ops.broadcast(ops.constant(0.0, dtype=ov.Type.f32), ops.concat([batch, rest], 0))
-    for op in model.get_ops():
-        if op.get_type_name() == "ReadValue":
-            op.set_arguments([empty.output(0)])
-    model.validate_nodes_and_infer_types()
+    if shapes.cross_layers:
+        tensors = [torch.zeros(shapes.cross_kv_shape(name, batch, rows)) for name in shapes.cross_kv_names]
+        example["cross_attention_bias"] = torch.zeros(batch, 1, queries, rows)
+        example["sees_image"] = torch.ones(batch, queries, 1)
+        example["cross_attn_key_values"] = list(zip(tensors[::2], tensors[1::2], strict=True))
+    return example
 
 
 def convert_vision_encoder(model: MllamaForConditionalGeneration) -> ov.Model:
@@ -175,23 +86,20 @@ def convert_vision_encoder(model: MllamaForConditionalGeneration) -> ov.Model:
     return ov_model
 
 
-def convert_language_model(model: MllamaForConditionalGeneration) -> ov.Model:
+def convert_language_model(model: MllamaForConditionalGeneration | LlamaForCausalLM) -> ov.Model:
     """The language model as one stateful OpenVINO model (ports as in `LanguageModel.forward`, plus `beam_idx`)."""
     shapes = MllamaShapes.from_config(model.config)
     ov_model = trace(LanguageModel(model), language_model_example(shapes))
-    heads, dim = shapes.num_kv_heads, shapes.head_dim
     inputs = {
         "input_ids": [-1, -1],
         "attention_mask": [-1, -1],
         "position_ids": [-1, -1],
-        "cross_attention_bias": [-1, 1, -1, -1],
-        "cross_attention_rows": [-1, -1, 1],
         "logits_to_keep": [],
+        **{name: [-1, shapes.num_kv_heads, -1, shapes.head_dim] for name in shapes.past_names},
     }
-    for name in shapes.cross_kv_names:
-        inputs[name] = [-1, heads, dim, -1] if name.endswith(".key") else [-1, heads, -1, dim]
-    for name in shapes.past_names:
-        inputs[name] = [-1, heads, -1, dim]
+    if shapes.cross_layers:
+        inputs |= {"cross_attention_bias": [-1, 1, -1, -1], "sees_image": [-1, -1, 1]}
+        inputs |= {name: list(shapes.cross_kv_shape(name, -1, -1)) for name in shapes.cross_kv_names}
     name_ports(ov_model, inputs, ["logits", *shapes.present_names])
     make_stateful(ov_model, shapes)
     return ov_model
@@ -266,7 +174,8 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         out_dir as a Path.
     Raises:
         ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix.
-        OSError, MemoryError: too little room (`check_room`); parts that are done are kept, and a rerun does the rest.
+        OSError, MemoryError: too little room (`check_disk_and_memory`); parts that are done are kept, a rerun does the
+            rest.
     """
     out_dir = Path(out_dir)
     source = checkpoint_folder(model_id)
@@ -282,13 +191,13 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
     model = load_checkpoint(source)
     sizes = {what: 2 * sum(weight.numel() for weight in parts[what][1](model).parameters()) for what in parts}
     missing = sum(size for what, size in sizes.items() if not is_current(parts[what][0], stamp))
-    check_room(out_dir, missing, CONVERSION_MEMORY, "close other programs")
+    check_disk_and_memory(out_dir, missing, CONVERSION_MEMORY, "close other programs")
     with writing(out_dir):
         save_companions(source, model, out_dir)
         for what, (path, _, convert) in parts.items():
             if not is_current(path, stamp):  # asked again: another process may just have made it
                 print(f"⌛ Convert {what}, {sizes[what] / 1e6:,.0f} MB...")
-                save_ir(convert(model), path, stamp)
+                save_ir(convert(model), path, {**stamp, "format": "16 bit"})
                 print(f"✅ {what.capitalize()} successfully converted")
     print(f"✅ Model successfully converted and can be found in {out_dir}")
     return out_dir

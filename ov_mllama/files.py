@@ -1,6 +1,6 @@
 """IRs as files: written whole or not at all, by one process at a time, stamped with their origin, checked when read.
 
-`ov_mllama_convert.py` and `ov_mllama_compression.py` write them, `ov_mllama_helper.py` reads them.
+`convert.py` and `compress.py` write them, `model.py` reads them.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 # Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
-CONVERTER_VERSION = "3"
+# Say in CHANGELOG.md what that costs; tests/test_convert.py notices a graph that changed without it.
+CONVERTER_VERSION = "4"
 
 VISION_ENCODER_NAME = "openvino_vision_encoder.xml"
 LANGUAGE_MODEL_NAME = "openvino_language_model.xml"
@@ -28,7 +29,7 @@ NO_FINGERPRINT = "0" * 16
 # ---- Before ---------------------------------------------------------------------------------------------------------
 
 
-def check_room(folder: Path, disk: float, memory: float, advice: str) -> None:
+def check_disk_and_memory(folder: Path, disk: float, memory: float, advice: str) -> None:
     """Refuses to begin what this machine has no room for.
 
     Args:
@@ -137,9 +138,9 @@ def ir_stamp(path: Path) -> dict[str, str]:
     """What `save_ir` wrote into an IR about its origin.
 
     Returns:
-        `converter_version`, `checkpoint` (its fingerprint), `openvino` (its version), `weights` (fingerprint of the
-        .bin) and, if compressed, `samples`. Empty for an IR that is missing, incomplete, made by another program, or
-        beside a .bin that is not its own.
+        `converter_version`, `checkpoint` (its fingerprint), `format` of its weights ("16 bit", "int4_asym", ...),
+        `openvino` (its version), `weights` (fingerprint of the .bin) and, if compressed, `samples` it was calibrated
+        with. Empty for an IR that is missing, incomplete, made by another program, or beside a .bin not its own.
     """
     weights = path.with_suffix(".bin")
     if not (path.is_file() and weights.is_file()):
@@ -152,10 +153,10 @@ def ir_stamp(path: Path) -> dict[str, str]:
     return stamp if stamp.get("weights") == fingerprint(weights) else {}
 
 
-def is_current(path: Path, origin: dict[str, str]) -> bool:
-    """Whether an IR is there, whole, readable here, and says of itself what `origin` (part of a stamp) does."""
+def is_current(path: Path, wanted: dict[str, str]) -> bool:
+    """Whether an IR is there, whole, readable here, and says of itself what `wanted` (part of a stamp) does."""
     stamp = ir_stamp(path)
-    return origin.items() <= stamp.items() and not is_from_the_future(stamp)
+    return wanted.items() <= stamp.items() and not is_from_the_future(stamp)
 
 
 def origin(path: Path) -> dict[str, str]:

@@ -3,76 +3,17 @@
     pixels of one picture -> VisionEncoder -> cross-attention K/V
     tokens, those, the text KV cache -> LanguageModel -> logits, grown cache
 
-`ov_mllama_convert.py` traces them; tests compare them with transformers.
+`convert.py` has them traced; tests compare them with transformers.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import LlamaForCausalLM, MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import apply_rotary_pos_emb, repeat_kv
 
-# Additive mask value. It and its sum with a score are finite in float16 too, so that no precision turns a masked row
-# into NaN ("!!!!" answers, openvino_notebooks#2442); exp() of it is exactly zero in every precision.
-MASKED = torch.finfo(torch.float16).min / 2
-
-
-@dataclass(frozen=True)
-class MllamaShapes:
-    """Every number and tensor name that the two IRs, the runtime and the tests share, read from the checkpoint.
-
-    Attributes:
-        max_num_tiles: tiles of an image's canvas, real or padding.
-        patches_per_tile: rows of one tile after the vision tower, class token included (1601 for 560/14 pixels).
-        hidden_size, num_heads, num_kv_heads, head_dim: of the language model.
-        self_layers, cross_layers: indices of its self- and cross-attention layers.
-        vocab_size: columns of the logits. `<|image|>` has an embedding but no logit: its id may equal `vocab_size`.
-    """
-
-    max_num_tiles: int
-    patches_per_tile: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    self_layers: tuple[int, ...]
-    cross_layers: tuple[int, ...]
-    vocab_size: int
-
-    @classmethod
-    def from_config(cls, config: MllamaConfig) -> "MllamaShapes":
-        text, vision = config.text_config, config.vision_config
-        cross_layers = tuple(sorted(i for i in text.cross_attention_layers if i < text.num_hidden_layers))
-        return cls(
-            max_num_tiles=vision.max_num_tiles,
-            patches_per_tile=(vision.image_size // vision.patch_size) ** 2 + 1,
-            hidden_size=text.hidden_size,
-            num_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=text.hidden_size // text.num_attention_heads,
-            self_layers=tuple(i for i in range(text.num_hidden_layers) if i not in cross_layers),
-            cross_layers=cross_layers,
-            vocab_size=text.vocab_size,
-        )
-
-    @property
-    def cross_kv_names(self) -> list[str]:
-        """Outputs of the vision IR, inputs of the language IR (shapes in `VisionEncoder.forward`)."""
-        return [f"cross_attn_key_values.{i}.{part}" for i in self.cross_layers for part in ("key", "value")]
-
-    @property
-    def past_names(self) -> list[str]:
-        return [f"past_key_values.{i}.{part}" for i in self.self_layers for part in ("key", "value")]
-
-    @property
-    def present_names(self) -> list[str]:
-        return [f"present.{i}.{part}" for i in self.self_layers for part in ("key", "value")]
-
-
-# ---- The two graphs -------------------------------------------------------------------------------------------------
+from ov_mllama.shapes import MASKED, MllamaShapes
 
 
 class VisionEncoder(nn.Module):
@@ -107,8 +48,8 @@ class VisionEncoder(nn.Module):
         alignment = -patches % 8  # Meta pads each tile to a multiple of 8 rows, and those rows take part as padding
         real_rows = aspect_ratio_mask.sum() * patches
 
-        x = self.embed(pixel_values, aspect_ratio_ids)[:, :tiles].flatten(1, 2)
-        x = torch.cat([x, x.new_zeros(1, tiles * alignment, x.shape[-1])], dim=1)
+        x = self.embed(pixel_values, aspect_ratio_ids)[:, :tiles].flatten(1, 2)  # [1, tiles * patches, channels]
+        x = torch.cat([x, x.new_zeros(1, tiles * alignment, x.shape[-1])], dim=1)  # real rows come first
         intermediate = []
         for layer in _progress(tower.transformer.layers, "Tracing vision encoder"):
             x = self.encoder_layer(layer, x, real_rows)
@@ -121,8 +62,8 @@ class VisionEncoder(nn.Module):
             x = self.encoder_layer(layer, x, real_rows)
 
         chosen = torch.stack([intermediate[i] for i in tower.intermediate_layers_indices], dim=-1)
-        features = torch.cat([x, chosen.flatten(2)], dim=-1)[:, : tiles * patches]
-        states = self.projector(features)
+        features = torch.cat([x, chosen.flatten(2)], dim=-1)[:, : tiles * patches]  # [1, rows, vision_output_dim]
+        states = self.projector(features)  # [1, rows, hidden_size]
         return tuple(tensor for attention in self.cross_attentions for tensor in self.key_value(attention, states))
 
     def embed(self, pixel_values, aspect_ratio_ids):
@@ -151,6 +92,7 @@ class VisionEncoder(nn.Module):
         def heads(projected):
             return projected.view(1, x.shape[1], attention.num_heads, attention.head_dim).transpose(1, 2)
 
+        # each [1, heads, rows, head_dim]
         query, key, value = heads(attention.q_proj(x)), heads(attention.k_proj(x)), heads(attention.v_proj(x))
         real = F.scaled_dot_product_attention(query[:, :, :real_rows], key, value)
         padding = F.scaled_dot_product_attention(
@@ -164,16 +106,19 @@ class VisionEncoder(nn.Module):
         split = (1, states.shape[1], attention.num_key_value_heads, attention.head_dim)
         key = attention.k_norm(attention.k_proj(states).view(split)) * attention.scaling
         value = attention.v_proj(states).view(split)
-        return key.permute(0, 2, 3, 1), value.transpose(1, 2)
+        return key.permute(0, 2, 3, 1), value.transpose(1, 2)  # as `MllamaShapes.cross_kv_shape` says
 
 
 class LanguageModel(nn.Module):
-    """One step of the language model with every piece of state explicit; `make_stateful` hides the text KV cache."""
+    """One step of the language model with every piece of state explicit; `make_stateful` hides the text KV cache.
 
-    def __init__(self, model: MllamaForConditionalGeneration):
+    A plain Llama is one without cross-attention layers.
+    """
+
+    def __init__(self, model: MllamaForConditionalGeneration | LlamaForCausalLM):
         super().__init__()
         self.shapes = MllamaShapes.from_config(model.config)
-        self.text_model = model.model.language_model
+        self.text_model = getattr(model.model, "language_model", model.model)
         self.lm_head = model.lm_head
 
     def forward(
@@ -181,34 +126,35 @@ class LanguageModel(nn.Module):
         input_ids,
         attention_mask,
         position_ids,
-        cross_attention_bias,
-        cross_attention_rows,
         logits_to_keep,
-        cross_attn_key_values,
         past_key_values,
+        cross_attention_bias=None,
+        sees_image=None,
+        cross_attn_key_values=(),
     ):
         """
         Args:
             input_ids: i64 [batch, query].
             attention_mask: i64 [batch, past + query]; a 0 hides that column of the KV cache from every query.
             position_ids: i64 [batch, query], for the rotary embedding only: causality goes by cache column.
+            logits_to_keep: i64 scalar, how many of the last positions get logits.
+            past_key_values: (key, value) for each self-attention layer, f32 [batch, kv heads, past, head_dim].
             cross_attention_bias: f32 [batch, 1, query, rows], added to the scores of text against image rows. Any axis
                 may be 1, so "everything may be seen" is a single zero.
-            cross_attention_rows: f32 [batch, query, 1], 0 for tokens that may see no image: their MLP in the
-                cross-attention layers is switched off, as transformers does (its attention is not, transformers#39379).
-            logits_to_keep: i64 scalar, how many of the last positions get logits.
+            sees_image: f32 [batch, query, 1], 0 for tokens that may see no image: their MLP in the cross-attention
+                layers is switched off, as transformers does (its attention is not, transformers#39379).
             cross_attn_key_values: (key, value) for each cross-attention layer, as the vision encoder wrote them.
-            past_key_values: (key, value) for each self-attention layer, f32 [batch, kv heads, past, head_dim].
         Returns:
             logits f32 [batch, logits_to_keep, vocab], then the grown key and value of each self-attention layer.
         """
-        x = self.text_model.embed_tokens(input_ids)
+        x = self.text_model.embed_tokens(input_ids)  # [batch, query, hidden_size]
         rotary = self.text_model.rotary_emb(x, position_ids)
         bias = self.causal_bias(input_ids, attention_mask)
         cross_kv, past, present = iter(cross_attn_key_values), iter(past_key_values), []
         for index, layer in enumerate(_progress(self.text_model.layers, "Tracing language model")):
             if index in self.shapes.cross_layers:
-                x = self.cross_attention_layer(layer, x, *next(cross_kv), cross_attention_bias, cross_attention_rows)
+                key, value = next(cross_kv)
+                x = self.cross_attention_layer(layer, x, key, value, cross_attention_bias, sees_image)
             else:
                 x, key_value = self.self_attention_layer(layer, x, rotary, bias, *next(past))
                 present.extend(key_value)
@@ -234,7 +180,7 @@ class LanguageModel(nn.Module):
             return projected.view(batch, queries, -1, attention.head_dim).transpose(1, 2)
 
         query, key = apply_rotary_pos_emb(heads(attention.q_proj(normed)), heads(attention.k_proj(normed)), *rotary)
-        key = torch.cat([past_key, key], dim=2)
+        key = torch.cat([past_key, key], dim=2)  # [batch, kv heads, past + query, head_dim]
         value = torch.cat([past_value, heads(attention.v_proj(normed))], dim=2)
         groups = attention.num_key_value_groups
         attended = F.scaled_dot_product_attention(
@@ -244,13 +190,13 @@ class LanguageModel(nn.Module):
         x = x + layer.mlp(layer.post_attention_layernorm(x))
         return x, (key, value)
 
-    def cross_attention_layer(self, layer, x, key, value, bias, rows):
+    def cross_attention_layer(self, layer, x, key, value, bias, sees_image):
         """Text attends to image rows. Query heads that share a key are folded into the query axis: [B, kv, G*Q, D]."""
         attention, shapes = layer.cross_attn, self.shapes
         batch, queries, _ = x.shape
         query = attention.q_proj(layer.input_layernorm(x)).view(batch, queries, shapes.num_heads, shapes.head_dim)
         query = attention.q_norm(query).transpose(1, 2)
-        scores = query.reshape(batch, shapes.num_kv_heads, -1, shapes.head_dim) @ key
+        scores = query.reshape(batch, shapes.num_kv_heads, -1, shapes.head_dim) @ key  # [batch, kv heads, G * Q, rows]
         groups = shapes.num_heads // shapes.num_kv_heads
         scores = scores.view(batch, shapes.num_kv_heads, groups, queries, -1) + bias[:, :, None]
         weights = scores.softmax(dim=-1).view(batch, shapes.num_kv_heads, groups * queries, -1)
@@ -258,7 +204,7 @@ class LanguageModel(nn.Module):
         attended = attention.o_proj(attended.transpose(1, 2).reshape(batch, queries, -1))
         x = x + layer.cross_attn_attn_gate.tanh() * attended
         mlp = layer.mlp(layer.post_attention_layernorm(x))
-        return x + layer.cross_attn_mlp_gate.tanh() * (rows * mlp)
+        return x + layer.cross_attn_mlp_gate.tanh() * (sees_image * mlp)
 
 
 def _progress(layers, description):

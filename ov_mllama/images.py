@@ -44,7 +44,8 @@ def open_picture(source) -> Image.Image:
     if isinstance(source, Image.Image):
         return decoded(source, name)
     if isinstance(source, str) and "://" in source:
-        name, file = source, io.BytesIO(download(source))
+        name = source
+        file: io.BytesIO | Path = io.BytesIO(download(source))
     elif isinstance(source, bytes):
         file = io.BytesIO(source)
     elif isinstance(source, str | Path):
@@ -106,9 +107,7 @@ def from_array(array: np.ndarray, channels_first: bool = False) -> Image.Image:
         first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
         if first and (channels_first or not last):
             array = np.moveaxis(array, 0, -1)
-        elif not last:
-            array = None
-    if array is None or array.ndim not in (2, 3) or not array.size:
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)) or not array.size:
         raise PictureError(f"{layout} is no picture: give [height, width, channels] with 1, 3 or 4 channels.")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise too_large("The array", f"{array.shape[1]} × {array.shape[0]}")

@@ -1,7 +1,6 @@
 """What each variant of a model costs and what it loses: size, memory, speed, and answers beside PyTorch in float32.
 
-Every variant is measured in a process of its own, so that none sees another's memory. The questions are held-out ones
-of the demo checkpoint, the only model at hand whose right answers are known.
+Every variant is measured in a process of its own, so that none sees another's memory.
 """
 
 import multiprocessing
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
-from demo_model.evaluate import heldout_samples, prompts
+from ov_mllama.conversation import first_questions
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 
 BATCH = 50
@@ -27,7 +26,7 @@ ORIGINAL = "PyTorch f32"
 
 
 def price_list(
-    checkpoint: str | Path, model_dir: Path, variants: dict[str, tuple[str, str]], questions: int = 500
+    checkpoint: str | Path, model_dir: Path, variants: dict[str, tuple[str, str]], samples: list[dict]
 ) -> list[dict]:
     """One row for each variant, the first being the original in PyTorch, float32.
 
@@ -35,7 +34,8 @@ def price_list(
         checkpoint: folder of the original.
         model_dir: folder of the IRs.
         variants: name -> file names of language model and image encoder.
-        questions: held-out questions to ask.
+        samples: questions to ask, {"image": PIL picture, "question", "answer" (the right one), "task"}, such as
+            `demo_model.evaluate.heldout_samples`.
     Returns:
         dicts of "variant" and what `measure` returns.
     """
@@ -43,14 +43,14 @@ def price_list(
     bar = tqdm({ORIGINAL: None, **variants}.items(), desc="Price list", unit="variant", leave=False)
     for name, files in bar:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            row, answers = process.submit(measure, checkpoint, model_dir, files, questions, reference).result()
+            row, answers = process.submit(measure, checkpoint, model_dir, files, samples, reference).result()
         reference = reference or answers
         rows.append({"variant": name, **row})
     return rows
 
 
 def measure(
-    checkpoint: str | Path, model_dir: Path, files: tuple[str, str] | None, questions: int, reference: dict | None
+    checkpoint: str | Path, model_dir: Path, files: tuple[str, str] | None, samples: list[dict], reference: dict | None
 ) -> tuple[dict, dict]:
     """Measures one variant; None for `files` is the original.
 
@@ -72,7 +72,6 @@ def measure(
     else:
         model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
         weights = list(Path(checkpoint).glob("*.safetensors"))
-    samples = list(heldout_samples(questions))
     tokens = [answer for batch in batches(samples) for answer in greedy(model, processor, batch)]
     memory = psutil.Process().memory_info().rss - before
 
@@ -101,7 +100,7 @@ def batches(items: list) -> list[list]:
 
 def greedy(model, processor, samples: list[dict]) -> list[list[int]]:
     """Tokens of the greedy answers, without what pads them."""
-    inputs = prompts(processor, samples)
+    inputs = first_questions(processor, samples)
     output = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
     return [[token for token in row if token != processor.tokenizer.pad_token_id] for row in output.tolist()]
 
@@ -109,7 +108,7 @@ def greedy(model, processor, samples: list[dict]) -> list[list[int]]:
 @torch.no_grad()
 def score(model, processor, samples: list[dict], answers: list[list[int]]) -> list[np.ndarray]:
     """Log-probabilities f32 [tokens, vocab] of what follows each token of given answers."""
-    inputs, longest = prompts(processor, samples), max(map(len, answers))
+    inputs, longest = first_questions(processor, samples), max(map(len, answers))
     start = inputs["input_ids"].shape[1]
     appended = torch.full((len(answers), longest), processor.tokenizer.pad_token_id)
     for row, answer in zip(appended, answers, strict=True):
@@ -153,7 +152,7 @@ def waits(model, processor, samples: list[dict]) -> dict[str, float]:
     """Median milliseconds to the first token and from each token to the next, one question at a time."""
     first, following = [], []
     for sample in samples:
-        clock, inputs = Clock(), prompts(processor, [sample])
+        clock, inputs = Clock(), first_questions(processor, [sample])
         model.generate(**inputs, **GREEDY, streamer=clock)
         steps = np.diff(clock.times) * 1000
         first.append(steps[0])

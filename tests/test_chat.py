@@ -16,7 +16,8 @@ from playwright.sync_api import expect, sync_playwright
 from transformers import AutoProcessor
 
 from conftest import DEMO, demo_samples
-from gradio_helper import LAUNCH, Chat, answered, edited, make_demo, plain, remark, to_messages
+from gradio_helper import LAUNCH, Chat, answered, edited, make_demo, remark, to_messages
+from ov_mllama.conversation import plain
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 SAMPLES = demo_samples()

@@ -44,7 +44,7 @@ def test_ports(pair, vision_ir, language_ir):
     assert names(vision_ir.outputs) == cross
     assert sorted(names(language_ir.inputs)) == sorted(
         ["input_ids", "attention_mask", "position_ids", "beam_idx", "logits_to_keep"]
-        + ["cross_attention_bias", "cross_attention_rows", *cross]
+        + ["cross_attention_bias", "sees_image", *cross]
     )
     assert names(language_ir.outputs) == ["logits"]
 
@@ -163,7 +163,8 @@ def test_interrupted_run_leaves_nothing_that_passes_for_finished(pair, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         convert_mllama(pair.checkpoint, tmp_path)
     monkeypatch.undo()
-    assert ir_stamp(tmp_path / VISION_ENCODER_NAME) and not (tmp_path / LANGUAGE_MODEL_NAME).exists()
+    assert ir_stamp(tmp_path / VISION_ENCODER_NAME)
+    assert not (tmp_path / LANGUAGE_MODEL_NAME).exists()
     with pytest.raises(FileNotFoundError, match="convert_mllama"):
         OVMLlamaForConditionalGeneration(tmp_path)
     (tmp_path / ".partial-killed").mkdir()  # what a killed process leaves
@@ -185,7 +186,7 @@ def test_full_disk_keeps_what_was_there(pair, copy, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module, function, answer, error",
+    ("module", "function", "answer", "error"),
     [
         ("shutil", "disk_usage", SimpleNamespace(free=1000), OSError),
         ("psutil", "virtual_memory", SimpleNamespace(available=1000), MemoryError),

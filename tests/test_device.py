@@ -8,7 +8,7 @@ import openvino as ov
 import pytest
 
 from conftest import DEMO, F32
-from ov_mllama.vision import DeviceTensors
+from ov_mllama.language import OVLanguageModel
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
@@ -27,8 +27,8 @@ class HostContext:
 
 @pytest.fixture
 def model(pair):
-    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
-    model._device_tensors = DeviceTensors(HostContext())
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, kv_cache_bytes=0)  # one session at a time
+    model.language_model.context = HostContext()  # every session from now on
     return model
 
 
@@ -39,34 +39,46 @@ def test_the_tokens_are_the_same_through_device_memory(pair, model):
 
 
 def test_device_memory_is_allocated_once_per_shape(pair, model):
-    context = model._device_tensors.context
+    context = model.language_model.context
     names = len(model.shapes.cross_kv_names)
     for case in ("one tile", "one tile", "chat", "one tile"):  # the rows of one tile, and those of both pictures
         model.generate(**pair.inputs(case), **GREEDY)
-    assert len(context.allocated) == 2 * names and len(set(context.allocated)) == 4
+    assert len(context.allocated) == 2 * names
+    assert len(set(context.allocated)) == 4
 
 
 def test_the_language_model_reads_device_memory(pair, model):
     model.generate(**pair.inputs("wide"), **GREEDY)
-    tensors = model._cache.cross_attention.key_values
+    session = model.sessions._sessions[-1]
+    tensors = session.cache.cross_attention.key_values
     assert all(isinstance(tensor, ov.Tensor) for tensor in tensors.values())
     name, tensor = next(iter(tensors.items()))
-    assert model._language_request.get_tensor(name).data.ctypes.data == tensor.data.ctypes.data
+    assert session._request.get_tensor(name).data.ctypes.data == tensor.data.ctypes.data
 
 
-def test_which_devices_have_such_memory(monkeypatch):
-    asked = []
-    monkeypatch.setattr(ov.Core, "get_default_context", lambda core, device: asked.append(device) or HostContext())
-    assert DeviceTensors.of("CPU") is None and DeviceTensors.of("AUTO") is None
-    assert DeviceTensors.of("GPU") and DeviceTensors.of("GPU.1")
-    assert asked == ["GPU", "GPU.1"]
+def test_device_memory_is_used_where_asked_for_and_there(pair, monkeypatch):
+    def context(**options):
+        return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, **options).language_model.context
 
+    assert context() is None
+    assert context(use_remote_tensors=True) is None  # a CPU's memory is the host's
+    compiled = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32).language_model.compiled
+    stand_in = HostContext()
 
-def test_without_such_memory_the_hosts_is_used(pair, monkeypatch):
-    assert DeviceTensors.of("GPU.7") is None  # no such device here: OpenVINO's own error
-    monkeypatch.setattr(DeviceTensors, "of", lambda device: DeviceTensors(HostContext()))
-    model = OVMLlamaForConditionalGeneration(pair.model_dir, use_remote_tensors=False)
-    assert model._device_tensors is None
+    class GPU:
+        """The CPU's compiled model, with a context of its own."""
+
+        def __getattr__(self, name):
+            return getattr(compiled, name)
+
+        def get_context(self):
+            return stand_in
+
+    monkeypatch.setattr(ov.Core, "compile_model", lambda *_: GPU())
+    for device, expected in (("GPU", stand_in), ("GPU.1", stand_in), ("AUTO", None)):
+        model = OVLanguageModel("an.xml", pair.ov.shapes, device, device_memory=True)
+        assert model.context is expected
+        assert OVLanguageModel("an.xml", pair.ov.shapes, device).context is None
 
 
 def test_golden_answer(tmp_path):
@@ -74,7 +86,9 @@ def test_golden_answer(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = OVMLlamaForConditionalGeneration(folder)
-    assert model.stats.prompt_tokens == 0 and not model.llm_infer_time and not model.vision_encoder_infer_time
+    assert model.stats.prompt_tokens == 0
+    assert not model.llm_infer_time
+    assert not model.vision_encoder_infer_time
     assert model.image_encoder.cached_bytes == 0
 
     golden = json.loads((folder / "golden.json").read_text())
@@ -83,6 +97,6 @@ def test_golden_answer(tmp_path):
         OVMLlamaForConditionalGeneration(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        OVMLlamaForConditionalGeneration(folder, warm_up=False)
+        OVMLlamaForConditionalGeneration(folder, check_golden=False)
         (folder / "golden.json").unlink()
         OVMLlamaForConditionalGeneration(folder)

@@ -29,7 +29,7 @@ from conftest import F32
 from ov_mllama import convert, files
 from ov_mllama.convert import convert_mllama
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp
-from ov_mllama.graphs import MASKED
+from ov_mllama.shapes import MASKED
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint
 
@@ -236,8 +236,8 @@ def small_disk(folder, kilobytes: int):
 
 
 def test_a_disk_that_fills(pair, finished, tmp_path, times, tally, monkeypatch):
-    monkeypatch.setattr(convert, "check_room", lambda *_: None)  # or nothing would be written at all
-    monkeypatch.setattr("ov_mllama.compress.check_room", lambda *_: None)
+    monkeypatch.setattr(convert, "check_disk_and_memory", lambda *_: None)  # or nothing would be written at all
+    monkeypatch.setattr("ov_mllama.compress.check_disk_and_memory", lambda *_: None)
     needed = sum(path.stat().st_size for path in finished[0].iterdir()) // 1024
     sizes = np.linspace(8, needed, times(3, 10), endpoint=False).astype(int).tolist()
     wrong = []
@@ -317,7 +317,7 @@ def test_large_activations(pair, tmp_path, hint, tally):
 
 
 @pytest.mark.parametrize(
-    "broken, what", [("model.norm.weight", "logits"), ("layernorm_post.weight", "image's keys and values")]
+    ("broken", "what"), [("model.norm.weight", "logits"), ("layernorm_post.weight", "image's keys and values")]
 )
 def test_numbers_that_overflow_are_said(pair, tmp_path, broken, what):
     def change(name, tensor):

@@ -308,7 +308,7 @@ def test_an_address(address, path):
 
 
 @pytest.mark.parametrize(
-    "path, sentence",
+    ("path", "sentence"),
     [
         ("page", "is a page"),
         ("page_named_png", "not a picture that can be read"),

@@ -4,6 +4,7 @@ before work starts."""
 import asyncio
 import random
 import sys
+import threading
 from types import SimpleNamespace
 
 import psutil
@@ -11,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-import gradio_helper
 from conftest import DEMO
-from gradio_helper import Chat, plain, to_messages
+from gradio_helper import Chat, to_messages
+from ov_mllama import conversation as conversations
+from ov_mllama.conversation import plain
 
 pytestmark = pytest.mark.torture
 HOSTILE = [
@@ -43,6 +45,7 @@ class Idle:
     """A model that nobody gets as far as asking."""
 
     config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=512))
+    turn = threading.RLock()
 
     def generate(self, **_):
         raise AssertionError("work was started")
@@ -115,7 +118,7 @@ def test_nothing_asked(processor, text):
 
 
 def test_too_long_for_the_context_is_refused_before_pictures_are_opened(processor, monkeypatch):
-    monkeypatch.setattr(gradio_helper, "open_picture", lambda _: pytest.fail("opened a picture"))
+    monkeypatch.setattr(conversations, "open_picture", lambda _: pytest.fail("opened a picture"))
     message = {"text": "word " * 20_000, "files": ["large.png"]}  # 100 000 characters
     shown = last(Chat(Idle(), processor), message)
     assert "more than the 512 this model can hold" in shown[-1]["metadata"]["title"]
@@ -131,7 +134,7 @@ def test_the_model_refuses_what_it_cannot_hold(pair, monkeypatch):
     with pytest.raises(ValueError, match="has 0 tokens.*write a question"):
         pair.ov(torch.zeros((1, 0), dtype=torch.int64))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e5))
-    monkeypatch.setattr(pair.ov._language_request, "infer", lambda *_, **__: pytest.fail("began"), raising=False)
+    monkeypatch.setattr(pair.ov.language_model, "infer", lambda *_, **__: pytest.fail("began"))
     with pytest.raises(MemoryError, match="500 tokens.*GB too little"):
         ask(500)
     monkeypatch.undo()

@@ -7,15 +7,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from gradio_helper import answered, plain, remark, to_messages
+from gradio_helper import answered, remark, to_messages
 from ov_mllama.compress import GROUP_SIZES, INT4, Settings
-from ov_mllama.graphs import MASKED, MllamaShapes
+from ov_mllama.conversation import plain
+from ov_mllama.shapes import MASKED, MllamaShapes
 from ov_mllama.vision import restrict, take_tiles, tiles_seen
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 pytestmark = pytest.mark.torture
 EXAMPLES = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-SHAPES = MllamaShapes(4, 3, 16, 4, 2, 4, (0,), (1,), 10)  # three rows a tile
+SHAPES = MllamaShapes(4, 3, 4, 2, 4, (0,), (1,), 10, 18, 512)  # three rows a tile
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_a_restricted_view_attends_as_the_whole(run):
         expected = attention(query, key, value, bias)
         actual = attention(query, *view.key_values.values(), view.bias)
         np.testing.assert_allclose(actual, expected, atol=1e-5)
-        assert np.array_equal(view.rows[..., 0] == 1, mask.any(-1))
+        assert np.array_equal(view.sees_image[..., 0] == 1, mask.any(-1))
 
     run(test, 100, 3000)
 
@@ -139,7 +140,9 @@ def test_other_settings_have_another_file_name(run):
     def test(draw):
         one, other = some_settings(draw), some_settings(draw)
         assert (one.file_name == other.file_name) == (one == other)
-        assert one.file_name.endswith(".xml") and "/" not in one.file_name and one.file_name.isascii()
+        assert one.file_name.endswith(".xml")
+        assert "/" not in one.file_name
+        assert one.file_name.isascii()
 
     run(test, 300, 20_000)
 

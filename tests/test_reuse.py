@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from conftest import CASES, F32
-from ov_mllama.generation import InVocabularyDrafts, OVCache
+from ov_mllama.cache import OVCache
+from ov_mllama.drafts import InVocabularyDrafts
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
@@ -112,16 +113,12 @@ def test_an_interrupted_step_is_not_built_on(pair, model, monkeypatch):
     inputs = pair.inputs("chat")
     expected = model.generate(**inputs, **GREEDY)
 
-    class Interrupting:
-        def __getattr__(self, name):
-            return getattr(request, name)
+    def interrupted(request, inputs):
+        infer(request, inputs)
+        raise KeyboardInterrupt
 
-        def infer(self, *args, **kwargs):
-            request.infer(*args, **kwargs)
-            raise KeyboardInterrupt
-
-    request = model._language_request
-    monkeypatch.setattr(model, "_language_request", Interrupting())
+    infer = model.language_model.infer
+    monkeypatch.setattr(model.language_model, "infer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.generate(**inputs, **GREEDY)
     monkeypatch.undo()
@@ -245,17 +242,23 @@ def test_crop_takes_negative_numbers_only():
 def test_stats_agree_with_the_times(pair, model):
     output = model.generate(**pair.inputs("two images"), **GREEDY)
     stats = model.stats
-    assert stats.new_tokens == 12 and stats.prompt_tokens == output.shape[1] - 12
+    assert stats.new_tokens == 12
+    assert stats.prompt_tokens == output.shape[1] - 12
     assert (stats.images, stats.images_kept) == (2, 0)
     assert stats.first_token_s == sum(model.vision_encoder_infer_time) + model.llm_infer_time[0]
     assert stats.step_s == model.llm_infer_time[1:]
     assert stats.tokens_per_s == pytest.approx(11 / sum(stats.step_s))
-    assert stats.load_s > 0 and stats.warm_up_s > 0
+    assert stats.load_s > 0
+    assert stats.warm_up_s > 0
     assert stats.peak_gb is None or 0.1 < stats.peak_gb < 100
     numbers = stats.to_dict()
-    assert numbers["new_tokens"] == 12 and numbers["accepted_tokens"] == 0 and len(numbers["step_s"]) == 11
+    assert numbers["new_tokens"] == 12
+    assert numbers["accepted_tokens"] == 0
+    assert len(numbers["step_s"]) == 11
     line = str(stats)
-    assert "\n" not in line and "2 pictures" in line and "12 answered" in line
+    assert "\n" not in line
+    assert "2 pictures" in line
+    assert "12 answered" in line
 
 
 def test_stats_before_anything_was_asked(model):

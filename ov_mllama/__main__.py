@@ -1,0 +1,53 @@
+"""The command line: `python -m ov_mllama chat`, in the project's folder. It wires all together as the notebook does."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from transformers import AutoProcessor
+
+from ov_mllama.convert import convert_mllama
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+from ov_mllama.model import OVMLlamaForConditionalGeneration
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Loads a model, opens the page, waits for Ctrl-C."""
+    from gradio_helper import LAUNCH, make_demo
+
+    model_dir = options.model_dir or convert_mllama("demo_model", "models/demo_model")
+    compressed = sorted(model_dir.glob("llm_*.xml"), key=lambda path: path.stat().st_mtime)
+    if options.language_model or (model_dir / LANGUAGE_MODEL_NAME).is_file() or not compressed:
+        name = options.language_model or LANGUAGE_MODEL_NAME
+    else:
+        name = compressed[-1].name
+    model = OVMLlamaForConditionalGeneration(
+        model_dir, options.device, language_model_name=name, image_encoder_name=options.image_encoder
+    )
+    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir))
+    auth = tuple(options.auth) if options.auth else None
+    _, url, _ = demo.launch(**LAUNCH, server_port=options.port, auth=auth, prevent_thread_lock=True)
+    print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
+    demo.block_thread()
+
+
+def main() -> None:
+    """Reads the arguments and runs the command that they name."""
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("ov_mllama").setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(prog="python -m ov_mllama", description=__doc__.partition(":")[0])
+    commands = parser.add_subparsers(required=True)
+    page = commands.add_parser("chat", help="opens the chat on a converted model")
+    page.set_defaults(run=chat)
+    page.add_argument("--model-dir", type=Path, help="folder of convert_mllama; default: the demo model's")
+    page.add_argument("--language-model", help="its .xml; default: uncompressed, else the newest compressed one")
+    page.add_argument("--image-encoder", default=VISION_ENCODER_NAME)
+    page.add_argument("--device", default="CPU")
+    page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Messages -> the model's tensors -> its words: what chat, server and captions share.
+
+Special tokens in what people write are made harmless, the context's length is checked before pictures are opened, and
+words come as they are found, until somebody stops them.
+"""
+
+import asyncio
+import re
+import threading
+from collections.abc import AsyncIterator
+
+import torch
+from transformers import StoppingCriteria
+from transformers.generation.streamers import AsyncTextIteratorStreamer
+
+from ov_mllama.images import open_picture
+
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None}
+
+
+def plain(text: str) -> str:
+    """Text that any tokenizer takes and in which nothing is a special token, nor becomes one behind another text: a
+    zero-width space keeps "<|eot_id|>" readable and harmless. Halves of characters (lone surrogates) become U+FFFD."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return re.sub(r"(^|<)\|", "\\1\u200b|", whole)
+
+
+def first_questions(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of prompts, each the "question" about the "image" of a sample, padded on the left."""
+    messages = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample["question"]}]}]
+        for sample in samples
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    images = [[sample["image"]] for sample in samples]
+    return processor(text=text, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
+
+
+def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_new_tokens: int):
+    """The processor's tensors for a conversation, and what is to be said of its pictures.
+
+    Args:
+        messages: for the chat template; their texts are `plain` already.
+        pictures: whatever `open_picture` takes, in the template's order.
+        max_new_tokens: room to leave for the answer.
+    Raises:
+        ValueError: a picture that cannot be used, or more text than the model's context holds.
+    """
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    context = model.config.text_config.max_position_embeddings
+    if length + max_new_tokens > context:
+        raise ValueError(
+            f"The conversation has {length} tokens, and with {max_new_tokens} for the answer that is more than the "
+            f"{context} this model can hold: start a new one, or ask for a shorter answer."
+        )
+    images = [open_picture(picture) for picture in pictures] or None
+    inputs = processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
+    return inputs, [image.info["remark"] for image in images or [] if "remark" in image.info]
+
+
+def sampling(temperature: float, top_p: float) -> dict:
+    """For `generate`; a temperature of 0 takes the likeliest token (greedy)."""
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
+
+
+class StopOnEvent(StoppingCriteria):
+    """Ends `generate` after the token during which the event was set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool)
+
+
+async def stream_words(model, processor, **arguments) -> AsyncIterator[str]:
+    """The words of `generate` as they come, from a thread that has ended when this has.
+
+    Closing it stops the generation within a token, or before it began if it was not its turn yet.
+
+    Args:
+        model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate` and `turn`.
+        arguments: of `generate`.
+    """
+    stop = threading.Event()
+    streamer = AsyncTextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def generate():
+        try:
+            with model.turn:
+                if not stop.is_set():
+                    model.generate(**arguments, streamer=streamer, stopping_criteria=[StopOnEvent(stop)])
+        finally:
+            streamer.end()  # a second time after a whole answer, which the loop below does not see
+
+    generating = asyncio.create_task(asyncio.to_thread(generate))
+    try:
+        async for piece in streamer:
+            yield piece
+        await generating  # raises what generate raised
+    finally:
+        stop.set()
+        await asyncio.wait([generating])

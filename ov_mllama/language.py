@@ -1,0 +1,312 @@
+"""The language IR: compiled once, run by as many sessions as there are conversations, each with its own KV cache.
+
+    prompt, encoded images -> Session.prefill -> logits -> Session.decode -> logits -> ...
+
+This file knows tensors and state. What `generate` wants of a model is in `model.py`.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from ov_mllama.cache import OVCache, Prompt
+from ov_mllama.shapes import MllamaShapes
+from ov_mllama.vision import CrossAttention, DeviceTensors, check_finite, no_images, restrict
+
+
+def language_inputs(
+    input_ids: np.ndarray,
+    cross_attention: CrossAttention | None = None,
+    attention_mask: np.ndarray | None = None,
+    position_ids: np.ndarray | None = None,
+    beam_idx: np.ndarray | None = None,
+    past: int = 0,
+    logits_to_keep: int = 1,
+) -> dict[str, np.ndarray]:
+    """Everything that one inference of the language IR takes, by port name.
+
+    Args:
+        input_ids: i64 [batch, query].
+        cross_attention: None for a plain Llama only, whose IR takes no images.
+        attention_mask: i64 [batch, past + query]; default all ones.
+        position_ids: i64 [batch, query]; default consecutive after `past`.
+        beam_idx: i32 [batch], state row that each row continues; default its own.
+        past: columns that the state holds already.
+        logits_to_keep: how many of the last positions get logits.
+    """
+    batch, query = input_ids.shape
+    if attention_mask is None:
+        attention_mask = np.ones((batch, past + query), np.int64)
+    if position_ids is None:
+        position_ids = np.arange(past, past + query)[None].repeat(batch, 0)
+    inputs = {
+        # copied: OpenVINO goes on using their memory after the call, and a request that is made later may write there
+        "input_ids": np.array(input_ids, np.int64),
+        "attention_mask": np.array(attention_mask, np.int64),
+        "position_ids": np.array(np.broadcast_to(position_ids, (batch, query)), np.int64),
+        "beam_idx": np.arange(batch, dtype=np.int32) if beam_idx is None else beam_idx,
+        "logits_to_keep": np.array(logits_to_keep, np.int64),
+    }
+    if cross_attention:
+        inputs |= {"cross_attention_bias": cross_attention.bias, "sees_image": cross_attention.sees_image}
+        inputs |= cross_attention.key_values
+    return inputs
+
+
+class OVLanguageModel:
+    """Compiled weights, without a conversation; `session()` begins one.
+
+    Args:
+        path: of the IR.
+        shapes: of the checkpoint; without cross-attention layers the model is a plain Llama.
+        device, ov_config: as for `OVMLlamaForConditionalGeneration`.
+        weights_format: from the IR's stamp; one that begins with "int" is computed in f32 on a CPU by default.
+        device_memory: keep the K/V that a session reads in a GPU's own memory, see `DeviceTensors`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shapes: MllamaShapes,
+        device: str = "CPU",
+        ov_config: dict | None = None,
+        weights_format: str = "16 bit",
+        device_memory: bool = False,
+    ):
+        self.shapes = shapes
+        self._unsettled = False  # an inference has begun and not ended well
+        config = ov_config or {}
+        if device == "CPU" and weights_format.startswith("int"):
+            config = {"INFERENCE_PRECISION_HINT": "f32", **config}
+        self.compiled = ov.Core().compile_model(path, device, config)
+        self.context = self.compiled.get_context() if device_memory and device.startswith("GPU") else None
+
+    def session(self) -> "Session":
+        """An infer request with an empty KV cache. The compiled weights are shared with all others."""
+        return Session(self)
+
+    def infer(self, request: ov.InferRequest, inputs: dict[str, np.ndarray]) -> float:
+        """One step of a session. Returns its seconds; outputs are in the request until its next step.
+
+        An inference that fails or is interrupted half way leaves OpenVINO's CPU plugin (2026.4) in a state that gives
+        wrong numbers for right input, in silence. All requests share one graph, and each of its nodes keeps the shapes
+        it saw last and what it prepared for them; after a failure some nodes have the new call's shapes, the others the
+        call's before, and a call with either skips the preparation where it must not. Neither `reset_state` nor a new
+        request helps (of 60 right calls after a cancelled one, 3 came out wrong and 18 raised; benchmarks/README.md).
+        What helps is shapes that differ: every node then prepares anew. So what follows a failure is inferences of
+        shapes that differ from one another in every axis, and only then the next call.
+        """
+        if self._unsettled:
+            self._settle()
+        started, self._unsettled = time.perf_counter(), True
+        request.infer(inputs, share_inputs=True)
+        self._unsettled = False
+        return time.perf_counter() - started
+
+    def _settle(self) -> None:
+        """Has every node prepare anew, see `infer`. The first inferences may fail where the broken one did."""
+        request, failure = self.compiled.create_infer_request(), None
+        for batch, query, rows in ((1, 1, 1), (2, 3, 2), (3, 5, 4)):
+            try:
+                request.reset_state()
+                request.infer(self._probe(batch, query, rows), share_inputs=True)
+                failure = None
+            except RuntimeError as error:  # what OpenVINO raises for any reason
+                failure = error
+        if failure:
+            raise RuntimeError(
+                "The model does not recover from an inference that failed: load it once more."
+            ) from failure
+        self._unsettled = False
+
+    def _probe(self, batch: int, query: int, rows: int) -> dict[str, np.ndarray]:
+        """Inputs whose values do not matter."""
+        view = None
+        if self.shapes.cross_layers:
+            names = self.shapes.cross_kv_names
+            view = CrossAttention(
+                {name: np.zeros(self.shapes.cross_kv_shape(name, batch, rows), np.float32) for name in names},
+                bias=np.zeros((batch, 1, query, rows), np.float32),
+                sees_image=np.ones((batch, query, 1), np.float32),
+            )
+        return language_inputs(np.zeros((batch, query), np.int64), view, logits_to_keep=query)
+
+    def warm_up(self) -> float:
+        """Runs once, because a CPU repacks compressed weights at the first inference. Returns the seconds it took."""
+        return self.infer(self.compiled.create_infer_request(), self._probe(1, 1, 1))
+
+    def column_bytes(self) -> float:
+        """Bytes that one token of one row takes in a session's KV cache."""
+        bits = 32
+        if "KV_CACHE_PRECISION" in self.compiled.get_property("SUPPORTED_PROPERTIES"):
+            bits = self.compiled.get_property("KV_CACHE_PRECISION").bitwidth
+        return 2 * len(self.shapes.self_layers) * self.shapes.num_kv_heads * self.shapes.head_dim * bits / 8
+
+
+class Session:
+    """One conversation: an infer request whose state is its KV cache.
+
+    Attributes:
+        cache: whose tokens are in the state; None before the first prompt, and after a step that failed.
+    """
+
+    def __init__(self, model: OVLanguageModel):
+        self.model = model
+        self.cache: OVCache | None = None
+        self._request = model.compiled.create_infer_request()
+        self._device_tensors = DeviceTensors(model.context) if model.context else None
+
+    def prefill(self, prompt: Prompt, key_values: dict[str, np.ndarray] | None = None, cache: OVCache | None = None):
+        """Begins a prompt and computes what of it the KV cache does not hold already.
+
+        Args:
+            key_values: of the prompt's images, see `vision.Encoded`; None for text only.
+            cache: an empty one to fill; default a new one. It is `self.cache` from now on.
+        Returns:
+            logits f32 [batch, prompt.logits_to_keep, vocab].
+        """
+        cache = OVCache() if cache is None else cache
+        reused, previous, self.cache = self.reusable(prompt), self.cache, None
+        cache.session, cache.batch, cache.image_keys = self, len(prompt.input_ids), prompt.image_keys[0]
+        cache.seen, cache.last_seen = prompt.seen[0], prompt.seen[:, -1:]
+        if reused and previous:
+            previous.truncate(reused)
+            cache.columns, cache.tokens, cache.size = previous.columns, previous.tokens, previous.size
+        else:
+            cache.columns, cache.tokens, cache.size = [], [], 0
+            self._request.reset_state()
+        cache.stats.reused_tokens = reused
+        if not prompt.is_plain:
+            cache.tokens = None
+        rest = prompt.seen[:, reused:]
+        cache.cross_attention = view = self._view(key_values, cache.last_seen)
+        if not (rest == cache.last_seen).all():
+            view = self._view(key_values, rest)
+        positions = None if prompt.position_ids is None else prompt.position_ids[:, reused:]
+        ids = prompt.input_ids[:, reused:]
+        return self._compute(cache, ids, view, prompt.attention_mask, positions, prompt.logits_to_keep)
+
+    def decode(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        position_ids: np.ndarray | None = None,
+        logits_to_keep: int = 1,
+    ) -> np.ndarray:
+        """Logits f32 [batch, logits_to_keep, vocab] for tokens that follow those in the KV cache.
+
+        Args:
+            input_ids: i64 [batch, query].
+            attention_mask: i64 [batch, past + query], default all ones; past counts tokens, hidden columns not.
+            position_ids: i64 [batch, query], default consecutive.
+        Raises:
+            ValueError: nothing has been begun, or the step before failed.
+        """
+        cache = self.cache
+        if cache is None:
+            raise ValueError("There is nothing to go on with: begin with prefill.")
+        return self._compute(cache, input_ids, cache.cross_attention, attention_mask, position_ids, logits_to_keep)
+
+    def reusable(self, prompt: Prompt) -> int:
+        """How many tokens of a prompt need not be computed. Not less than half of the state: most of it would be
+        hidden columns, and each step reads them all."""
+        shared = self.cache.common_prefix(prompt) if self.cache else 0
+        return shared if 2 * shared >= self.cache_size else 0
+
+    @property
+    def cache_size(self) -> int:
+        """Columns in the state, of all rows."""
+        return self.cache.size * self.cache.batch if self.cache else 0
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self.cache = None
+        self._request.reset_state()
+
+    def _view(self, key_values, seen) -> CrossAttention | None:
+        shapes = self.model.shapes
+        if not shapes.cross_layers:
+            return None
+        view = no_images(shapes) if key_values is None else restrict(key_values, seen, shapes)
+        return self._device_tensors.place(view) if self._device_tensors else view
+
+    def _compute(self, cache: OVCache, input_ids, view, attention_mask, position_ids, logits_to_keep) -> np.ndarray:
+        """One step: tokens into the state and into `cache`, logits out."""
+        past = len(cache.columns)
+        if attention_mask is None:
+            attention_mask = np.ones((len(input_ids), past + input_ids.shape[1]), np.int64)
+        inputs = language_inputs(
+            input_ids, view, cache.hide(attention_mask), position_ids, cache.beam_idx, past, logits_to_keep
+        )
+        self.cache = None  # an interrupted inference leaves a state that nothing may build on
+        seconds = self.model.infer(self._request, inputs)
+        # copied, because the next step's logits go into the same memory
+        logits = self._request.get_tensor("logits").data.copy()
+        check_finite(logits, "logits")
+        cache.append(input_ids)
+        cache.beam_idx = None
+        cache.stats.count_step(seconds)
+        if cache.drafting:
+            cache.stats.drafted_tokens += logits_to_keep - 1
+        self.cache = cache
+        return logits
+
+
+class Sessions:
+    """The conversations that a model keeps: as many as their KV caches have room, the one used last at the end.
+
+    Args:
+        cache_bytes: room for all KV caches together; the oldest goes first. The one in use stays, whatever it takes.
+    """
+
+    MOST = 8  # however small they are: each is asked how a new prompt begins
+
+    def __init__(self, model: OVLanguageModel, cache_bytes: int):
+        self.model, self.cache_bytes = model, cache_bytes
+        self._column_bytes = model.column_bytes()
+        self._sessions: list[Session] = []
+        self._in_use: set[int] = set()
+
+    def take(self, prompt: Prompt) -> Session:
+        """The session whose conversation a prompt continues; else an empty one; else, where there is no room for one
+        more, that which was used longest ago. It is in use until `release`."""
+        idle = [session for session in self._sessions if id(session) not in self._in_use]
+        session = max(idle, key=lambda session: session.reusable(prompt), default=None)
+        if session and not session.reusable(prompt):
+            # a batch's conversation (tokens None) cannot be gone on with by another prompt
+            empty = (session for session in idle if not session.cache or session.cache.tokens is None)
+            session = next(empty, None if self._has_room(prompt) else idle[0])
+        if session:
+            self._sessions.remove(session)
+        else:
+            session = self.model.session()
+        self._sessions.append(session)
+        self._in_use.add(id(session))
+        return session
+
+    def _has_room(self, prompt: Prompt) -> bool:
+        wanted = self.held_bytes + self._column_bytes * prompt.input_ids.size
+        return len(self._sessions) < self.MOST and wanted <= self.cache_bytes
+
+    def release(self) -> None:
+        """Nothing is in use any more; what there is no room for goes, the oldest first."""
+        self._in_use.clear()
+        while len(self._sessions) > 1 and (len(self._sessions) > self.MOST or self.held_bytes > self.cache_bytes):
+            self._sessions.pop(0).reset()
+
+    @property
+    def held_bytes(self) -> float:
+        """Bytes of all KV caches."""
+        return self._column_bytes * sum(session.cache_size for session in self._sessions)
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def forget(self) -> None:
+        """Drops all conversations."""
+        for session in self._sessions:
+            session.reset()
+        self._sessions.clear()
+        self._in_use.clear()

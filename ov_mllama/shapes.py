@@ -1,0 +1,85 @@
+"""Every number and tensor name that graphs, converter, runtime and tests share. The layout of cross-attention keys and
+values is decided here and nowhere else. No torch: whoever only runs a converted model reads it too."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Additive mask value. It and its sum with a score are finite in float16 too, so that no precision turns a masked row
+# into NaN ("!!!!" answers, openvino_notebooks#2442); exp() of it is exactly zero in every precision.
+MASKED = float(np.finfo(np.float16).min) / 2
+
+
+@dataclass(frozen=True)
+class MllamaShapes:
+    """What the two IRs look like, read from the checkpoint's config.
+
+    Attributes:
+        max_num_tiles: tiles of an image's canvas, real or padding.
+        patches_per_tile: K/V rows of one tile: its patches and the class token (1601 for 560/14 pixels).
+        num_heads, num_kv_heads, head_dim: of the language model's attention.
+        self_layers, cross_layers: indices of its self- and cross-attention layers.
+        vocab_size: columns of the logits. `<|image|>` has an embedding but no logit: its id may equal `vocab_size`.
+        embeddings: rows of the embedding table; every id below has one.
+        max_positions: tokens that the context holds.
+    """
+
+    max_num_tiles: int
+    patches_per_tile: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    self_layers: tuple[int, ...]
+    cross_layers: tuple[int, ...]
+    vocab_size: int
+    embeddings: int
+    max_positions: int
+
+    @classmethod
+    def from_config(cls, config) -> "MllamaShapes":
+        """Of a transformers `MllamaConfig`; of a `LlamaConfig` too, which is one without images and cross-attention."""
+        text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
+        layers = range(text.num_hidden_layers)
+        cross_layers = tuple(i for i in layers if i in getattr(text, "cross_attention_layers", ()))
+        return cls(
+            max_num_tiles=vision.max_num_tiles if vision else 0,
+            patches_per_tile=(vision.image_size // vision.patch_size) ** 2 + 1 if vision else 0,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=text.hidden_size // text.num_attention_heads,
+            self_layers=tuple(i for i in layers if i not in cross_layers),
+            cross_layers=cross_layers,
+            vocab_size=text.vocab_size,
+            embeddings=text.vocab_size + (EXTRA_EMBEDDINGS if vision else 0),
+            max_positions=text.max_position_embeddings,
+        )
+
+    # ---- Cross-attention keys and values: outputs of the vision IR, inputs of the language IR ----
+
+    @property
+    def cross_kv_names(self) -> list[str]:
+        return [f"cross_attn_key_values.{i}.{part}" for i in self.cross_layers for part in ("key", "value")]
+
+    def cross_kv_shape(self, name: str, batch: int, rows: int) -> tuple[int, ...]:
+        """Keys are transposed, ready for a plain `query @ key`; rows come in the order of images and their tiles."""
+        shape = [batch, self.num_kv_heads, self.head_dim, self.head_dim]
+        shape[rows_axis(name)] = rows
+        return tuple(shape)
+
+    # ---- The text's KV cache: state of the language IR, [batch, kv heads, columns, head_dim] ----
+
+    @property
+    def past_names(self) -> list[str]:
+        return [f"past_key_values.{i}.{part}" for i in self.self_layers for part in ("key", "value")]
+
+    @property
+    def present_names(self) -> list[str]:
+        return [f"present.{i}.{part}" for i in self.self_layers for part in ("key", "value")]
+
+
+EXTRA_EMBEDDINGS = 8  # MllamaTextModel's embedding table has so many rows beyond vocab_size, `<|image|>` the first
+
+
+def rows_axis(name: str) -> int:
+    """Which axis of a cross-attention key or value counts the image's rows."""
+    return 3 if name.endswith(".key") else 2

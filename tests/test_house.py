@@ -1,0 +1,201 @@
+"""The layout: imports go one way, files stay small, what docstrings point to exists, and the engine stands alone."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "ov_mllama"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+HELPERS = ("data_preprocessing", "gradio_helper", "notebook_utils", "ov_mllama_compression", "ov_mllama_helper")
+
+# Who may import whom, in order: each may import those before it. The command line wires everything together.
+ORDER = (
+    *("shapes", "stats", "images", "likeness"),
+    *("files", "graphs", "plan", "tracing", "vision"),
+    *("cache", "convert", "language", "checks"),
+    *("compress", "drafts", "golden"),
+    "model",
+    *("conversation", "quality"),
+    "__main__",
+)
+# What running a converted model must not need
+NOT_FOR_INFERENCE = {"nncf", "gradio", "datasets", "ipywidgets", "convert", "compress", "graphs", "tracing"}
+INFERENCE = (
+    "shapes",
+    "stats",
+    "images",
+    "files",
+    "vision",
+    "cache",
+    "language",
+    "checks",
+    "likeness",
+    "drafts",
+    "golden",
+    "model",
+)
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the modules that a file imports anywhere, those for type checkers apart."""
+    names, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            if node.module == "ov_mllama":
+                names |= {f"ov_mllama.{alias.name}" for alias in node.names}
+    return names
+
+
+def siblings(module: str) -> set[str]:
+    return {name.split(".")[1] for name in imported(PACKAGE / f"{module}.py") if name.startswith("ov_mllama.")}
+
+
+def test_imports_go_one_way():
+    assert sorted(ORDER) == MODULES, "say where a new module stands"
+    for module in MODULES:
+        for other in siblings(module):
+            assert ORDER.index(other) < ORDER.index(module), f"{module} imports {other}"
+
+
+def test_the_engine_imports_no_helper():
+    for module in MODULES:
+        if module != "__main__":
+            assert not imported(PACKAGE / f"{module}.py") & {*HELPERS, "benchmarks", "demo_model"}, module
+
+
+def test_benchmarks_are_imported_by_nothing():
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    for path in [*ROOT.glob("*.py"), *PACKAGE.glob("*.py"), *(ROOT / "demo_model").glob("*.py")]:
+        assert not {name for name in imported(path) if name.split(".")[0] in {"benchmarks", *tests}}, path
+    assert "benchmarks" not in (ROOT / "mllama-3.2.ipynb").read_text(encoding="utf-8")
+
+
+def test_inference_knows_nothing_of_making_irs():
+    for module in INFERENCE:
+        names = {
+            name.split(".")[-1] if name.startswith("ov_mllama") else name.split(".")[0]
+            for name in imported(PACKAGE / f"{module}.py")
+        }
+        assert not names & NOT_FOR_INFERENCE, module
+
+
+def test_only_data_preprocessing_imports_datasets():
+    files = [*ROOT.glob("*.py"), *PACKAGE.glob("*.py")]
+    assert [path.name for path in files if "datasets" in imported(path)] == ["data_preprocessing.py"]
+
+
+def length(node) -> int:
+    """Lines of a definition without its docstrings."""
+    inner = [n for n in ast.walk(node) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    docs = [n.body[0] for n in inner if ast.get_docstring(n)]
+    return node.end_lineno - node.lineno + 1 - sum(doc.end_lineno - doc.lineno + 1 for doc in docs)
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(PACKAGE.glob("*.py")), *sorted(ROOT.glob("*.py"))], ids=lambda path: path.name
+)
+def test_nothing_is_too_long_to_read(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            assert length(node) <= 200, node.name
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert length(node) <= 60, node.name
+
+
+# ---- What docstrings and comments point to ----
+
+
+CITING = (ROOT, PACKAGE, ROOT / "benchmarks", ROOT / "tests", ROOT / "demo_model")
+
+
+@pytest.mark.parametrize("folder", CITING, ids=lambda folder: folder.name)
+def test_what_is_pointed_to_exists(folder):
+    """Files and names of the package's modules in backticks, and cited headings of documents."""
+    known = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    for path in [*folder.glob("*.py"), *folder.glob("*.md")]:
+        text = path.read_text(encoding="utf-8")
+        for cited in re.findall(r"`([\w/]+\.(?:py|md|ipynb))`", text):
+            assert (ROOT / cited).is_file() or ("/" not in cited and cited in known), f"{path.name}: {cited}"
+        for module, name in re.findall(rf"`(?:ov_mllama\.)?({'|'.join(MODULES)})\.(\w+)", text):
+            code = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+            assert name == "py" or re.search(rf"\b(?:def|class) {name}\b|^{name} =", code, re.M), f"{module}.{name}"
+        for document, heading in re.findall(r"\b(README|CHANGELOG|[\w/]+)\.md, \"([^\"]+)\"", text):
+            headings = re.findall(r"^#+ (.*)$", (ROOT / f"{document}.md").read_text(encoding="utf-8"), re.M)
+            assert heading in headings, f"{path.name}: {document}, {heading}"
+
+
+# ---- The engine alone ----
+
+ASK = """
+import sys
+from transformers import AutoProcessor
+from ov_mllama.model import OVMLlamaForConditionalGeneration
+
+model_dir, picture = sys.argv[1:]
+model = OVMLlamaForConditionalGeneration(model_dir, check_golden=False)
+processor = AutoProcessor.from_pretrained(model_dir)
+from ov_mllama.images import open_picture
+inputs = processor(text="<|image|>What?", images=[open_picture(picture)], return_tensors="pt")
+print(model.generate(**inputs, do_sample=False, max_new_tokens=4, eos_token_id=None).tolist())
+loaded = {name.split(".")[0] for name in sys.modules} & {"nncf", "gradio", "datasets", "ipywidgets", "IPython"}
+assert not loaded, loaded
+assert "ov_mllama.convert" not in sys.modules
+"""
+
+
+def ask(pair, tmp_path, folder, *options) -> str:
+    """What the engine in `folder` answers, run from another one."""
+    picture = tmp_path / "picture.png"
+    pair.picture(1, 1).save(picture)
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, *options, "-c", ASK, str(pair.model_dir), str(picture)],
+        cwd=tmp_path / "elsewhere",
+        env={"PYTHONPATH": str(folder), "CI": "true", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_folder_alone_is_enough_for_inference(pair, tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "copied" / "ov_mllama", ignore=shutil.ignore_patterns("__pycache__"))
+    assert ask(pair, tmp_path, tmp_path / "copied").startswith("[[")
+
+
+def test_the_installed_package_needs_no_working_directory(pair, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "ov_mllama", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*command, str(tmp_path / "installed"), str(source)], check=True, capture_output=True)  # noqa: S603
+    assert ask(pair, tmp_path, tmp_path / "installed").startswith("[[")
+
+
+def test_the_packages_pins_are_the_projects():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(wanted) <= {line.split("#")[0].strip() for line in lines}
+    used = {name.split(".")[0] for module in INFERENCE for name in imported(PACKAGE / f"{module}.py")}
+    used |= {name.split(".")[0] for module in ("convert", "compress") for name in imported(PACKAGE / f"{module}.py")}
+    names = {"PIL": "pillow", "huggingface_hub": "huggingface_hub"}
+    third_party = {names.get(name, name).lower() for name in used - {"ov_mllama", *sys.stdlib_module_names}}
+    assert third_party <= {re.split("==", requirement)[0].lower() for requirement in wanted}

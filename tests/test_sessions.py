@@ -1,0 +1,164 @@
+"""Conversations side by side: each has its own KV cache, none changes another's tokens."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import F32
+from ov_mllama.cache import Prompt
+from ov_mllama.convert import convert_language_model
+from ov_mllama.files import save_ir
+from ov_mllama.language import OVLanguageModel, Sessions
+from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.shapes import MllamaShapes
+
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+
+
+@pytest.fixture
+def model(pair):
+    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+
+
+def greedy(session, prompt: Prompt, key_values, tokens: int):
+    """A generator of the session's greedy tokens, one a step."""
+    logits = session.prefill(prompt, key_values)
+    for _ in range(tokens):
+        token = logits[:, -1].argmax(-1)
+        yield int(token[0])
+        logits = session.decode(token[:, None])
+
+
+def prompt_of(pair, model, case):
+    """A session's arguments for the processor's tensors."""
+    from ov_mllama.vision import ImageInputs, image_keys, tiles_seen
+
+    inputs = {name: tensor.numpy() for name, tensor in pair.inputs(case).items()}
+    if "pixel_values" not in inputs:
+        return Prompt(inputs["input_ids"]), None
+    images = ImageInputs(*(inputs[name] for name in ImageInputs._fields))
+    seen = tiles_seen(images.cross_attention_mask, inputs["input_ids"].shape[1])
+    prompt = Prompt(inputs["input_ids"], seen=seen, image_keys=image_keys(images))
+    return prompt, model.image_encoder.encode(images).key_values
+
+
+def test_two_sessions_interleaved_token_by_token(pair, model):
+    cases, tokens = ("wide", "text before image", "text only"), 10
+    expected = {
+        case: pair.hf.generate(**pair.inputs(case), **dict(GREEDY, max_new_tokens=tokens))[0, -tokens:].tolist()
+        for case in cases
+    }
+    running = {
+        case: greedy(model.language_model.session(), *prompt_of(pair, model, case), tokens=tokens) for case in cases
+    }
+    actual = {case: [] for case in cases}
+    for _ in range(tokens):
+        for case, stream in running.items():
+            actual[case].append(next(stream))
+    assert actual == expected
+
+
+def follow_up(pair, output, word: str):
+    """The processor's tensors of a conversation with one more question."""
+    inputs = dict(pair.inputs(word))
+    more = torch.tensor([[70, 71, 72]])
+    inputs["input_ids"] = torch.cat([output, more], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs
+
+
+def test_a_follow_up_in_either_conversation_reuses_its_own_beginning(pair, model):
+    outputs = {case: model.generate(**pair.inputs(case), **GREEDY) for case in ("wide", "tall", "text only")}
+    for case, output in outputs.items():
+        longer = follow_up(pair, output, case)
+        expected = pair.hf.generate(**longer, **GREEDY)
+        assert model.generate(**longer, **GREEDY).tolist() == expected.tolist()
+        assert model.stats.reused_tokens == output.shape[1] - 1, case
+    assert len(model.sessions) == 3
+
+
+def test_calls_of_the_model_do_not_disturb_a_generation(pair, model):
+    """`generate` takes a session of its own: a processor that asks the model meanwhile changes nothing."""
+    inputs, other = pair.inputs("wide"), pair.inputs("tall")
+    expected = pair.hf.generate(**inputs, **GREEDY)
+    asked = []
+
+    def meddling(input_ids, scores):
+        asked.append(model(**other).logits)
+        return scores
+
+    assert model.generate(**inputs, **GREEDY, logits_processor=[meddling]).tolist() == expected.tolist()
+    with torch.no_grad():
+        reference = pair.hf(**other).logits
+    assert len(asked) == 12
+    for logits in asked:
+        torch.testing.assert_close(logits, reference, atol=1e-3, rtol=0)
+
+
+def text(*ids):
+    return Prompt(np.array([ids]))
+
+
+def test_the_oldest_conversation_goes_first(model):
+    column = model.language_model.column_bytes()
+    assert column == 2 * 3 * 2 * 8 * 4  # keys and values, three layers, two heads of eight numbers in f32
+    sessions = Sessions(model.language_model, cache_bytes=25 * column)
+    taken = []
+    for start in (10, 20, 30):
+        session = sessions.take(text(*range(start, start + 10)))
+        session.prefill(text(*range(start, start + 10)))
+        taken.append(session)
+        sessions.release()
+    assert taken[2] is taken[0]
+    assert taken[1] is not taken[0]
+    assert sessions.held_bytes == 20 * column
+    assert sessions.take(text(*range(20, 40))) is taken[1]  # whose beginning it is
+
+
+def test_conversations_in_use_are_not_taken(model):
+    sessions = Sessions(model.language_model, cache_bytes=0)
+    first, second = sessions.take(text(1, 2, 3)), sessions.take(text(1, 2, 3))
+    assert first is not second
+    for session in (first, second):
+        session.prefill(text(1, 2, 3))
+    sessions.release()
+    assert len(sessions) == 1
+    assert sessions.take(text(1, 2, 3, 4)) is second
+
+
+def test_growing_conversations_make_the_oldest_leave(pair, model):
+    column = model.language_model.column_bytes()
+    model.sessions.cache_bytes = 60 * column
+    for case in ("wide", "tall", "text only", "large"):
+        model.generate(**pair.inputs(case), **GREEDY)
+        assert model.sessions.held_bytes <= 60 * column
+    assert 1 < len(model.sessions) < 4
+
+
+def test_many_small_conversations_are_few_sessions(pair, model):
+    for number in range(3 * Sessions.MOST):
+        model.generate(torch.tensor([[65 + number, 66, 67]]), **dict(GREEDY, max_new_tokens=1))
+    assert len(model.sessions) == Sessions.MOST
+
+
+def test_without_cross_attention_layers_it_is_a_llama(tmp_path):
+    """A draft model will be that: traced, saved and run by the same code."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    llama = LlamaForCausalLM(config).eval()
+    save_ir(convert_language_model(llama), tmp_path / "llama.xml", {"format": "16 bit"})
+    shapes = MllamaShapes.from_config(config)
+    assert (shapes.cross_layers, shapes.self_layers, shapes.cross_kv_names) == ((), (0, 1, 2), [])
+    session = OVLanguageModel(tmp_path / "llama.xml", shapes, ov_config=F32).session()
+    ids = torch.randint(100, (1, 20))
+    expected = llama.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=None)[0, 20:].tolist()
+    assert list(greedy(session, Prompt(ids.numpy()), None, 12)) == expected
