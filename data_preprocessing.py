@@ -134,13 +134,30 @@ def processed(processor, sample: dict) -> dict[str, np.ndarray]:
     return processor(text=text, images=[sample["image"]], add_special_tokens=False, return_tensors="np")
 
 
-def prepare_dataset_vision(processor, count: int, source: str | Path | None = None, seed: int = 0) -> Iterable[dict]:
+def check_processor(processor, count: int | None) -> None:
+    """Refuses what the published notebook gave here, the number of samples alone.
+
+    Raises:
+        TypeError: with the call that works.
+    """
+    if count is None or not hasattr(processor, "image_processor"):
+        raise TypeError(
+            "Give the model's processor, then the number of samples: "
+            "prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir), 100)."
+        )
+
+
+def prepare_dataset_vision(
+    processor, count: int = 0, source: str | Path | None = None, seed: int = 0
+) -> Iterable[dict]:
     """Inputs of the vision IR by port name, for `count` pictures.
 
     Args:
         processor: the model's `MllamaProcessor`.
         source, seed: as for `load_samples`.
     """
+
+    check_processor(processor, count)
 
     def inputs(sample):
         tensors = processed(processor, sample)
@@ -160,6 +177,8 @@ def prepare_dataset_llm(
         image_encoder: encodes each picture when its turn comes; its K/V are gone with the sample.
         source, seed: as for `load_samples`.
     """
+
+    check_processor(processor, count)
 
     def inputs(sample):
         tensors = processed(processor, sample)

@@ -36,7 +36,8 @@ CSS = """
 .edit-textarea { min-width: 24em }
 """
 
-# For `make_demo(...).launch(**LAUNCH)`: this machine only, no tunnel, no large uploads, nothing loaded from elsewhere.
+# What `make_demo(...).launch()` does unless told otherwise: this machine only, no tunnel, no large uploads, nothing
+# loaded from elsewhere.
 LAUNCH = {
     "server_name": "127.0.0.1",
     "share": False,
@@ -176,7 +177,7 @@ SEND = """() => {
 
 
 class EditableChat(gr.ChatInterface):
-    """A `ChatInterface` in which questions with pictures can be edited.
+    """A `ChatInterface` in which questions with pictures can be edited, and which is launched as LAUNCH says.
 
     Gradio 6.31's own edit never learned to (gradio#10229): its page throws where a bubble holds more than text, so
     `group_consecutive_messages` must be off, and it gives back the text alone, so the pictures are added here.
@@ -193,9 +194,12 @@ class EditableChat(gr.ChatInterface):
                 queue=False,
             ).then(None, js=SEND, api_visibility="private")
 
+    def launch(self, *args, **options):
+        return super().launch(*args, **{**LAUNCH, **options})
+
 
 def make_demo(ov_model, processor) -> gr.ChatInterface:
-    """The chat page; `make_demo(model, processor).launch(**LAUNCH)` opens it.
+    """The chat page; `make_demo(model, processor).launch()` opens it.
 
     To ask for a name and a password, add `auth=("name", "password")`; to be reached from other machines,
     `server_name="0.0.0.0"`.

@@ -10,6 +10,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import httpx
 import ipywidgets
 import matplotlib.pyplot as plt
 import nbformat
@@ -38,6 +39,29 @@ def show_resources(model_id: str | Path, model_dir: Path) -> None:
     existing = next(folder for folder in [model_dir, *model_dir.resolve().parents] if folder.is_dir())
     disk, memory = shutil.disk_usage(existing).free, psutil.virtual_memory().available
     print(f"{model_id}: {size}; free: {disk / GB:.0f} GB of disk, {memory / GB:.0f} GB of memory")
+
+
+def download_file(url: str, filename: str | Path | None = None, directory: str | Path = ".") -> Path:
+    """Fetches a file over http(s), its certificate checked, whole or not at all; one that is there already is kept.
+
+    Args:
+        filename: default the last part of the address.
+    Returns:
+        its path.
+    Raises:
+        httpx.HTTPError: it could not be fetched.
+    """
+    path = Path(directory) / (filename or Path(httpx.URL(url).path).name)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response:
+            response.raise_for_status()
+            part = path.with_name(f".{path.name}.part")
+            with part.open("wb") as file:
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+        part.replace(path)
+    return path
 
 
 def device_widget(default: str = "CPU", exclude: tuple[str, ...] | list[str] = ()) -> ipywidgets.Dropdown:

@@ -109,7 +109,7 @@ def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
 # ---- Widgets --------------------------------------------------------------------------------------------------------
 
 
-def vision_encoder_selection_widget(device: str) -> ipywidgets.Dropdown:
+def vision_encoder_selection_widget(device: str = "CPU") -> ipywidgets.Dropdown:
     """A drop-down of VISION_OPTIONS: quantised on CPUs; elsewhere, where that is not verified, compressed weights."""
     default = "INT8 quantization" if device == "CPU" else "INT8 weights compression"
     return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=default, description="Vision Encoder")

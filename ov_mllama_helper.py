@@ -11,12 +11,16 @@ In a program that only runs a converted model, import from `ov_mllama.model`: th
 """
 
 from ov_mllama.convert import convert_mllama
+from ov_mllama.files import LANGUAGE_MODEL_NAME as LANGUAGE_MODEL
+from ov_mllama.files import VISION_ENCODER_NAME as IMAGE_ENCODER
 from ov_mllama.language import OVLanguageModel
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.stats import GenerationStats
 from ov_mllama.vision import OVImageEncoder
 
 __all__ = [
+    "IMAGE_ENCODER",
+    "LANGUAGE_MODEL",
     "GenerationStats",
     "OVImageEncoder",
     "OVLanguageModel",

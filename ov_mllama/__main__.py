@@ -13,7 +13,7 @@ from ov_mllama.model import OVMLlamaForConditionalGeneration
 
 def chat(options: argparse.Namespace) -> None:
     """Loads a model, opens the page, waits for Ctrl-C."""
-    from gradio_helper import LAUNCH, make_demo
+    from gradio_helper import make_demo
 
     model_dir = options.model_dir or convert_mllama("demo_model", "models/demo_model")
     compressed = sorted(model_dir.glob("llm_*.xml"), key=lambda path: path.stat().st_mtime)
@@ -26,7 +26,7 @@ def chat(options: argparse.Namespace) -> None:
     )
     demo = make_demo(model, AutoProcessor.from_pretrained(model_dir))
     auth = tuple(options.auth) if options.auth else None
-    _, url, _ = demo.launch(**LAUNCH, server_port=options.port, auth=auth, prevent_thread_lock=True)
+    _, url, _ = demo.launch(server_port=options.port, auth=auth, prevent_thread_lock=True)
     print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
     demo.block_thread()
 

@@ -139,9 +139,7 @@ def check_images(images: ImageInputs, ids: np.ndarray, pixels_shape: tuple, conf
             f"{known}: use the processor in the model's own folder."
         )
     if not (np.isin(tile_mask, (0, 1)).all() and tile_mask[..., 0].all() and (np.diff(tile_mask) <= 0).all()):
-        raise ValueError(
-            "aspect_ratio_mask is 1 for an image's real tiles, one at least, which come first, and then 0."
-        )
+        raise ValueError("aspect_ratio_mask is 1 for an image's real tiles, one at least and first of all, and then 0.")
     if not np.isin(seen, (0, 1)).all():
         raise ValueError("cross_attention_mask holds other numbers than 0 and 1: 1 is for tiles that a token may see.")
 

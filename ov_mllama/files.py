@@ -9,6 +9,7 @@ import hashlib
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,15 +143,40 @@ def ir_stamp(path: Path) -> dict[str, str]:
         `openvino` (its version), `weights` (fingerprint of the .bin) and, if compressed, `samples` it was calibrated
         with. Empty for an IR that is missing, incomplete, made by another program, or beside a .bin not its own.
     """
-    weights = path.with_suffix(".bin")
-    if not (path.is_file() and weights.is_file()):
-        return {}
+    text = whole_xml(path)
+    stamp = written_stamp(text)
+    return stamp if text and stamp.get("weights") == fingerprint(path.with_suffix(".bin")) else {}
+
+
+def whole_xml(path: Path) -> str:
+    """The text of an IR's .xml that is complete and has a .bin beside it; else nothing."""
+    if not (path.is_file() and path.with_suffix(".bin").is_file()):
+        return ""
     text = path.read_text(encoding="utf-8", errors="replace")
-    if not text.rstrip().endswith("</net>"):
-        return {}
+    return text if text.rstrip().endswith("</net>") else ""
+
+
+def written_stamp(text: str) -> dict[str, str]:
+    """What an .xml says of itself, be it true or not."""
     section = text.rpartition("<mllama>")[2].partition("</mllama>")[0]
-    stamp = dict(re.findall(r'<(\w+) value="([^"]*)"', section))
-    return stamp if stamp.get("weights") == fingerprint(weights) else {}
+    return dict(re.findall(r'<(\w+) value="([^"]*)"', section))
+
+
+def foreign_stamp(path: Path) -> dict[str, str]:
+    """The stamp that an IR inherited from the 16-bit one which somebody gave to NNCF and saved (`nncf.quantize`,
+    `nncf.compress_weights`, then `ov.save_model`). Whether its weights are whole is known by their size only.
+
+    Returns:
+        as `ir_stamp`; empty for anything else.
+    """
+    text = whole_xml(path)
+    stamp = written_stamp(text)
+    if stamp.get("format") != "16 bit" or "<nncf>" not in text:
+        return {}
+    ends = [int(offset) + int(size) for offset, size in re.findall(r'offset="(\d+)" size="(\d+)"', text)]
+    if path.with_suffix(".bin").stat().st_size < max(ends, default=0):
+        return {}
+    return {**stamp, "format": "int, not by this project" if "<weight_compression>" in text else "16 bit"}
 
 
 def is_current(path: Path, wanted: dict[str, str]) -> bool:
@@ -179,6 +205,14 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
                 f"{model_dir / name} is missing: run convert_mllama(model_id, '{model_dir}') first."
             )
     stamps = {name: ir_stamp(model_dir / name) for name in names}
+    for name in [name for name, stamp in stamps.items() if not stamp]:
+        stamps[name] = foreign_stamp(model_dir / name)
+        if stamps[name]:
+            warnings.warn(
+                f"{model_dir / name} was not written by this project's compress or optimize_vision_encoder: its origin "
+                "is not known, nor whether its weights are whole.",
+                stacklevel=3,
+            )
     for name, stamp in stamps.items():
         if not stamp:
             raise ValueError(

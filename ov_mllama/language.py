@@ -5,6 +5,7 @@
 This file knows tensors and state. What `generate` wants of a model is in `model.py`.
 """
 
+import functools
 import time
 from pathlib import Path
 
@@ -94,8 +95,8 @@ class OVLanguageModel:
         wrong numbers for right input, in silence. All requests share one graph, and each of its nodes keeps the shapes
         it saw last and what it prepared for them; after a failure some nodes have the new call's shapes, the others the
         call's before, and a call with either skips the preparation where it must not. Neither `reset_state` nor a new
-        request helps (of 60 right calls after a cancelled one, 3 came out wrong and 18 raised; benchmarks/README.md).
-        What helps is shapes that differ: every node then prepares anew. So what follows a failure is inferences of
+        request helps: the next call raises, or is off by as much as logits are large (tests/test_recovery.py). What
+        helps is shapes that differ: every node then prepares anew. So what follows a failure is inferences of
         shapes that differ from one another in every axis, and only then the next call.
         """
         if self._unsettled:
@@ -137,6 +138,7 @@ class OVLanguageModel:
         """Runs once, because a CPU repacks compressed weights at the first inference. Returns the seconds it took."""
         return self.infer(self.compiled.create_infer_request(), self._probe(1, 1, 1))
 
+    @functools.cached_property
     def column_bytes(self) -> float:
         """Bytes that one token of one row takes in a session's KV cache."""
         bits = 32
@@ -173,7 +175,7 @@ class Session:
         cache.seen, cache.last_seen = prompt.seen[0], prompt.seen[:, -1:]
         if reused and previous:
             previous.truncate(reused)
-            cache.columns, cache.tokens, cache.size = previous.columns, previous.tokens, previous.size
+            cache.columns, cache.tokens, cache.size = [*previous.columns], [*(previous.tokens or ())], previous.size
         else:
             cache.columns, cache.tokens, cache.size = [], [], 0
             self._request.reset_state()
@@ -220,6 +222,15 @@ class Session:
         """Columns in the state, of all rows."""
         return self.cache.size * self.cache.batch if self.cache else 0
 
+    @property
+    def held_bytes(self) -> float:
+        """Bytes of the KV cache and, with the 11B often more, of what is read of the images."""
+        if self.cache is None:
+            return 0
+        view = self.cache.cross_attention if self.cache.last_seen.shape[-1] else None
+        images = 4 * sum(int(np.prod(array.shape)) for array in view.key_values.values()) if view else 0  # f32
+        return self.model.column_bytes * self.cache_size + images
+
     def reset(self) -> None:
         """Forgets the conversation."""
         self.cache = None
@@ -255,17 +266,17 @@ class Session:
 
 
 class Sessions:
-    """The conversations that a model keeps: as many as their KV caches have room, the one used last at the end.
+    """The conversations that a model keeps: as many as there is room for, the one used last at the end.
 
     Args:
-        cache_bytes: room for all KV caches together; the oldest goes first. The one in use stays, whatever it takes.
+        cache_bytes: room for all of them together, KV caches and what they read of their images; the oldest goes first.
+            The one in use stays, whatever it takes.
     """
 
     MOST = 8  # however small they are: each is asked how a new prompt begins
 
     def __init__(self, model: OVLanguageModel, cache_bytes: int):
         self.model, self.cache_bytes = model, cache_bytes
-        self._column_bytes = model.column_bytes()
         self._sessions: list[Session] = []
         self._in_use: set[int] = set()
 
@@ -287,7 +298,7 @@ class Sessions:
         return session
 
     def _has_room(self, prompt: Prompt) -> bool:
-        wanted = self.held_bytes + self._column_bytes * prompt.input_ids.size
+        wanted = self.held_bytes + self.model.column_bytes * prompt.input_ids.size
         return len(self._sessions) < self.MOST and wanted <= self.cache_bytes
 
     def release(self) -> None:
@@ -298,8 +309,8 @@ class Sessions:
 
     @property
     def held_bytes(self) -> float:
-        """Bytes of all KV caches."""
-        return self._column_bytes * sum(session.cache_size for session in self._sessions)
+        """Bytes of all conversations."""
+        return sum(session.held_bytes for session in self._sessions)
 
     def __len__(self) -> int:
         return len(self._sessions)

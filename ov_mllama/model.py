@@ -69,7 +69,8 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             tokens twice as long; for long prompts and short answers give {"INFERENCE_PRECISION_HINT": "bf16"}.
             {"EXECUTION_MODE_HINT": "ACCURACY"} computes and keeps all in f32, and then gives
             transformers' tokens (INFERENCE_PRECISION_HINT alone leaves the cache in 8 bit).
-        language_model_name, image_encoder_name: file names in `model_dir`, to choose compressed variants.
+        language_model_name, image_encoder_name: file names in `model_dir`, to choose compressed variants; default the
+            16-bit ones.
         slice_lm_head: compute only the logits that are asked for (the last position's, when generating). False computes
             all of them and returns the same.
         warm_up: run the language model once, so that the first question does not wait while the CPU plugin repacks the
@@ -77,10 +78,11 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         check_golden: ask the checkpoint's golden question, if it brought one, and warn where this device answers
             otherwise than transformers did.
         image_cache_bytes: room to keep encoded images in, see `OVImageEncoder`.
-        kv_cache_bytes: room to keep conversations in, see `Sessions`; a token of the 11B takes 66 KB in 8 bit, 0.26 MB
-            in f32.
+        kv_cache_bytes: room to keep conversations in, see `Sessions`. Of the 11B a token takes 66 KB in 8 bit, 0.26 MB
+            in f32; what is read of an image, 0.1 GB for each of its tiles.
         use_remote_tensors: on a GPU, give the images' K/V to the language model in the device's own memory (see
             `DeviceTensors`; not verified on hardware). Elsewhere it changes nothing.
+        dynamic_shape: there for the published notebook's sake: shapes always follow the inputs.
 
     Attributes:
         session: of the calls without `past_key_values` (`generate` takes one of its own).
@@ -105,17 +107,19 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         model_dir: str | Path,
         device: str = "CPU",
         ov_config: dict | None = None,
-        language_model_name: str = LANGUAGE_MODEL_NAME,
-        image_encoder_name: str = VISION_ENCODER_NAME,
+        language_model_name: str | None = None,
+        image_encoder_name: str | None = None,
         slice_lm_head: bool = True,
         warm_up: bool = True,
         check_golden: bool = True,
         image_cache_bytes: int = 1_000_000_000,
         kv_cache_bytes: int = 1_000_000_000,
         use_remote_tensors: bool = False,
+        dynamic_shape: bool = True,
     ):
         model_dir = Path(model_dir)
-        stamps = check_model_dir(model_dir, (image_encoder_name, language_model_name))
+        vision, language = image_encoder_name or VISION_ENCODER_NAME, language_model_name or LANGUAGE_MODEL_NAME
+        stamps = check_model_dir(model_dir, (vision, language))
         self.config = AutoConfig.from_pretrained(model_dir)
         self.generation_config = generation_config(model_dir, self.config)
         self.shapes = MllamaShapes.from_config(self.config)
@@ -125,16 +129,10 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         self._calls = 0  # under way in the thread whose turn it is: generate calls the model
 
         started = time.perf_counter()
-        self.image_encoder = OVImageEncoder(
-            model_dir / image_encoder_name, self.shapes, device, ov_config, image_cache_bytes
-        )
+        self.image_encoder = OVImageEncoder(model_dir / vision, self.shapes, device, ov_config, image_cache_bytes)
+        weights = stamps[language]["format"]
         self.language_model = OVLanguageModel(
-            model_dir / language_model_name,
-            self.shapes,
-            device,
-            ov_config,
-            stamps[language_model_name]["format"],
-            use_remote_tensors,
+            model_dir / language, self.shapes, device, ov_config, weights, use_remote_tensors
         )
         check_ports(self.shapes, self.image_encoder.output_shapes, self.language_model.compiled, model_dir)
         self.session = self.language_model.session()

@@ -1,7 +1,10 @@
 """What convert_mllama writes, what it reuses, and how it refuses."""
 
+import hashlib
+import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import openvino as ov
@@ -9,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from conftest import ROOT
 from ov_mllama import convert, files
 from ov_mllama.convert import convert_mllama
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
@@ -292,3 +296,33 @@ def test_no_network(tmp_path, monkeypatch):
     hub_raises(monkeypatch, LocalEntryNotFoundError("cannot reach the hub"))
     with pytest.raises(FileNotFoundError, match="check the network"):
         convert_mllama("meta-llama/Llama-3.2-11B-Vision-Instruct", tmp_path)
+
+
+# ---- The converter's version ----
+
+GRAPHS = Path(__file__).parent / "graphs.json"  # the graphs of CONVERTER_VERSION, by name of the file
+
+
+def graph_fingerprint(path) -> str:
+    """Of a graph's ports, operations and how they are connected; not of its weights and names."""
+    model, numbers, lines = ov.Core().read_model(path), {}, []
+    for number, op in enumerate(model.get_ordered_ops()):
+        numbers[op.get_friendly_name()] = number
+        inputs = [numbers[value.get_node().get_friendly_name()] for value in op.input_values()]
+        outputs = [f"{out.get_element_type()}{out.get_partial_shape()}" for out in op.outputs()]
+        lines.append(f"{op.get_type_name()} {inputs} {outputs}")
+    lines += [
+        f"{port.get_any_name()} {port.element_type}{port.partial_shape}" for port in [*model.inputs, *model.outputs]
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def test_a_graph_that_changes_has_a_new_version(pair):
+    """After a change: raise CONVERTER_VERSION, say in CHANGELOG.md what it costs, and write what this prints."""
+    known = json.loads(GRAPHS.read_text())
+    now = {name: graph_fingerprint(pair.model_dir / name) for name in (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)}
+    assert known == {"converter_version": files.CONVERTER_VERSION, **now}, json.dumps(now)
+
+
+def test_the_changelog_knows_the_version():
+    assert f"## Converter version {files.CONVERTER_VERSION}\n" in (ROOT / "CHANGELOG.md").read_text()

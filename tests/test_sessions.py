@@ -101,7 +101,7 @@ def text(*ids):
 
 
 def test_the_oldest_conversation_goes_first(model):
-    column = model.language_model.column_bytes()
+    column = model.language_model.column_bytes
     assert column == 2 * 3 * 2 * 8 * 4  # keys and values, three layers, two heads of eight numbers in f32
     sessions = Sessions(model.language_model, cache_bytes=25 * column)
     taken = []
@@ -128,11 +128,13 @@ def test_conversations_in_use_are_not_taken(model):
 
 
 def test_growing_conversations_make_the_oldest_leave(pair, model):
-    column = model.language_model.column_bytes()
-    model.sessions.cache_bytes = 60 * column
-    for case in ("wide", "tall", "text only", "large"):
-        model.generate(**pair.inputs(case), **GREEDY)
-        assert model.sessions.held_bytes <= 60 * column
+    column = model.language_model.column_bytes
+    tile = 2 * 2 * 17 * 2 * 8 * 4  # two layers' keys and values, 17 rows, two heads of eight numbers in f32
+    room = model.sessions.cache_bytes = 70 * column + 4 * tile
+    for case, tiles in (("wide", 2), ("tall", 2), ("text only", 0), ("large", 4)):
+        output = model.generate(**pair.inputs(case), **GREEDY)
+        held = column * (output.shape[1] - 1) + tile * tiles  # the last token was never fed back
+        assert held <= model.sessions.held_bytes <= room
     assert 1 < len(model.sessions) < 4
 
 
