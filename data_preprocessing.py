@@ -184,7 +184,7 @@ def prepare_dataset_llm(
         tensors = processed(processor, sample)
         images = ImageInputs(*(tensors[name] for name in ImageInputs._fields))
         seen = tiles_seen(images.cross_attention_mask, tensors["input_ids"].shape[1])
-        prompt = restrict(image_encoder.encode(images).key_values, seen, image_encoder.shapes)
+        prompt = restrict(image_encoder.encode(images), seen, image_encoder.shapes)
         return language_inputs(tensors["input_ids"], prompt, tensors["attention_mask"])
 
     return Samples(inputs, source, count, seed)

@@ -64,12 +64,14 @@ def language_samples(model_dir: str | Path, count: int, source: str | Path | Non
     from transformers import AutoConfig, AutoProcessor
 
     from data_preprocessing import prepare_dataset_llm
-    from ov_mllama.files import VISION_ENCODER_NAME
+    from ov_mllama.files import VISION_ENCODER_NAME, ir_stamp
     from ov_mllama.shapes import MllamaShapes
     from ov_mllama.vision import OVImageEncoder
 
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
-    encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
+    path = Path(model_dir) / VISION_ENCODER_NAME
+    alike = ir_stamp(path).get("padding_tiles") == "alike"
+    encoder = OVImageEncoder(path, shapes, cache_bytes=0, padding_alike=alike)
     return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
 
 

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoProcessor, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 
+from demo_model.checkpoint import clear_padding_embeddings
+
 DEMO = Path(__file__).resolve().parents[1] / "demo_model"
 CROSS_ATTENTION_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
 SHARD_BYTES = 500_000_000  # a tensor larger than that (embedding, head: 1.05 GB) is a shard of its own
@@ -79,7 +81,7 @@ def random_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     return values
 
 
-def write_weights(folder: Path, shapes: dict[str, torch.Size], seed: int) -> None:
+def write_weights(folder: Path, shapes: dict[str, torch.Size], config: MllamaConfig, seed: int) -> None:
     """The safetensors shards and their index."""
     shards, size = [[]], 0
     for name, shape in shapes.items():
@@ -93,6 +95,7 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], seed: int) -> Non
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {name: random_tensor(name, shapes[name], seed) for name in names}
+            clear_padding_embeddings(tensors, config)
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(names, file))
             bar.update(2 * sum(tensor.numel() for tensor in tensors.values()))
@@ -115,7 +118,7 @@ def make_checkpoint(
     config = make_config(text_layers, vision_layers, global_layers, processor.image_token_id)
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(config)
-    write_weights(folder, {name: tensor.shape for name, tensor in model.state_dict().items()}, seed)
+    write_weights(folder, {name: tensor.shape for name, tensor in model.state_dict().items()}, config, seed)
     processor.save_pretrained(folder)
     GenerationConfig(eos_token_id=[128001, 128008, 128009], pad_token_id=128004).save_pretrained(folder)
     config.architectures = ["MllamaForConditionalGeneration"]

@@ -171,3 +171,24 @@ def save(model: MllamaForConditionalGeneration, processor: MllamaProcessor, fold
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
+
+
+TILE_EMBEDDINGS = (
+    "pre_tile_positional_embedding.embedding.weight",
+    "gated_positional_embedding.tile_embedding.weight",
+    "post_tile_positional_embedding.embedding.weight",
+)
+
+
+def clear_padding_embeddings(tensors: dict[str, torch.Tensor], config: MllamaConfig) -> None:
+    """Zeros, in place, for the embeddings of the tiles beyond each canvas, as transformers' converter leaves them in
+    Meta's checkpoints: padding tiles then are all alike (`ov_mllama.graphs.VisionEncoder`).
+
+    Args:
+        tensors: of a state dict, by name; others than TILE_EMBEDDINGS are left as they are.
+    """
+    vision = config.vision_config
+    with torch.no_grad():
+        for name in [name for name in tensors if name.endswith(TILE_EMBEDDINGS)]:
+            for ratio, (high, wide) in enumerate([(0, 0), *vision.supported_aspect_ratios]):
+                tensors[name][ratio].view(vision.max_num_tiles, -1)[high * wide :] = 0

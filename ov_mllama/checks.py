@@ -17,7 +17,7 @@ from ov_mllama.cache import OVCache, Prompt
 from ov_mllama.language import Session
 from ov_mllama.plan import prompt_memory
 from ov_mllama.shapes import MllamaShapes
-from ov_mllama.vision import ImageInputs, tiles_seen
+from ov_mllama.vision import ImageInputs, OVImageEncoder, tiles_seen
 
 # forward's arguments for what stays inside OpenVINO
 INSIDE = {
@@ -218,20 +218,17 @@ def check_prompt_fits(config: MllamaConfig, prompt: Prompt, reused: int, rows: i
         )
 
 
-def check_ports(shapes: MllamaShapes, key_values: dict, language_model: ov.CompiledModel, model_dir: Path) -> None:
+def check_ports(shapes: MllamaShapes, encoder: OVImageEncoder, language_model: ov.CompiledModel, model_dir: Path):
     """Refuses IRs that are not what the folder's config describes.
-
-    Args:
-        key_values: shapes of the vision encoder's outputs by port name.
 
     Raises:
         ValueError: with the sentence that names the fix.
     """
-    rows = shapes.max_num_tiles * shapes.patches_per_tile
-    expected = {name: shapes.cross_kv_shape(name, 1, rows) for name in shapes.cross_kv_names}
+    expected = {name: shapes.cross_kv_shape(name, 1, -1) for name in shapes.cross_kv_names}
     read = {name for port in language_model.inputs for name in port.get_names()}
     vocabulary = language_model.output("logits").partial_shape[2].get_length()
-    if key_values != expected or not expected.keys() <= read or vocabulary != shapes.vocab_size:
+    fits = encoder.output_shapes == expected and encoder.pixels_shape[-1] == shapes.tile_size
+    if not fits or not expected.keys() <= read or vocabulary != shapes.vocab_size:
         raise ValueError(
             f"{model_dir / 'config.json'} describes another model than the IRs beside it: run convert_mllama again, "
             "into a folder of its own."

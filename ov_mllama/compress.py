@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import nncf
+import numpy as np
 import openvino as ov
 from nncf import CompressWeightsMode, SensitivityMetric
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
@@ -328,16 +329,15 @@ def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int
     rows, so the first tile of each image has to do; on the demo model it loses nothing (benchmarks/README.md).
 
     Args:
-        model: the vision encoder; comes back with its own number of tiles.
+        model: the vision encoder.
         samples: from `prepare_dataset_vision`.
     """
 
     def first_tile(sample):
-        return {**sample, "aspect_ratio_mask": sample["aspect_ratio_mask"][:1]}
+        one = {name: sample[name][:1] for name in ("pixel_values", "tile_counts")}
+        return {**sample, **one, "real_tiles": np.array(1, np.int64)}
 
-    tiles = list(model.input("aspect_ratio_mask").shape)
-    model.reshape({"aspect_ratio_mask": [1]})
-    quantized = nncf.quantize(
+    return nncf.quantize(
         model,
         nncf.Dataset(samples, first_tile),
         subset_size=count,
@@ -346,5 +346,3 @@ def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int
             smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=0.6)
         ),
     )
-    quantized.reshape({"aspect_ratio_mask": tiles})
-    return quantized

@@ -42,14 +42,15 @@ from ov_mllama.tracing import make_stateful, name_ports, trace
 def vision_encoder_example(config: MllamaConfig) -> dict[str, torch.Tensor]:
     """Example inputs for the vision encoder (shapes in `VisionEncoder.forward`); values do not matter.
 
-    Tracing runs the module and keeps every activation: 10 GB for the 11B tower and its four tiles. So the mask is empty
-    here, and the layers, whose rows follow its length, see no rows; the graph records lengths and splits all the same.
+    Tracing runs the module and keeps every activation: 10 GB for the 11B tower and four tiles. So there is no tile
+    here, and the layers see one row; the graph records lengths and splits all the same.
     """
     vision = config.vision_config
     return {
-        "pixel_values": torch.zeros(vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size),
+        "pixel_values": torch.zeros(0, vision.num_channels, vision.image_size, vision.image_size),
         "aspect_ratio_ids": torch.ones(1, dtype=torch.int64),
-        "aspect_ratio_mask": torch.zeros(0, dtype=torch.int64),
+        "real_tiles": torch.tensor(0),
+        "tile_counts": torch.zeros(0, dtype=torch.int64),
     }
 
 
@@ -72,15 +73,34 @@ def language_model_example(shapes: MllamaShapes) -> dict:
     return example
 
 
+def padding_tiles_are_alike(model: MllamaForConditionalGeneration) -> bool:
+    """Whether the embeddings of the tiles beyond each canvas are the same for all of them, as zeros are: then one
+    padding tile can stand for all. Meta's are zero, as transformers' own converter writes them
+    (convert_mllama_weights_to_hf.py); a fine-tune of the tower may have changed that.
+    """
+    tower, shapes = model.model.vision_model, MllamaShapes.from_config(model.config)
+    tables = (
+        tower.pre_tile_positional_embedding.embedding,
+        tower.gated_positional_embedding.tile_embedding,
+        tower.post_tile_positional_embedding.embedding,
+    )
+    for table in tables:
+        for ratio, tiles in enumerate(shapes.canvas_tiles):
+            padding = table.weight[ratio].view(shapes.max_num_tiles, -1)[tiles:]
+            if len(padding) and not (padding == padding[0]).all():
+                return False
+    return True
+
+
 def convert_vision_encoder(model: MllamaForConditionalGeneration) -> ov.Model:
     """The vision tower, the projector and the cross-attention K/V projections as one OpenVINO model, for one image."""
     shapes, vision = MllamaShapes.from_config(model.config), model.config.vision_config
     ov_model = trace(VisionEncoder(model), vision_encoder_example(model.config))
-    tiles, size = vision.max_num_tiles, vision.image_size
     inputs = {
-        "pixel_values": [tiles, vision.num_channels, size, size],
+        "pixel_values": [-1, vision.num_channels, vision.image_size, vision.image_size],
         "aspect_ratio_ids": [1],
-        "aspect_ratio_mask": [tiles],
+        "real_tiles": [],
+        "tile_counts": [-1],
     }
     name_ports(ov_model, inputs, shapes.cross_kv_names)
     return ov_model
@@ -197,7 +217,8 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         for what, (path, _, convert) in parts.items():
             if not is_current(path, stamp):  # asked again: another process may just have made it
                 print(f"⌛ Convert {what}, {sizes[what] / 1e6:,.0f} MB...")
-                save_ir(convert(model), path, {**stamp, "format": "16 bit"})
+                told = {"format": "16 bit", "padding_tiles": "alike" if padding_tiles_are_alike(model) else "each"}
+                save_ir(convert(model), path, stamp | told)
                 print(f"✅ {what.capitalize()} successfully converted")
     print(f"✅ Model successfully converted and can be found in {out_dir}")
     return out_dir

@@ -140,8 +140,9 @@ def ir_stamp(path: Path) -> dict[str, str]:
 
     Returns:
         `converter_version`, `checkpoint` (its fingerprint), `format` of its weights ("16 bit", "int4_asym", ...),
-        `openvino` (its version), `weights` (fingerprint of the .bin) and, if compressed, `samples` it was calibrated
-        with. Empty for an IR that is missing, incomplete, made by another program, or beside a .bin not its own.
+        `padding_tiles` ("alike" or "each", see `convert.padding_tiles_are_alike`), `openvino` (its version), `weights`
+        (fingerprint of the .bin) and, if compressed, `samples` it was calibrated with. Empty for an IR that is missing,
+        incomplete, made by another program, or beside a .bin not its own.
     """
     text = whole_xml(path)
     stamp = written_stamp(text)
@@ -186,8 +187,9 @@ def is_current(path: Path, wanted: dict[str, str]) -> bool:
 
 
 def origin(path: Path) -> dict[str, str]:
-    """The part of an IR's stamp that its descendants share: converter version and checkpoint."""
-    return {key: value for key, value in ir_stamp(path).items() if key in ("converter_version", "checkpoint")}
+    """The part of an IR's stamp that its descendants share."""
+    shared = ("converter_version", "checkpoint", "padding_tiles")
+    return {key: value for key, value in ir_stamp(path).items() if key in shared}
 
 
 def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[str, str]]:

@@ -20,8 +20,13 @@ class VisionEncoder(nn.Module):
     """One image's tiles -> cross-attention keys and values of every cross-attention layer.
 
     Mllama's tower masks only padding -> padding attention: real patches do look at padding tiles, the model was trained
-    so. With the real patches first, two attentions without a mask say the same as one with a [rows, rows] mask: real
-    queries see every key, padding queries see the real keys. It is exact, and an image of one tile costs half.
+    so. Two things make that cheap, and both are exact:
+
+    - With the real patches first, two attentions without a [rows, rows] mask say the same as one with it: real queries
+      see every key, padding queries see the real keys.
+    - Rows that start alike stay alike, since all padding queries see the same. Where a checkpoint's padding tiles start
+      alike (in Meta's they are zero) one of them is computed, and counts as a key for all: log(n) is added to the score
+      of a key that stands for n. The rows that align a tile to a multiple of 8 are such in every checkpoint.
     """
 
     def __init__(self, model: MllamaForConditionalGeneration):
@@ -32,69 +37,84 @@ class VisionEncoder(nn.Module):
         layers = model.model.language_model.layers
         self.cross_attentions = nn.ModuleList(layers[i].cross_attn for i in self.shapes.cross_layers)
 
-    def forward(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask):
+    def forward(self, pixel_values, aspect_ratio_ids, real_tiles, tile_counts):
         """
         Args:
-            pixel_values: f32 [max_num_tiles, channels, height, width] of one image; padding tiles are zeros.
+            pixel_values: f32 [tiles, channels, height, width] of one image: its real tiles, then padding, zeros.
             aspect_ratio_ids: i64 [1], 1-based index of the canvas in `supported_aspect_ratios`, 0 for "no image".
-            aspect_ratio_mask: i64 [max_num_tiles], 1 for real tiles, which come first.
+            real_tiles: i64 scalar, how many of them are real.
+            tile_counts: i64 [tiles], how many tiles each stands for: 1, but for a padding tile that is all of them.
         Returns:
             for each cross-attention layer, in order: key f32 [1, kv heads, head_dim, rows], normalised, transposed and
-            scaled, and value f32 [1, kv heads, rows, head_dim], with rows = max_num_tiles * patches_per_tile in tile
-            order. Keys are ready for a plain `query @ key`; heads are not repeated.
+            scaled, and value f32 [1, kv heads, rows, head_dim], with rows = tiles * patches_per_tile. Keys are ready
+            for a plain `query @ key`; heads are not repeated.
         """
         tower, patches = self.vision_model, self.shapes.patches_per_tile
-        tiles = aspect_ratio_mask.shape[0]  # max_num_tiles, but none while tracing: see `vision_encoder_example`
-        alignment = -patches % 8  # Meta pads each tile to a multiple of 8 rows, and those rows take part as padding
-        real_rows = aspect_ratio_mask.sum() * patches
+        tiles = tile_counts.shape[0]
+        # Meta pads each tile to a multiple of 8 rows, and those rows take part as padding: one here, until tiles differ
+        alignment = -patches % 8
+        real_rows = real_tiles * patches
+        of_patches = tile_counts[:, None].expand(-1, patches).flatten()
 
-        x = self.embed(pixel_values, aspect_ratio_ids)[:, :tiles].flatten(1, 2)  # [1, tiles * patches, channels]
-        x = torch.cat([x, x.new_zeros(1, tiles * alignment, x.shape[-1])], dim=1)  # real rows come first
+        x = self.embed(pixel_values, aspect_ratio_ids, tiles).flatten(1, 2)  # [1, tiles * patches, channels]
+        x = torch.cat([x, x.new_zeros(1, 1, x.shape[-1])], dim=1)  # real rows come first
+        bias = self.key_bias(of_patches, tile_counts.sum()[None] * alignment)
         intermediate = []
         for layer in _progress(tower.transformer.layers, "Tracing vision encoder"):
-            x = self.encoder_layer(layer, x, real_rows)
+            x = self.encoder_layer(layer, x, real_rows, bias)
             intermediate.append(x)
 
         embedding = self.tile_embedding(x, aspect_ratio_ids)[:, :tiles]  # [1, tiles, 1, channels]
-        by_row = [embedding.repeat(1, 1, rows, 1).flatten(1, 2) for rows in (patches, alignment)]
-        x = tower.layernorm_post(x) + torch.cat(by_row, dim=1)
+        x = tower.layernorm_post(x)
+        of_tiles = x[:, :-1] + embedding.expand(-1, -1, patches, -1).flatten(1, 2)
+        aligning = x[:, -1:] + embedding[:, :, 0]  # [1, tiles, channels]: now each tile has an alignment row of its own
+        x = torch.cat([of_tiles, aligning], dim=1)
+        bias = self.key_bias(of_patches, tile_counts * alignment)
         for layer in tower.global_transformer.layers:
-            x = self.encoder_layer(layer, x, real_rows)
+            x = self.encoder_layer(layer, x, real_rows, bias)
 
-        chosen = torch.stack([intermediate[i] for i in tower.intermediate_layers_indices], dim=-1)
-        features = torch.cat([x, chosen.flatten(2)], dim=-1)[:, : tiles * patches]  # [1, rows, vision_output_dim]
+        rows = tiles * patches
+        chosen = torch.stack([intermediate[i][:, :rows] for i in tower.intermediate_layers_indices], dim=-1)
+        features = torch.cat([x[:, :rows], chosen.flatten(2)], dim=-1)  # [1, rows, vision_output_dim]
         states = self.projector(features)  # [1, rows, hidden_size]
         return tuple(tensor for attention in self.cross_attentions for tensor in self.key_value(attention, states))
 
-    def embed(self, pixel_values, aspect_ratio_ids):
+    def embed(self, pixel_values, aspect_ratio_ids, tiles):
         """Pixels -> [1, tiles, patches, channels] with class token and position embeddings."""
-        tower = self.vision_model
+        tower, shapes = self.vision_model, self.shapes
         x = tower.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        x = tower.pre_tile_positional_embedding(x[None], aspect_ratio_ids)
-        x = tower.apply_class_embedding(x[0])
-        return tower.layernorm_pre(tower.gated_positional_embedding(x[None], aspect_ratio_ids))
+        nothing = x.new_zeros(1, shapes.max_num_tiles, 1, x.shape[-1])
+        x = x + tower.pre_tile_positional_embedding(nothing, aspect_ratio_ids)[0, :tiles]
+        x = tower.apply_class_embedding(x)[None]
+        nothing = x.new_zeros(1, shapes.max_num_tiles, shapes.patches_per_tile, x.shape[-1])
+        return tower.layernorm_pre(x + tower.gated_positional_embedding(nothing, aspect_ratio_ids)[:, :tiles])
 
     def tile_embedding(self, x, aspect_ratio_ids):
         """What the tower adds to all rows of a tile after its local layers: [1, max_num_tiles, 1, channels]."""
         nothing = x.new_zeros(1, self.shapes.max_num_tiles, 1, x.shape[-1])
         return self.vision_model.post_tile_positional_embedding(nothing, aspect_ratio_ids)
 
-    def encoder_layer(self, layer, x, real_rows):
-        attended = self.valid_first_attention(layer.self_attn, layer.input_layernorm(x), real_rows)
+    @staticmethod
+    def key_bias(*counts):
+        """f32 [1, 1, 1, rows] for the scores of keys that stand for so many, i64 [rows] in parts: exp(log n) is n."""
+        return torch.cat(counts).float().log()[None, None, None]
+
+    def encoder_layer(self, layer, x, real_rows, bias):
+        attended = self.valid_first_attention(layer.self_attn, layer.input_layernorm(x), real_rows, bias)
         x = x + (layer.gate_attn.tanh() * attended if layer.is_gated else attended)
         mlp = layer.mlp(layer.post_attention_layernorm(x))
         return x + (layer.gate_ffn.tanh() * mlp if layer.is_gated else mlp)
 
     @staticmethod
-    def valid_first_attention(attention, x, real_rows):
-        """The tower's masked attention as two unmasked ones; the first `real_rows` rows of x are real patches."""
+    def valid_first_attention(attention, x, real_rows, bias):
+        """The tower's masked attention as two without its mask; the first `real_rows` rows of x are real patches."""
 
         def heads(projected):
             return projected.view(1, x.shape[1], attention.num_heads, attention.head_dim).transpose(1, 2)
 
         # each [1, heads, rows, head_dim]
         query, key, value = heads(attention.q_proj(x)), heads(attention.k_proj(x)), heads(attention.v_proj(x))
-        real = F.scaled_dot_product_attention(query[:, :, :real_rows], key, value)
+        real = F.scaled_dot_product_attention(query[:, :, :real_rows], key, value, attn_mask=bias)
         padding = F.scaled_dot_product_attention(
             query[:, :, real_rows:], key[:, :, :real_rows], value[:, :, :real_rows]
         )

@@ -14,7 +14,7 @@ import openvino as ov
 
 from ov_mllama.cache import OVCache, Prompt
 from ov_mllama.shapes import MllamaShapes
-from ov_mllama.vision import CrossAttention, DeviceTensors, check_finite, no_images, restrict
+from ov_mllama.vision import CrossAttention, DeviceTensors, Encoded, check_finite, no_images, restrict
 
 
 def language_inputs(
@@ -160,11 +160,11 @@ class Session:
         self._request = model.compiled.create_infer_request()
         self._device_tensors = DeviceTensors(model.context) if model.context else None
 
-    def prefill(self, prompt: Prompt, key_values: dict[str, np.ndarray] | None = None, cache: OVCache | None = None):
+    def prefill(self, prompt: Prompt, encoded: Encoded | None = None, cache: OVCache | None = None) -> np.ndarray:
         """Begins a prompt and computes what of it the KV cache does not hold already.
 
         Args:
-            key_values: of the prompt's images, see `vision.Encoded`; None for text only.
+            encoded: the prompt's images; None for text only.
             cache: an empty one to fill; default a new one. It is `self.cache` from now on.
         Returns:
             logits f32 [batch, prompt.logits_to_keep, vocab].
@@ -183,9 +183,9 @@ class Session:
         if not prompt.is_plain:
             cache.tokens = None
         rest = prompt.seen[:, reused:]
-        cache.cross_attention = view = self._view(key_values, cache.last_seen)
+        cache.cross_attention = view = self._view(encoded, cache.last_seen)
         if not (rest == cache.last_seen).all():
-            view = self._view(key_values, rest)
+            view = self._view(encoded, rest)
         positions = None if prompt.position_ids is None else prompt.position_ids[:, reused:]
         ids = prompt.input_ids[:, reused:]
         return self._compute(cache, ids, view, prompt.attention_mask, positions, prompt.logits_to_keep)
@@ -236,11 +236,11 @@ class Session:
         self.cache = None
         self._request.reset_state()
 
-    def _view(self, key_values, seen) -> CrossAttention | None:
+    def _view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
         shapes = self.model.shapes
         if not shapes.cross_layers:
             return None
-        view = no_images(shapes) if key_values is None else restrict(key_values, seen, shapes)
+        view = restrict(encoded, seen, shapes) if encoded else no_images(shapes)
         return self._device_tensors.place(view) if self._device_tensors else view
 
     def _compute(self, cache: OVCache, input_ids, view, attention_mask, position_ids, logits_to_keep) -> np.ndarray:

@@ -48,7 +48,7 @@ from ov_mllama.language import OVLanguageModel, Sessions
 from ov_mllama.likeness import LikeAModule
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.stats import GenerationStats
-from ov_mllama.vision import Encoded, ImageInputs, OVImageEncoder, image_keys, tiles_seen
+from ov_mllama.vision import ImageInputs, OVImageEncoder, image_keys, tiles_seen
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +129,14 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         self._calls = 0  # under way in the thread whose turn it is: generate calls the model
 
         started = time.perf_counter()
-        self.image_encoder = OVImageEncoder(model_dir / vision, self.shapes, device, ov_config, image_cache_bytes)
-        weights = stamps[language]["format"]
+        alike, weights = stamps[vision]["padding_tiles"] == "alike", stamps[language]["format"]
+        self.image_encoder = OVImageEncoder(
+            model_dir / vision, self.shapes, device, ov_config, image_cache_bytes, alike
+        )
         self.language_model = OVLanguageModel(
             model_dir / language, self.shapes, device, ov_config, weights, use_remote_tensors
         )
-        check_ports(self.shapes, self.image_encoder.output_shapes, self.language_model.compiled, model_dir)
+        check_ports(self.shapes, self.image_encoder, self.language_model.compiled, model_dir)
         self.session = self.language_model.session()
         self.sessions = Sessions(self.language_model, kv_cache_bytes)
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
@@ -246,16 +248,16 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt)
         check_prompt_fits(self.config, prompt, session.reusable(prompt), rows)
-        encoded = self.image_encoder.encode(images) if images else Encoded(None, [], 0)
+        encoded = self.image_encoder.encode(images) if images else None
         drafts = prompt.logits_to_keep - 1 if cache.drafting else 0
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
             warm_up_s=self._warm_up_s,
-            image_s=encoded.image_s,
-            images_kept=encoded.kept,
+            image_s=encoded.image_s if encoded else [],
+            images_kept=encoded.kept if encoded else 0,
             prompt_tokens=prompt.input_ids.shape[1] - drafts,
         )
-        return session.prefill(prompt, encoded.key_values, cache)
+        return session.prefill(prompt, encoded, cache)
 
     @contextlib.contextmanager
     def _in_turn(self):

@@ -15,7 +15,9 @@ class MllamaShapes:
     """What the two IRs look like, read from the checkpoint's config.
 
     Attributes:
-        max_num_tiles: tiles of an image's canvas, real or padding.
+        max_num_tiles: tiles of an image, real or padding.
+        canvas_tiles: of them, those of the canvas that each aspect ratio id stands for; id 0 is no image.
+        tile_size: pixels along a tile's edge.
         patches_per_tile: K/V rows of one tile: its patches and the class token (1601 for 560/14 pixels).
         num_heads, num_kv_heads, head_dim: of the language model's attention.
         self_layers, cross_layers: indices of its self- and cross-attention layers.
@@ -34,6 +36,8 @@ class MllamaShapes:
     vocab_size: int
     embeddings: int
     max_positions: int
+    canvas_tiles: tuple[int, ...] = ()
+    tile_size: int = 0
 
     @classmethod
     def from_config(cls, config) -> "MllamaShapes":
@@ -52,6 +56,8 @@ class MllamaShapes:
             vocab_size=text.vocab_size,
             embeddings=text.vocab_size + (EXTRA_EMBEDDINGS if vision else 0),
             max_positions=text.max_position_embeddings,
+            canvas_tiles=(1, *(high * wide for high, wide in vision.supported_aspect_ratios)) if vision else (),
+            tile_size=vision.image_size if vision else 0,
         )
 
     # ---- Cross-attention keys and values: outputs of the vision IR, inputs of the language IR ----

@@ -23,12 +23,15 @@ from tiny_mllama import LLAMA3_ROPE, make_checkpoint  # noqa: E402
 
 F32 = {"EXECUTION_MODE_HINT": "ACCURACY"}  # f32 throughout, KV cache included
 
-# what Mllama checkpoints differ in: attention heads, tiles, rotary embedding, picture size
+# what Mllama checkpoints differ in: attention heads, tiles, rotary embedding, picture size, padding tiles
 CHECKPOINTS = {
-    "gqa-llama3": dict(heads=8, kv_heads=2, tiles=4, rope=LLAMA3_ROPE),
+    "gqa-llama3": dict(heads=8, kv_heads=2, tiles=4, rope=LLAMA3_ROPE, zero_padding=True),
     "mha-two-tiles": dict(heads=4, kv_heads=4, tiles=2, rope=None, seed=1),
     "mqa-large-image": dict(heads=4, kv_heads=1, tiles=4, rope=None, image_size=49, cross_layers=(2, 4), seed=2),
-    "gqa-two-tiles": dict(heads=8, kv_heads=4, tiles=2, rope=LLAMA3_ROPE, image_size=42, cross_layers=(3,), seed=3),
+    "gqa-two-tiles": dict(
+        heads=8, kv_heads=4, tiles=2, rope=LLAMA3_ROPE, image_size=42, cross_layers=(3,), seed=3, zero_padding=True
+    ),
+    "gqa-each-padding-tile": dict(heads=8, kv_heads=2, tiles=4, rope=LLAMA3_ROPE, seed=4),
 }
 
 

@@ -11,7 +11,7 @@ from gradio_helper import answered, remark, to_messages
 from ov_mllama.compress import GROUP_SIZES, INT4, Settings
 from ov_mllama.conversation import plain
 from ov_mllama.shapes import MASKED, MllamaShapes
-from ov_mllama.vision import restrict, take_tiles, tiles_seen
+from ov_mllama.vision import Encoded, restrict, take_tiles, tiles_seen
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 pytestmark = pytest.mark.torture
@@ -46,19 +46,26 @@ def attention(query, key, value, bias):
 def test_a_restricted_view_attends_as_the_whole(run):
     def test(draw):
         batch, queries = draw(st.integers(1, 3)), draw(st.integers(1, 5))
-        tiles = draw(st.integers(1, 8))
-        mask = draw(arrays(bool, (batch, queries, tiles)))
         rng = np.random.default_rng(draw(st.integers(0, 99)))
-        rows = tiles * SHAPES.patches_per_tile
         kv_batch = draw(st.sampled_from([1, batch]))
+        # each column stands for one tile or several
+        counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=8))
+        tiles, columns = sum(counts), len(counts)
+        rows = columns * SHAPES.patches_per_tile
+        mask = draw(arrays(bool, (batch, queries, tiles)))
+        stands_for = np.repeat(np.eye(columns, dtype=bool), counts, axis=1)[None].repeat(kv_batch, 0)
         key = rng.standard_normal((kv_batch, 2, 4, rows)).astype(np.float32)
         value = rng.standard_normal((kv_batch, 2, rows, 4)).astype(np.float32)
         query = rng.standard_normal((batch, 2, queries, 4)).astype(np.float32)
 
-        view = restrict({"cross_attn_key_values.1.key": key, "cross_attn_key_values.1.value": value}, mask, SHAPES)
+        key_values = {"cross_attn_key_values.1.key": key, "cross_attn_key_values.1.value": value}
+        view = restrict(Encoded(key_values, stands_for, [], 0), mask, SHAPES)
         seen = mask | ~mask.any(-1, keepdims=True)  # a token that may see nothing attends to everything
         bias = np.where(seen, 0, MASKED).astype(np.float32).repeat(SHAPES.patches_per_tile, -1)[:, None]
-        expected = attention(query, key, value, bias)
+        every = np.repeat(
+            np.arange(rows).reshape(columns, -1), counts, axis=0
+        ).ravel()  # each tile with rows of its own
+        expected = attention(query, key[..., every], value[:, :, every], bias)
         actual = attention(query, *view.key_values.values(), view.bias)
         np.testing.assert_allclose(actual, expected, atol=1e-5)
         assert np.array_equal(view.sees_image[..., 0] == 1, mask.any(-1))

@@ -21,9 +21,9 @@ def model(pair):
     return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
 
 
-def greedy(session, prompt: Prompt, key_values, tokens: int):
+def greedy(session, prompt: Prompt, encoded, tokens: int):
     """A generator of the session's greedy tokens, one a step."""
-    logits = session.prefill(prompt, key_values)
+    logits = session.prefill(prompt, encoded)
     for _ in range(tokens):
         token = logits[:, -1].argmax(-1)
         yield int(token[0])
@@ -40,7 +40,7 @@ def prompt_of(pair, model, case):
     images = ImageInputs(*(inputs[name] for name in ImageInputs._fields))
     seen = tiles_seen(images.cross_attention_mask, inputs["input_ids"].shape[1])
     prompt = Prompt(inputs["input_ids"], seen=seen, image_keys=image_keys(images))
-    return prompt, model.image_encoder.encode(images).key_values
+    return prompt, model.image_encoder.encode(images)
 
 
 def test_two_sessions_interleaved_token_by_token(pair, model):

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from demo_model.checkpoint import CHAT_TEMPLATE, IMAGE, SPECIAL, llama_tokenizer
+from demo_model.checkpoint import CHAT_TEMPLATE, IMAGE, SPECIAL, clear_padding_embeddings, llama_tokenizer
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -46,8 +46,13 @@ def make_checkpoint(
     cross_layers: tuple[int, ...] = (1, 3),
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    zero_padding: bool = False,
 ) -> Path:
-    """Writes a random checkpoint of five text and 3+2 vision layers, every gate open, and returns its folder."""
+    """Writes a random checkpoint of five text and 3+2 vision layers, every gate open, and returns its folder.
+
+    Args:
+        zero_padding: the embeddings of padding tiles are zero, as in Meta's checkpoints.
+    """
     tokenizer = byte_tokenizer()
     ratios = (
         [[1, 1], [1, 2], [2, 1]] if tiles == 2 else [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
@@ -89,6 +94,8 @@ def make_checkpoint(
     torch.manual_seed(seed)
     model = MllamaForConditionalGeneration(config)
     open_gates(model)
+    if zero_padding:
+        clear_padding_embeddings(model.state_dict(), config)
     model.to(dtype).save_pretrained(folder)
     GenerationConfig(
         bos_token_id=ids["<|begin_of_text|>"], eos_token_id=eos, pad_token_id=ids["<|finetune_right_pad_id|>"]
