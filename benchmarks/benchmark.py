@@ -14,6 +14,7 @@ Keys of the JSON (GB = 1e9 bytes):
         prefill_ms: PROMPT_TOKENS tokens with a picture of one tile; decode_ms: each token of --new-tokens after it
         decode_by_tiles_ms: the same with pictures of more tiles; 0 is text only, one row of K/V
         step_ms: by q, a step of q tokens, all of whose logits are asked for
+        one_padding_tile: by tiles, vision_s over the same with every empty tile computed
         assisted: by number of drafts, tokens per second over greedy's where all are right and where all are wrong
         rss_gb, anon_gb: resident at the end, all and without mapped files; disk_gb: the files it was loaded from
         weights_gb_per_token: what a decode step has to read; share_of_bandwidth: that over decode_ms over bandwidth
@@ -241,7 +242,18 @@ class OpenVINOSubject(Subject):
         text = {"input_ids": self.words(1000, PROMPT_TOKENS)}
         _, output = self.prefill(text, None)
         result["decode_by_tiles_ms"][0] = 1000 * self.decode(output, text, new_tokens)[0]
+        each = {count: self.padding_one_by_one(count) for count in tiles}
+        result["one_padding_tile"] = {count: result["vision_s"][count] / each[count] for count in tiles}
         return result | {"assisted": self.assisted(text, max(new_tokens, 32))}
+
+    def padding_one_by_one(self, tiles: int) -> float:
+        """Seconds for a picture whose empty tiles are all computed, as for checkpoints in which they differ."""
+        encoder, inputs = self.model.image_encoder, self.inputs(tiles)
+        encoder.padding_alike, alike = False, encoder.padding_alike
+        seconds, _ = self.timed(self.encode, inputs)
+        encoder.padding_alike = alike
+        self.model.forget()
+        return seconds
 
     def assisted(self, text, new_tokens: int) -> dict:
         """Tokens per second relative to greedy decoding's, by number of drafts, where all or none of them are right."""
