@@ -87,10 +87,10 @@ def check_tokens(ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray
     """Refuses token ids, an attention mask or positions that the model has no answer to.
 
     Args:
+        ids: i64 [batch, query].
         past: tokens in the KV cache.
         shapes: `MllamaShapes` of the model.
     """
-    check_shape("input_ids", ids, (-1, -1), "batch, tokens")
     batch, query = ids.shape
     if ids.size and not 0 <= ids.min() <= ids.max() < shapes.embeddings:
         wrong = ids[(ids < 0) | (ids >= shapes.embeddings)][0]

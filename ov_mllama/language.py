@@ -6,6 +6,7 @@ This file knows tensors and state. What `generate` wants of a model is in `model
 """
 
 import functools
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import numpy as np
 import openvino as ov
 
 from ov_mllama.cache import OVCache, Prompt
+from ov_mllama.device import DeviceTensors
 from ov_mllama.shapes import MllamaShapes
-from ov_mllama.vision import CrossAttention, DeviceTensors, Encoded, check_finite, no_images, restrict
+from ov_mllama.vision import CrossAttention, Encoded, check_finite, no_images, restrict
 
 
 def language_inputs(
@@ -77,6 +79,7 @@ class OVLanguageModel:
         device_memory: bool = False,
     ):
         self.shapes = shapes
+        self._turn = threading.Lock()  # all sessions share one graph
         self._unsettled = False  # an inference has begun and not ended well
         config = ov_config or {}
         if device == "CPU" and weights_format.startswith("int"):
@@ -99,12 +102,13 @@ class OVLanguageModel:
         helps is shapes that differ: every node then prepares anew. So what follows a failure is inferences of
         shapes that differ from one another in every axis, and only then the next call.
         """
-        if self._unsettled:
-            self._settle()
-        started, self._unsettled = time.perf_counter(), True
-        request.infer(inputs, share_inputs=True)
-        self._unsettled = False
-        return time.perf_counter() - started
+        with self._turn:
+            if self._unsettled:
+                self._settle()
+            started, self._unsettled = time.perf_counter(), True
+            request.infer(inputs, share_inputs=True)
+            self._unsettled = False
+            return time.perf_counter() - started
 
     def _settle(self) -> None:
         """Has every node prepare anew, see `infer`. The first inferences may fail where the broken one did."""

@@ -37,6 +37,7 @@ from ov_mllama.checks import (
     check_images,
     check_ports,
     check_prompt_fits,
+    check_shape,
     check_tokens,
     image_arrays,
     warn_of_double_bos,
@@ -113,7 +114,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         warm_up: bool = True,
         check_golden: bool = True,
         image_cache_bytes: int = 1_000_000_000,
-        kv_cache_bytes: int = 1_000_000_000,
+        kv_cache_bytes: int = 500_000_000,
         use_remote_tensors: bool = False,
         dynamic_shape: bool = True,
     ):
@@ -220,7 +221,8 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         mask, positions = as_array("attention_mask", attention_mask), as_array("position_ids", position_ids)
         seen = as_array("cross_attention_mask", cross_attention_mask)
         images = image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask)
-        query, wanted = ids.shape[-1], logits_to_keep
+        check_shape("input_ids", ids, (-1, -1), "batch, tokens")
+        query, wanted = ids.shape[1], logits_to_keep
         last = min(wanted, query) if isinstance(wanted, int) and wanted > 0 and self.slice_lm_head else query
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         with self._in_turn():

@@ -205,11 +205,11 @@ def test_kept_pictures_stay_within_their_room(pair):
     one = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
     one(**pair.inputs("one tile"))
     size = one.image_encoder.cached_bytes
-    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=2 * size)
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=3 * size)
     runs = count_runs(model)
     for case in ("one tile", "wide", "tall", "tall", "wide", "one tile"):
         model(**pair.inputs(case))
-        assert model.image_encoder.cached_bytes <= 2 * size
+        assert model.image_encoder.cached_bytes <= 3 * size  # each of two tiles and one for its padding, or one and one
     assert len(runs) == 4  # tall and wide were still there, one tile had made room
     none = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=0)
     none(**pair.inputs("one tile"))

@@ -20,7 +20,7 @@ HELPERS = ("data_preprocessing", "gradio_helper", "notebook_utils", "ov_mllama_c
 ORDER = (
     *("shapes", "stats", "images", "likeness"),
     *("files", "graphs", "plan", "tracing", "vision"),
-    *("cache", "convert", "language", "checks"),
+    *("cache", "convert", "device", "language", "checks"),
     *("compress", "drafts", "golden"),
     "model",
     *("conversation", "quality"),
@@ -35,6 +35,7 @@ INFERENCE = (
     "files",
     "vision",
     "cache",
+    "device",
     "language",
     "checks",
     "likeness",

@@ -475,7 +475,7 @@ REFUSED = {
     ".save_pretrained()": (attribute("save_pretrained"), "copy the folder"),
     ".cuda()": (attribute("cuda"), "device='GPU'"),
     ".from_pretrained()": (lambda model, pair: type(model).from_pretrained("x"), "convert_mllama"),
-    "a misspelt attribute": (attribute("generat"), "check its spelling"),
+    "a misspelt attribute": (attribute("generated"), "check its spelling"),
 }
 
 
