@@ -144,10 +144,11 @@ class Chat:
                 prompt_tensors, self.model, self.processor, messages, pictures, limit
             )
             arguments = {**inputs, **sampling(temperature, top_p), "max_new_tokens": limit}
-            async for piece in stream_words(self.model, self.processor, **arguments):
+            costs: list = []
+            async for piece in stream_words(self.model, self.processor, costs.append, **arguments):
                 text += piece
                 yield text
-            yield [text, remark(" · ".join([str(self.model.stats), *remarks]))]
+            yield [text, remark(" · ".join(map(str, [*costs, *remarks])))]
         except SAID_PLAINLY as error:
             yield [*([text] if text else []), remark(f"No answer: {error}")]
         except Exception as error:  # whatever it is, the page says it and stays usable; the log has the rest

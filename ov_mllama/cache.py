@@ -62,7 +62,7 @@ class OVCache:
         batch: rows of the prompt.
         seen: bool [tokens of the prompt, images * tiles], the tiles that each may see; later ones see as the last.
         last_seen: bool [batch, 1, images * tiles], the tiles that each row's later tokens see.
-        image_keys: what tells the prompt's images from others.
+        image_keys: what tells the images of each row of the prompt from others.
         beam_idx: i32 [batch], the state row that each row continues; None for its own.
         cross_attention: the images as the tokens after the prompt read them.
         drafting: assisted decoding guesses tokens, see `activate_past_recording`.
@@ -79,7 +79,7 @@ class OVCache:
         self.batch = 0
         self.seen = np.zeros((1, 0), bool)
         self.last_seen = np.zeros((1, 1, 0), bool)
-        self.image_keys: tuple[bytes, ...] = ()
+        self.image_keys: list[tuple[bytes, ...]] = [()]
         self.beam_idx: np.ndarray | None = None
         self.cross_attention: CrossAttention | None = None
         self.drafting = False
@@ -91,12 +91,8 @@ class OVCache:
         return len(self.columns)
 
     def reorder_cache(self, beam_idx) -> None:
-        """Between two steps of beam search. The images stay: a beam never leaves its prompt.
-
-        Args:
-            beam_idx: i64 tensor [batch].
-        """
-        self.beam_idx = beam_idx.numpy().astype(np.int32)
+        """Between two steps of beam search: i64 tensor [batch], the row that each row goes on with."""
+        self._take_rows(beam_idx.numpy())
 
     def activate_past_recording(self) -> None:
         """Assisted decoding calls it before its first step. The state keeps every column anyway, but from now on all
@@ -107,7 +103,7 @@ class OVCache:
         """Takes back the last tokens, given as a negative number as for transformers' caches; 0 takes none."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes back tokens: give their number as a negative one.")
-        self.truncate(len(self.columns) + tokens_to_remove)
+        self.truncate(max(len(self.columns) + tokens_to_remove, 0))
         self.stats.rejected_tokens -= tokens_to_remove
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -120,9 +116,12 @@ class OVCache:
 
     def _take_rows(self, rows: np.ndarray) -> None:
         self.beam_idx = (rows if self.beam_idx is None else self.beam_idx[rows]).astype(np.int32)
-        self.batch, self.last_seen, self.tokens = len(rows), self.last_seen[rows], None
-        if self.cross_attention is not None:
+        keys, seen = [self.image_keys[row] for row in rows], self.last_seen[rows]
+        # a beam never leaves its prompt: then the images, large as they are, stay where they are
+        moved = keys != self.image_keys or not np.array_equal(seen, self.last_seen)
+        if moved and self.cross_attention is not None:
             self.cross_attention = self.cross_attention.rows(rows)
+        self.batch, self.tokens, self.image_keys, self.last_seen = len(rows), None, keys, seen
 
     def __len__(self) -> int:
         """Layers with something in them, as transformers' caches count; `get_seq_length` counts tokens."""
@@ -142,9 +141,9 @@ class OVCache:
 
     def truncate(self, tokens: int) -> None:
         """Hides all but the first `tokens`."""
-        del self.columns[tokens:]
-        if self.tokens is not None:
+        if self.tokens is not None:  # first: what is reused goes by them, even if this is interrupted here
             del self.tokens[tokens:]
+        del self.columns[tokens:]
 
     def append(self, input_ids: np.ndarray) -> None:
         """Notes i64 [batch, query] as tokens that are now in the state."""
@@ -166,7 +165,7 @@ class OVCache:
 
     def common_prefix(self, prompt: Prompt) -> int:
         """How many tokens of a new prompt begin this one; at least those whose logits are asked for do not."""
-        if self.tokens is None or not prompt.is_plain or prompt.image_keys[0] != self.image_keys:
+        if self.tokens is None or not prompt.is_plain or prompt.image_keys != self.image_keys:
             return 0
         length = max(min(len(self.tokens), prompt.input_ids.shape[1] - prompt.logits_to_keep), 0)
         same = np.array(self.tokens[:length]) == prompt.input_ids[0, :length]

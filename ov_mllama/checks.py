@@ -14,7 +14,7 @@ import torch
 from transformers import MllamaConfig
 
 from ov_mllama.cache import OVCache, Prompt
-from ov_mllama.language import Session
+from ov_mllama.language import OVLanguageModel, Session
 from ov_mllama.plan import prompt_memory
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.vision import ImageInputs, OVImageEncoder, tiles_seen
@@ -28,6 +28,13 @@ INSIDE = {
 }
 # further ones that transformers passes along, and that change nothing here
 HARMLESS = {"return_dict", "tokenizer", "output_router_logits", "is_first_iteration", "cache_position"}
+
+
+MASKED_ARE = {  # what a 1 says, by mask
+    "attention_mask": "tokens, 0 for padding",
+    "aspect_ratio_mask": "an image's real tiles",
+    "cross_attention_mask": "tiles that a token may see",
+}
 
 
 def check_arguments(arguments: dict) -> None:
@@ -52,7 +59,24 @@ def as_array(name: str, tensor: torch.Tensor | None, dtype: torch.dtype = torch.
         raise TypeError(
             f"{name} is a {type(tensor).__name__}: give a tensor, as the processor does (return_tensors='pt')."
         )
+    if name.endswith("_ids") and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise TypeError(f"{name} are {tensor.dtype}: give integers, as the processor does.")
+    if name.endswith("_mask") and not ((tensor == 0) | (tensor == 1)).all():
+        raise ValueError(f"{name} holds other numbers than 0 and 1: 1 is for {MASKED_ARE[name]}.")
     return tensor.detach().to("cpu", dtype).numpy()
+
+
+def token_arrays(input_ids, attention_mask, position_ids) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Token ids, attention mask and positions as arrays; the last two may be left out.
+
+    Raises:
+        ValueError: no ids, or not [batch, tokens].
+    """
+    ids = as_array("input_ids", input_ids)
+    if ids is None:
+        raise ValueError("input_ids are missing: give the model all that the processor returns, model(**inputs).")
+    check_shape("input_ids", ids, (-1, -1), "batch, tokens")
+    return ids, as_array("attention_mask", attention_mask), as_array("position_ids", position_ids)
 
 
 def image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask) -> ImageInputs | None:
@@ -92,6 +116,8 @@ def check_tokens(ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray
         shapes: `MllamaShapes` of the model.
     """
     batch, query = ids.shape
+    if not batch or (past and not query):
+        raise ValueError(f"input_ids is {list(ids.shape)}: there is nothing to compute.")
     if ids.size and not 0 <= ids.min() <= ids.max() < shapes.embeddings:
         wrong = ids[(ids < 0) | (ids >= shapes.embeddings)][0]
         raise ValueError(
@@ -100,8 +126,6 @@ def check_tokens(ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray
         )
     meaning = "batch, tokens in the cache and new ones; 4D masks are not taken"
     check_shape("attention_mask", mask, (batch, past + query), meaning)
-    if mask is not None and not np.isin(mask, (0, 1)).all():
-        raise ValueError("attention_mask holds other numbers than 0 and 1: 1 is for tokens, 0 for padding.")
     if positions is not None and positions.shape != (1, query):
         check_shape("position_ids", positions, (batch, query), "batch, new tokens")
     if positions is not None and positions.size and positions.min() < 0:
@@ -124,6 +148,8 @@ def check_images(images: ImageInputs, ids: np.ndarray, pixels_shape: tuple, conf
         )
     check_shape("pixel_values", pixels, (batch, -1, *pixels_shape), "batch, images, tiles, channels, height, width")
     count = pixels.shape[1]
+    if not count:
+        raise ValueError("pixel_values hold no image: leave out all four image tensors for text alone.")
     check_shape("aspect_ratio_ids", ratio_ids, (batch, count), "batch, images")
     check_shape("aspect_ratio_mask", tile_mask, (batch, count, tiles), "batch, images, tiles")
     check_shape("cross_attention_mask", seen, (batch, -1, count, tiles), "batch, tokens, images, tiles")
@@ -138,18 +164,19 @@ def check_images(images: ImageInputs, ids: np.ndarray, pixels_shape: tuple, conf
             f"aspect_ratio_ids go from {ratio_ids.min()} to {ratio_ids.max()}, and this model knows 0 (no image) to "
             f"{known}: use the processor in the model's own folder."
         )
-    if not (np.isin(tile_mask, (0, 1)).all() and tile_mask[..., 0].all() and (np.diff(tile_mask) <= 0).all()):
+    if not (tile_mask[..., 0].all() and (np.diff(tile_mask) <= 0).all()):
         raise ValueError("aspect_ratio_mask is 1 for an image's real tiles, one at least and first of all, and then 0.")
-    if not np.isin(seen, (0, 1)).all():
-        raise ValueError("cross_attention_mask holds other numbers than 0 and 1: 1 is for tiles that a token may see.")
 
 
-def check_continuation(cache: OVCache, batch: int, images: ImageInputs | None, seen: np.ndarray | None) -> Session:
+def check_continuation(cache: OVCache, ids: np.ndarray, images: ImageInputs | None, seen: np.ndarray | None) -> Session:
     """Refuses to go on with a conversation that is gone, or otherwise than it went; else returns its session.
 
     Args:
-        seen: the cross-attention mask beside it, [batch, tokens, images, tiles]; None if there is none.
+        ids: i64 [batch, query], the new tokens.
+        seen: the cross-attention mask beside them, [batch, tokens, images, tiles], of the new tokens or of all; None if
+            there is none.
     """
+    batch, query = ids.shape
     if cache.session is None or cache.session.cache is not cache:
         raise ValueError(
             "This cache's tokens are gone: the model has begun another prompt since. Start anew: give the whole text "
@@ -160,8 +187,10 @@ def check_continuation(cache: OVCache, batch: int, images: ImageInputs | None, s
     if batch != cache.batch:
         raise ValueError(f"input_ids has {batch} rows, and the conversation in past_key_values has {cache.batch}.")
     if seen is not None and cache.last_seen.shape[-1]:
-        new = tiles_seen(seen, seen.shape[1])[:, len(cache.columns) if seen.shape[1] > len(cache.columns) else 0 :]
-        if new.shape[-1] != cache.last_seen.shape[-1] or not (new == cache.last_seen).all():
+        past = len(cache.columns) if seen.shape[1] != query else 0  # as transformers takes it
+        new = tiles_seen(seen, seen.shape[1])[:, past : past + query]
+        expected = (batch, query, cache.last_seen.shape[-1])
+        if new.shape != expected or not (new == cache.last_seen).all():
             raise ValueError(
                 "cross_attention_mask shows later tokens other tiles than it showed the prompt's last one: give the "
                 "whole text again, without past_key_values."
@@ -169,8 +198,8 @@ def check_continuation(cache: OVCache, batch: int, images: ImageInputs | None, s
     return cache.session
 
 
-def check_cache(cache) -> None:
-    """Refuses transformers' own caches, which would stay empty.
+def check_cache(cache, language_model: OVLanguageModel) -> None:
+    """Refuses transformers' own caches, which would stay empty, and those of another model.
 
     Raises:
         ValueError: with what to do instead.
@@ -180,6 +209,8 @@ def check_cache(cache) -> None:
             f"past_key_values is a {type(cache).__name__}, and this model keeps its KV cache inside OpenVINO: leave it "
             "out at first, then give what the call before returned as past_key_values."
         )
+    if cache is not None and cache.session is not None and cache.session.model is not language_model:
+        raise ValueError("past_key_values are another model's: give each model the cache that it returned itself.")
 
 
 def warn_of_double_bos(ids: np.ndarray, bos: int | None) -> None:

@@ -33,7 +33,7 @@ from ov_mllama.plan import LIBRARIES, compression_cost, quantization_memory, vis
 INT4, INT8 = ("int4_asym", "int4_sym"), ("int8_asym", "int8_sym")
 GROUP_SIZES = (32, 64, 128, -1)
 DATA_FREE_METRIC = "weight_quantization_error"
-DATA_METRIC = "max_activation_variance"  # the default with data: the seed's
+DATA_METRIC = "max_activation_variance"  # the default with data, as in the published notebook
 DATA_METRICS = tuple(metric.value for metric in SensitivityMetric if metric.value != DATA_FREE_METRIC)
 VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compression": "_int8_wc"}
 
@@ -320,7 +320,7 @@ def make_vision_encoder(
 
 
 def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int) -> ov.Model:
-    """INT8 post-training quantisation with SmoothQuant (https://arxiv.org/abs/2211.10438), its alpha as in the seed.
+    """INT8 post-training quantisation with SmoothQuant (https://arxiv.org/abs/2211.10438), alpha as published.
 
     Attention is quantised too: on a Xeon with AMX that takes as long as leaving it out would, without AMX a quarter
     less, and the demo model loses nothing by it.

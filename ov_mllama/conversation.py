@@ -74,13 +74,14 @@ class StopOnEvent(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool)
 
 
-async def stream_words(model, processor, **arguments) -> AsyncIterator[str]:
+async def stream_words(model, processor, note=lambda stats: None, **arguments) -> AsyncIterator[str]:
     """The words of `generate` as they come, from a thread that has ended when this has.
 
     Closing it stops the generation within a token, or before it began if it was not its turn yet.
 
     Args:
         model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate` and `turn`.
+        note: called with the model's statistics after a whole answer, while it still is this one's turn.
         arguments: of `generate`.
     """
     stop = threading.Event()
@@ -91,6 +92,7 @@ async def stream_words(model, processor, **arguments) -> AsyncIterator[str]:
             with model.turn:
                 if not stop.is_set():
                     model.generate(**arguments, streamer=streamer, stopping_criteria=[StopOnEvent(stop)])
+                    note(model.stats)
         finally:
             streamer.end()  # a second time after a whole answer, which the loop below does not see
 

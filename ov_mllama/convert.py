@@ -217,7 +217,9 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         for what, (path, _, convert) in parts.items():
             if not is_current(path, stamp):  # asked again: another process may just have made it
                 print(f"⌛ Convert {what}, {sizes[what] / 1e6:,.0f} MB...")
-                told = {"format": "16 bit", "padding_tiles": "alike" if padding_tiles_are_alike(model) else "each"}
+                told = {"format": "16 bit"}
+                if what == "vision encoder":
+                    told["padding_tiles"] = "alike" if padding_tiles_are_alike(model) else "each"
                 save_ir(convert(model), path, stamp | told)
                 print(f"✅ {what.capitalize()} successfully converted")
     print(f"✅ Model successfully converted and can be found in {out_dir}")

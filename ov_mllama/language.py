@@ -65,7 +65,8 @@ class OVLanguageModel:
         path: of the IR.
         shapes: of the checkpoint; without cross-attention layers the model is a plain Llama.
         device, ov_config: as for `OVMLlamaForConditionalGeneration`.
-        weights_format: from the IR's stamp; one that begins with "int" is computed in f32 on a CPU by default.
+        weights_format: from the IR's stamp; one that begins with "int" is computed in f32 on a CPU by default. ("AUTO"
+            is left alone: which device it takes is known only when the model is compiled.)
         device_memory: keep the K/V that a session reads in a GPU's own memory, see `DeviceTensors`.
     """
 
@@ -82,7 +83,7 @@ class OVLanguageModel:
         self._turn = threading.Lock()  # all sessions share one graph
         self._unsettled = False  # an inference has begun and not ended well
         config = ov_config or {}
-        if device == "CPU" and weights_format.startswith("int"):
+        if device.split(".")[0] == "CPU" and weights_format.startswith("int"):
             config = {"INFERENCE_PRECISION_HINT": "f32", **config}
         self.compiled = ov.Core().compile_model(path, device, config)
         self.context = self.compiled.get_context() if device_memory and device.startswith("GPU") else None
@@ -175,7 +176,7 @@ class Session:
         """
         cache = OVCache() if cache is None else cache
         reused, previous, self.cache = self.reusable(prompt), self.cache, None
-        cache.session, cache.batch, cache.image_keys = self, len(prompt.input_ids), prompt.image_keys[0]
+        cache.session, cache.batch, cache.image_keys = self, len(prompt.input_ids), prompt.image_keys
         cache.seen, cache.last_seen = prompt.seen[0], prompt.seen[:, -1:]
         if reused and previous:
             previous.truncate(reused)
@@ -187,7 +188,13 @@ class Session:
         if not prompt.is_plain:
             cache.tokens = None
         rest = prompt.seen[:, reused:]
-        cache.cross_attention = view = self._view(encoded, cache.last_seen)
+        if reused and previous and np.array_equal(previous.last_seen, cache.last_seen):
+            view = previous.cross_attention  # of the same images
+        else:
+            if previous:
+                previous.cross_attention = None  # 0.1 GB for each tile of the 11B: not both at once
+            view = self._view(encoded, cache.last_seen)
+        cache.cross_attention = view
         if not (rest == cache.last_seen).all():
             view = self._view(encoded, rest)
         positions = None if prompt.position_ids is None else prompt.position_ids[:, reused:]
@@ -213,6 +220,10 @@ class Session:
         cache = self.cache
         if cache is None:
             raise ValueError("There is nothing to go on with: begin with prefill.")
+        past = len(cache.columns)
+        in_order = position_ids is None or np.array_equal(position_ids[0], np.arange(past, past + input_ids.shape[1]))
+        if not in_order or (attention_mask is not None and not attention_mask.all()):
+            cache.tokens = None  # what was computed so is nobody else's beginning
         return self._compute(cache, input_ids, cache.cross_attention, attention_mask, position_ids, logits_to_keep)
 
     def reusable(self, prompt: Prompt) -> int:
@@ -232,13 +243,13 @@ class Session:
         if self.cache is None:
             return 0
         view = self.cache.cross_attention if self.cache.last_seen.shape[-1] else None
-        images = 4 * sum(int(np.prod(array.shape)) for array in view.key_values.values()) if view else 0  # f32
+        images = sum(4 * int(np.prod(array.shape)) for array in view.key_values.values()) if view else 0  # f32
         return self.model.column_bytes * self.cache_size + images
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Forgets the conversation, and gives its memory back: a request holds its last inputs, images among them."""
         self.cache = None
-        self._request.reset_state()
+        self._request = self.model.compiled.create_infer_request()
 
     def _view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
         shapes = self.model.shapes
@@ -263,8 +274,6 @@ class Session:
         cache.append(input_ids)
         cache.beam_idx = None
         cache.stats.count_step(seconds)
-        if cache.drafting:
-            cache.stats.drafted_tokens += logits_to_keep - 1
         self.cache = cache
         return logits
 
@@ -274,7 +283,7 @@ class Sessions:
 
     Args:
         cache_bytes: room for all of them together, KV caches and what they read of their images; the oldest goes first.
-            The one in use stays, whatever it takes.
+            The one used last stays, whatever it takes.
     """
 
     MOST = 8  # however small they are: each is asked how a new prompt begins
@@ -284,26 +293,35 @@ class Sessions:
         self._sessions: list[Session] = []
         self._in_use: set[int] = set()
 
-    def take(self, prompt: Prompt) -> Session:
+    def take(self, prompt: Prompt, rows: int = 0) -> Session:
         """The session whose conversation a prompt continues; else an empty one; else, where there is no room for one
-        more, that which was used longest ago. It is in use until `release`."""
+        more, that which was used longest ago. It is in use until `release`.
+
+        Args:
+            rows: K/V rows of the prompt's images.
+        """
         idle = [session for session in self._sessions if id(session) not in self._in_use]
         session = max(idle, key=lambda session: session.reusable(prompt), default=None)
         if session and not session.reusable(prompt):
             # a batch's conversation (tokens None) cannot be gone on with by another prompt
             empty = (session for session in idle if not session.cache or session.cache.tokens is None)
-            session = next(empty, None if self._has_room(prompt) else idle[0])
-        if session:
-            self._sessions.remove(session)
-        else:
+            session = next(empty, None if self._has_room(prompt, rows) else idle[0])
+        if session is None:
             session = self.model.session()
-        self._sessions.append(session)
-        self._in_use.add(id(session))
+            self._sessions.append(session)
+        self.use(session)
         return session
 
-    def _has_room(self, prompt: Prompt) -> bool:
-        wanted = self.held_bytes + self.model.column_bytes * prompt.input_ids.size
-        return len(self._sessions) < self.MOST and wanted <= self.cache_bytes
+    def use(self, session: Session) -> None:
+        """A session is gone on with: it is used last, and in use until `release`."""
+        if session in self._sessions:
+            self._sessions.remove(session)
+            self._sessions.append(session)
+            self._in_use.add(id(session))
+
+    def _has_room(self, prompt: Prompt, rows: int) -> bool:
+        wanted = self.model.column_bytes * prompt.input_ids.size + self.model.shapes.cross_kv_bytes(rows)
+        return len(self._sessions) < self.MOST and self.held_bytes + wanted <= self.cache_bytes
 
     def release(self) -> None:
         """Nothing is in use any more; what there is no room for goes, the oldest first."""
@@ -320,8 +338,7 @@ class Sessions:
         return len(self._sessions)
 
     def forget(self) -> None:
-        """Drops all conversations."""
-        for session in self._sessions:
+        """Drops all conversations but those in use."""
+        for session in [session for session in self._sessions if id(session) not in self._in_use]:
+            self._sessions.remove(session)
             session.reset()
-        self._sessions.clear()
-        self._in_use.clear()

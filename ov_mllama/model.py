@@ -37,15 +37,15 @@ from ov_mllama.checks import (
     check_images,
     check_ports,
     check_prompt_fits,
-    check_shape,
     check_tokens,
     image_arrays,
+    token_arrays,
     warn_of_double_bos,
 )
 from ov_mllama.drafts import InVocabularyDrafts, InVocabularyProcessor, in_vocabulary
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir
 from ov_mllama.golden import check_golden_answer
-from ov_mllama.language import OVLanguageModel, Sessions
+from ov_mllama.language import OVLanguageModel, Session, Sessions
 from ov_mllama.likeness import LikeAModule
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.stats import GenerationStats
@@ -87,8 +87,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
 
     Attributes:
         session: of the calls without `past_key_values` (`generate` takes one of its own).
-        turn: the lock that a thread holds while it computes; take it yourself to decide, once it is your turn, whether
-            to begin at all.
+        turn: the lock that a thread holds while it computes; whoever takes it may decide then whether to begin at all.
         stats: `GenerationStats` of the last prompt and the tokens since.
 
     Raises:
@@ -162,9 +161,10 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
 
     def forget(self) -> None:
         """Drops all conversations and the images kept: the next prompt is computed from its first token."""
-        self.session.reset()
-        self.sessions.forget()
-        self.image_encoder.forget()
+        with self.turn:
+            self.session.reset()
+            self.sessions.forget()
+            self.image_encoder.forget()
 
     def generate(self, *args, **kwargs):
         """`GenerationMixin.generate`, one thread at a time."""
@@ -196,8 +196,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             pixel_values: f32 [batch, images, tiles, channels, height, width], with `aspect_ratio_ids` [batch, images],
                 `aspect_ratio_mask` [batch, images, tiles] and `cross_attention_mask` [batch, query, images, tiles]: all
                 from the processor, and only with a prompt. Later tokens see what the prompt's last one does.
-            attention_mask: i64 [batch, past + query], all ones by default.
-            position_ids: i64 [batch, query], consecutive by default.
+            attention_mask, position_ids: i64 [batch, past + query], default ones; [batch, query], default consecutive.
             past_key_values: from the output of the step before; None or a new one starts anew.
             labels: i64 [batch, query], for the `loss` of predicting each from what is before it; -100 counts nowhere.
             use_cache: False returns no `past_key_values`; default as the config says.
@@ -208,50 +207,49 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             `logits` f32 [batch, kept, vocab], `past_key_values`, and `loss` if there are `labels`.
         Raises:
             ValueError, TypeError: inputs that cannot be answered, see `checks.py`; each sentence names the fix.
-            MemoryError: a longer prompt than this machine's memory holds.
-            FloatingPointError: the logits are not finite; says which precision to set.
+            MemoryError, FloatingPointError: too long a prompt for this machine; logits that are not finite.
         """
         check_arguments({"cross_attention_states": cross_attention_states, "inputs_embeds": inputs_embeds, **kwargs})
-        check_cache(past_key_values)
-        ids = as_array("input_ids", input_ids)
-        if ids is None:
-            raise ValueError(
-                "input_ids are missing: call the model with all that the processor returns, model(**inputs)."
-            )
-        mask, positions = as_array("attention_mask", attention_mask), as_array("position_ids", position_ids)
+        check_cache(past_key_values, self.language_model)
+        ids, mask, positions = token_arrays(input_ids, attention_mask, position_ids)
         seen = as_array("cross_attention_mask", cross_attention_mask)
         images = image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask)
-        check_shape("input_ids", ids, (-1, -1), "batch, tokens")
         query, wanted = ids.shape[1], logits_to_keep
         last = min(wanted, query) if isinstance(wanted, int) and wanted > 0 and self.slice_lm_head else query
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         with self._in_turn():
             cache = OVCache(self.session) if past_key_values is None else past_key_values
-            session = check_continuation(cache, len(ids), images, seen) if cache.columns else None
+            session = check_continuation(cache, ids, images, seen) if cache.columns else None
             check_tokens(ids, mask, positions, len(cache.columns), self.shapes)
+            drafts = wanted - 1 if cache.drafting and isinstance(wanted, int) and wanted > 0 else 0
             if session:
+                self.sessions.use(session)
                 logits = session.decode(ids, mask, positions, last)
             else:
                 if not use_cache:
                     self.session.reset()
-                logits = self._begin(cache, images, Prompt(ids, mask, positions, logits_to_keep=last))
+                logits = self._begin(cache, images, Prompt(ids, mask, positions, logits_to_keep=last), drafts)
+            cache.stats.drafted_tokens += drafts
         logits = slice_logits_to_keep(torch.from_numpy(logits), wanted)
         loss = None if labels is None else ForCausalLMLoss(logits, labels, self.shapes.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
-    def _begin(self, cache: OVCache, images: ImageInputs | None, prompt: Prompt) -> np.ndarray:
-        """Logits of a prompt's last tokens, in the cache's session or one that holds its beginning."""
+    def _begin(self, cache: OVCache, images: ImageInputs | None, prompt: Prompt, drafts: int) -> np.ndarray:
+        """Logits of a prompt's last tokens, in the cache's session or one that holds its beginning.
+
+        Args:
+            drafts: how many tokens at its end are guessed.
+        """
         rows = 0
         if images:
             check_images(images, prompt.input_ids, self.image_encoder.pixels_shape, self.config)
             prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
             prompt.image_keys = image_keys(images)
-            rows = int(images.aspect_ratio_mask.sum()) * self.shapes.patches_per_tile
+            rows = self.image_encoder.rows_read(images, prompt.seen)
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
-        session = cache.session or self.sessions.take(prompt)
-        check_prompt_fits(self.config, prompt, session.reusable(prompt), rows)
+        session = cache.session or self.sessions.take(prompt, rows)
+        make_room(self, session, prompt, rows)
         encoded = self.image_encoder.encode(images) if images else None
-        drafts = prompt.logits_to_keep - 1 if cache.drafting else 0
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
             warm_up_s=self._warm_up_s,
@@ -299,7 +297,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
-        check_cache(model_kwargs.get("past_key_values"))
+        check_cache(model_kwargs.get("past_key_values"), self.language_model)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation='{generation_config.cache_implementation}' cannot be served: the KV cache stays "
@@ -332,3 +330,21 @@ def generation_config(model_dir: Path, config: MllamaConfig) -> GenerationConfig
     if (model_dir / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(model_dir)
     return GenerationConfig.from_model_config(config)
+
+
+def make_room(model: OVMLlamaForConditionalGeneration, session: Session, prompt: Prompt, rows: int) -> None:
+    """Before a prompt's images are encoded: what its session held goes, if it is of no use to the prompt, and where
+    memory is short all that is only kept.
+
+    Raises:
+        ValueError, MemoryError: as `check_prompt_fits`.
+    """
+    reused = session.reusable(prompt)
+    if not reused:
+        session.reset()
+    try:
+        check_prompt_fits(model.config, prompt, reused, rows)
+    except MemoryError:
+        model.sessions.forget()
+        model.image_encoder.forget()
+        check_prompt_fits(model.config, prompt, reused, rows)

@@ -72,6 +72,10 @@ class MllamaShapes:
         shape[rows_axis(name)] = rows
         return tuple(shape)
 
+    def cross_kv_bytes(self, rows: int) -> int:
+        """Of so many rows of an image, in f32."""
+        return 4 * 2 * len(self.cross_layers) * self.num_kv_heads * self.head_dim * rows
+
     # ---- The text's KV cache: state of the language IR, [batch, kv heads, columns, head_dim] ----
 
     @property

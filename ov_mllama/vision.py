@@ -108,8 +108,8 @@ class OVImageEncoder:
     Args:
         path: of the IR.
         device, ov_config: as for `OVMLlamaForConditionalGeneration`.
-        cache_bytes: room for encoded images; with the 11B one takes 0.1 GB for each real tile and as much for its
-            padding, whatever that is. 0 keeps none.
+        cache_bytes: room for encoded images; with the 11B one takes 0.1 GB for each tile that is computed. 0 keeps none
+            but the last, whose memory the infer request holds.
         padding_alike: the checkpoint's padding tiles are alike, as the IR's stamp says
             (`convert.padding_tiles_are_alike`): compute one for all.
 
@@ -163,6 +163,16 @@ class OVImageEncoder:
             keys = keys[:1]
         key_values, stands_for = join_images([[encoded[key] for key in row] for row in keys], self.shapes)
         return Encoded(key_values, stands_for, image_s, kept)
+
+    def rows_read(self, images: ImageInputs, seen: np.ndarray) -> int:
+        """At most how many K/V rows a prompt reads: tokens that see no image read the padding tiles' too (`restrict`).
+
+        Args:
+            seen: bool [batch, query, images * tiles].
+        """
+        real, tiles = images.aspect_ratio_mask.sum(-1), images.aspect_ratio_mask.shape[-1]
+        every = np.minimum(real + 1, tiles) if self.padding_alike else np.full_like(real, tiles)
+        return int((real if seen.any(-1).all() else every).sum()) * self.shapes.patches_per_tile
 
     def _infer(self, pixels: np.ndarray, aspect_ratio_id: int, tile_mask: np.ndarray) -> EncodedImage:
         real = int(tile_mask.sum())
@@ -266,7 +276,11 @@ class CrossAttention:
         """That of some rows of the batch; what is the same for all stays one row."""
 
         def take(array):
-            return array if array.shape[0] == 1 else array[indices]
+            if array.shape[0] == 1:
+                return array
+            if not isinstance(array, np.ndarray):
+                raise ValueError("Rows cannot be chosen in a device's memory: load with use_remote_tensors=False.")
+            return array[indices]
 
         return CrossAttention(
             {name: take(array) for name, array in self.key_values.items()}, take(self.bias), take(self.sees_image)

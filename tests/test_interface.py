@@ -416,7 +416,7 @@ REFUSED = {
     "a 4D mask": (with_changed(attention_mask=lambda mask: mask[:, None, None]), "4D masks are not taken"),
     "a mask of other numbers": (with_changed(attention_mask=lambda mask: mask * 7), "1 is for tokens"),
     "positions too few": (ask(position_ids=torch.arange(3)[None]), r"\[1, 12\] is expected"),
-    "positions of three axes": (ask(position_ids=torch.zeros(3, 1, 12)), r"\[1, 12\] is expected"),
+    "positions of three axes": (ask(position_ids=torch.zeros(3, 1, 12, dtype=torch.int64)), r"\[1, 12\] is expected"),
     "negative positions": (ask(position_ids=torch.arange(12)[None] - 5), "count from 0"),
     "images of three prompts": (with_changed(pixel_values=lambda x: x.repeat(3, 1, 1, 1, 1, 1)), r"\[1, any, 4"),
     "images of one prompt for two": (of_two_prompts, r"pixel_values is \[1, .*where \[2, any"),
@@ -432,6 +432,41 @@ REFUSED = {
     "cross mask for two images": (with_changed(cross_attention_mask=lambda m: m.repeat(1, 1, 2, 1)), r"any, 1, 4\]"),
     "cross mask too short": (with_changed(cross_attention_mask=lambda m: m[:, 1:]), "repeat its last column"),
     "cross mask of other numbers": (with_changed(cross_attention_mask=lambda m: m * 2), "1 is for tiles"),
+    "a mask of halves": (with_changed(attention_mask=lambda mask: mask * 0.5), "1 is for tokens"),
+    "ids that are no integers": (with_changed(input_ids=lambda ids: ids + 0.5), "give integers"),
+    "boolean ids": (with_changed(input_ids=lambda ids: ids > 0), "give integers"),
+    "no rows": (with_changed(input_ids=lambda ids: ids[:0]), "nothing to compute"),
+    "a number for ids": (lambda model, pair: model(torch.tensor(5)), "batch, tokens"),
+    "no image": (
+        with_changed(
+            pixel_values=lambda x: x[:, :0],
+            aspect_ratio_ids=lambda x: x[:, :0],
+            aspect_ratio_mask=lambda x: x[:, :0],
+            cross_attention_mask=lambda x: x[:, :, :0],
+        ),
+        "leave out all four",
+    ),
+    "no token beside a cache": (with_cache(input_ids=torch.zeros(1, 0, dtype=torch.int64)), "nothing to compute"),
+    "another model's cache": (
+        lambda model, pair: model(torch.tensor([[70]]), past_key_values=pair.ov(**pair.inputs("wide")).past_key_values),
+        "another model's",
+    ),
+    "several tokens of which the first see less": (
+        with_cache(
+            input_ids=torch.full((1, 20), 70),
+            cross_attention_mask=lambda pair: (
+                pair.inputs("wide")["cross_attention_mask"][:, -1:].repeat(1, 20, 1, 1)
+                * (torch.arange(20) > 12)[None, :, None, None]
+            ),
+        ),
+        "give the whole text again",
+    ),
+    "a cross mask of another length beside a cache": (
+        with_cache(
+            cross_attention_mask=lambda pair: pair.inputs("wide")["cross_attention_mask"][:, -1:].repeat(1, 4, 1, 1)
+        ),
+        "give the whole text again",
+    ),
     "pixels without masks": (
         lambda model, pair: model(pair.inputs("wide")["input_ids"], pair.inputs("wide")["pixel_values"]),
         "pass all that the processor returns",

@@ -1,6 +1,7 @@
 """An inference that fails half way: the next right call is right. Each in a fresh model, whose caches hold nothing but
 what the failing call left; the inference is made to fail behind the checks, in several ways."""
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -109,13 +110,21 @@ def differs(model, right, case) -> str:
     return "" if difference < 1e-3 else f"{case}: off by {difference:.2g}"
 
 
+@contextlib.contextmanager
+def failing(model, fault):
+    """Inside, the inferences of the language model fail."""
+    infer = model.language_model.infer
+    model.language_model.infer = lambda request, inputs: infer(Faulty(request, fault), inputs)
+    try:
+        yield
+    finally:
+        del model.language_model.infer
+
+
 def fail(model, fault, inputs) -> None:
     """One call whose inference fails."""
-    session = model.session
-    session._request = Faulty(session._request, fault)
-    with pytest.raises(RAISED):
+    with failing(model, fault), pytest.raises(RAISED):
         model(**inputs)
-    session._request = session._request.request
 
 
 @pytest.mark.parametrize("before", ["nothing", "the same", "another"])
@@ -152,10 +161,8 @@ def test_a_failing_step_in_the_middle_of_an_answer(pair, right, fault, times, ta
     for _ in range(count):
         model = fresh(pair)
         first = model(**right[0]["wide"])
-        session = model.session
-        session._request = Faulty(session._request, FAULTS[fault])
         token = torch.tensor([[70]])
-        with pytest.raises(RAISED):
+        with failing(model, FAULTS[fault]), pytest.raises(RAISED):
             model(token, past_key_values=first.past_key_values)
         with pytest.raises(ValueError, match="tokens are gone"):  # what it held is not known
             model(token, past_key_values=first.past_key_values)

@@ -126,6 +126,21 @@ def test_an_interrupted_step_is_not_built_on(pair, model, monkeypatch):
     assert model.stats.reused_tokens == 0
 
 
+@pytest.mark.parametrize(
+    "options", [{"position_ids": torch.tensor([[300]])}, {"attention_mask": torch.tensor([[1, 0] + [1] * 17])}]
+)
+def test_a_step_computed_otherwise_is_nobodys_beginning(pair, model, options):
+    """Positions or a mask of one's own: what follows the same tokens elsewhere was computed otherwise."""
+    ids = pair.inputs("text only")["input_ids"]
+    options = {name: value[:, : ids.shape[1] + 1] for name, value in options.items()}
+    first = model(ids)
+    model(torch.tensor([[70]]), past_key_values=first.past_key_values, **options)
+    longer = torch.cat([ids, torch.tensor([[70, 71, 72]])], 1)
+    with torch.no_grad():
+        expected = pair.hf(longer, logits_to_keep=1).logits
+    torch.testing.assert_close(model(longer, logits_to_keep=1).logits, expected, atol=1e-3, rtol=0)
+
+
 # ---- Drafts ----
 
 
@@ -231,6 +246,24 @@ def test_hidden_columns_follow_what_was_taken_back():
         assert mask[0].nonzero()[0].tolist() == [*held, cache.size, cache.size + 1]
 
 
+def test_crop_takes_no_more_than_there_is():
+    cache = OVCache()
+    cache.append(np.array([[1, 2, 3]]))
+    cache.crop(-5)
+    assert cache.tokens == cache.columns == []
+
+
+def test_rows_chosen_twice_before_a_step_are_composed():
+    cache = OVCache()
+    cache.batch, cache.last_seen, cache.image_keys = 3, np.zeros((3, 1, 0), bool), [(), (), ()]
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([5, 4, 1, 0, 2, 3]))
+    cache.reorder_cache(torch.tensor([1, 0, 0, 0, 0, 0]))
+    assert cache.beam_idx.tolist() == [2, 2, 2, 2, 2, 2]
+    cache.batch_select_indices(torch.tensor([0]))
+    assert (cache.beam_idx.tolist(), cache.batch) == ([2], 1)
+
+
 def test_crop_takes_negative_numbers_only():
     with pytest.raises(ValueError, match="negative"):
         OVCache().crop(3)
@@ -259,6 +292,17 @@ def test_stats_agree_with_the_times(pair, model):
     assert "\n" not in line
     assert "2 pictures" in line
     assert "12 answered" in line
+
+
+def test_stats_of_drafts_do_not_depend_on_the_head(pair):
+    counted = []
+    for sliced in (True, False):
+        model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, slice_lm_head=sliced)
+        model.generate(**pair.inputs("chat"), **GREEDY, prompt_lookup_num_tokens=3)
+        stats = model.stats
+        counted.append((stats.prompt_tokens, stats.new_tokens, stats.drafted_tokens, stats.rejected_tokens))
+    assert counted[0] == counted[1]
+    assert counted[0][:2] == (pair.inputs("chat")["input_ids"].shape[1], 12)
 
 
 def test_stats_before_anything_was_asked(model):

@@ -127,6 +127,54 @@ def test_conversations_in_use_are_not_taken(model):
     assert sessions.take(text(1, 2, 3, 4)) is second
 
 
+def test_a_conversation_that_is_gone_on_with_is_used_last(pair, model):
+    """By its cache, not by its words: it is neither dropped for others nor lent to them meanwhile."""
+    column = model.language_model.column_bytes
+    model.sessions.cache_bytes = 60 * column
+    inputs, other = pair.inputs("text only"), torch.tensor([[65, 66, 67]])
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    model.generate(other, **GREEDY)
+    longer = torch.cat([first.sequences, torch.tensor([[70, 71]])], 1)
+    asked = []
+
+    def meddling(input_ids, scores):
+        asked.append(model.generate(other + len(asked), **dict(GREEDY, max_new_tokens=2)))
+        return scores
+
+    again = model.generate(
+        longer,
+        attention_mask=torch.ones_like(longer),
+        past_key_values=first.past_key_values,
+        logits_processor=[meddling],
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    expected = pair.hf.generate(longer, attention_mask=torch.ones_like(longer), **GREEDY)
+    assert again.sequences.tolist() == expected.tolist()
+    assert len(asked) == 12
+    assert model.sessions._sessions[-1].cache is not None
+
+
+def test_what_is_only_kept_makes_room(pair, model, monkeypatch):
+    """A prompt is refused for want of memory only when nothing kept could be dropped for it."""
+    for case in ("wide", "tall"):
+        model.generate(**pair.inputs(case), **GREEDY)
+    asked = []
+
+    def refuse_once(*_):
+        asked.append(model.image_encoder.cached_bytes)
+        if len(asked) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr("ov_mllama.model.check_prompt_fits", refuse_once)
+    inputs = pair.inputs("large")
+    expected = pair.hf.generate(**inputs, **GREEDY)
+    assert model.generate(**inputs, **GREEDY).tolist() == expected.tolist()
+    assert asked[0] > 0
+    assert asked[1] == 0
+    assert len(model.sessions) == 1
+
+
 def test_growing_conversations_make_the_oldest_leave(pair, model):
     column = model.language_model.column_bytes
     tile = 2 * 2 * 17 * 2 * 8 * 4  # two layers' keys and values, 17 rows, two heads of eight numbers in f32
