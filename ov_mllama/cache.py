@@ -1,17 +1,12 @@
 """The bookkeeping of one conversation's KV cache: which columns of a session's state count, and whose they are."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from ov_mllama.stats import GenerationStats
 from ov_mllama.vision import CrossAttention
-
-if TYPE_CHECKING:
-    from ov_mllama.language import Session
 
 
 @dataclass
@@ -55,7 +50,7 @@ class OVCache:
     conversation) stay, hidden by a 0 in the attention mask.
 
     Attributes:
-        session: whose state holds the tokens; None before the prompt.
+        session: the `language.Session` whose state holds the tokens; None before the prompt.
         columns: for each token that counts, its column in the state.
         size: columns in the state, hidden ones included.
         tokens: ids of the tokens that count; None for a prompt that no other can be compared with (`Prompt.is_plain`).
@@ -71,8 +66,8 @@ class OVCache:
 
     is_compileable = False  # generate asks: this is nothing for torch.compile
 
-    def __init__(self, session: Session | None = None):
-        self.session = session
+    def __init__(self, session=None):
+        self.session: Any = session
         self.columns: list[int] = []
         self.size = 0
         self.tokens: list[int] | None = []

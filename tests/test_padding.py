@@ -17,7 +17,10 @@ GREEDY = dict(do_sample=False, max_new_tokens=8, eos_token_id=None)
 SIZES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2)}  # real tiles: (wide, high)
 
 
-@pytest.fixture(scope="module", params=["gqa-llama3", "gqa-each-padding-tile"])
+CHECKPOINTS["each-padding-tile"] = dict(CHECKPOINTS["gqa-llama3"], zero_padding=False, seed=4)
+
+
+@pytest.fixture(scope="module", params=["gqa-llama3", "each-padding-tile"])
 def kind(request, tmp_path_factory):
     """A checkpoint of each kind, both of four tiles."""
     return Pair(request.param, tmp_path_factory.mktemp("padding"))
