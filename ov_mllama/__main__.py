@@ -33,7 +33,7 @@ def chat(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Reads the arguments and runs the command that they name."""
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ov_mllama").setLevel(logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m ov_mllama", description=__doc__.partition(":")[0])
     commands = parser.add_subparsers(required=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, demo_samples
 
 PACKAGE = ROOT / "ov_mllama"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -150,6 +150,17 @@ def test_links_lead_somewhere(document):
         assert not target or (path.parent / target).exists(), link
         headings = [re.sub(r"[^\w -]", "", h).replace(" ", "-").lower() for h in re.findall(r"^#+ (.*)$", text, re.M)]
         assert not anchor or target or anchor in headings, link
+
+
+def test_the_readmes_code_runs_as_it_stands(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[0]
+    shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
+    environment = {"PYTHONPATH": str(ROOT), "CI": "true", "PATH": ""}
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == demo_samples()[0]["answer"]
 
 
 # ---- The engine alone ----
