@@ -26,12 +26,13 @@ class Prompt:
     attention_mask: np.ndarray | None = None
     position_ids: np.ndarray | None = None
     seen: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 0), bool))
-    image_keys: list[tuple[bytes, ...]] = field(default_factory=lambda: [()])
+    image_keys: list[tuple[bytes, ...]] = field(default_factory=list)
     logits_to_keep: int = 1
 
     def __post_init__(self):
         if not self.seen.shape[-1]:
             self.seen = np.zeros((*self.input_ids.shape, 0), bool)
+        self.image_keys = self.image_keys or [()] * len(self.input_ids)
 
     @property
     def is_plain(self) -> bool:

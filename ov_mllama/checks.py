@@ -228,7 +228,7 @@ def check_prompt_fits(config: MllamaConfig, prompt: Prompt, reused: int, rows: i
 
     Args:
         reused: tokens at its beginning that are in the KV cache already.
-        rows: K/V rows of its images' real tiles.
+        rows: K/V rows that it reads of its images.
     Raises:
         ValueError: no tokens, or more than the context holds; MemoryError: more than the memory does.
     """

@@ -249,7 +249,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt, rows)
         make_room(self, session, prompt, rows)
-        encoded = self.image_encoder.encode(images) if images else None
+        encoded = self.image_encoder.encode(images, prompt.image_keys) if images else None
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
             warm_up_s=self._warm_up_s,

@@ -138,16 +138,18 @@ class OVImageEncoder:
     def _compile(self) -> ov.InferRequest:
         return ov.Core().compile_model(*self._ir).create_infer_request()
 
-    def encode(self, images: ImageInputs) -> Encoded:
+    def encode(self, images: ImageInputs, keys: list[tuple[bytes, ...]] | None = None) -> Encoded:
         """Images -> cross-attention K/V.
 
         They are encoded one by one (batching gains nothing where arithmetic is the limit), and each different one once:
         beams, repeated images and the processor's fill-up images cost nothing more.
 
+        Args:
+            keys: their `image_keys`, if known already: to digest the pixels takes a while.
         Raises:
             FloatingPointError: K/V that are not finite.
         """
-        keys = image_keys(images)
+        keys = keys or image_keys(images)
         parts = {
             key: part
             for row_keys, row in zip(keys, zip(*images[:3], strict=True), strict=True)

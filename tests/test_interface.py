@@ -165,6 +165,17 @@ def go_on_generating(model, pair):
     )
 
 
+def rows_of_a_text_cache(model, pair):
+    """The same without images."""
+    inputs = pair.inputs("padded text only")
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        mask = torch.cat([inputs["attention_mask"].flip(0), torch.ones(2, 1, dtype=torch.int64)], 1)
+        return model(torch.tensor([[70], [71]]), attention_mask=mask, past_key_values=cache).logits
+
+
 def rows_of_a_cache(model, pair):
     """Rows repeated and chosen between two steps, as transformers' caches can."""
     inputs, logits = pair.inputs("mixed batch"), []
@@ -306,6 +317,7 @@ SAME = {
     "chunked prefill": generate("text only", prefill_chunk_size=4),
     "goes on with a cache": go_on_generating,
     "rows of a cache": rows_of_a_cache,
+    "rows of a text's cache": rows_of_a_text_cache,
     "a processor's ids": what_a_processor_sees,
     "a prefix function's ids": what_a_prefix_function_sees,
     "inputs cast by .to": cast_inputs,

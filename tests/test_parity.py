@@ -29,7 +29,7 @@ def test_greedy(any_pair, case):
     assert actual.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("case", ["large", "text only", "mixed batch", "chat"])
+@pytest.mark.parametrize("case", ["large", "text only", "padded text only", "mixed batch", "chat"])
 def test_beams(any_pair, case):
     kwargs = dict(GREEDY, num_beams=3, num_return_sequences=2, return_dict_in_generate=True, output_scores=True)
     expected, actual = both(any_pair, any_pair.inputs(case), **kwargs)
