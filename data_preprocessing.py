@@ -19,9 +19,10 @@ from datasets import IterableDataset, get_dataset_split_names, load_dataset
 from tqdm.auto import tqdm
 
 from demo_model import SAMPLES
+from ov_mllama.cross_attention import restrict, tiles_seen
 from ov_mllama.images import open_picture
 from ov_mllama.language import language_inputs
-from ov_mllama.vision import ImageInputs, OVImageEncoder, image_inputs, restrict, tiles_seen
+from ov_mllama.vision import ImageInputs, OVImageEncoder, image_inputs
 
 HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
 QUESTION = "Describe this image."

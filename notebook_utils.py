@@ -14,6 +14,7 @@ import httpx
 import ipywidgets
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import openvino as ov
 import pandas as pd
 import psutil
@@ -114,6 +115,33 @@ def show_answers(samples, answers: list[str], columns: int = 5) -> None:
         )
     plt.show()
     print(f"{sum(a == s['answer'] for a, s in zip(answers, samples, strict=True))} of {len(answers)} answers are right")
+
+
+def show_tiles(image, inputs, processor) -> None:
+    """Draws how the model gets a picture: whole, then its tiles, then the empty ones, of which one is computed.
+
+    Args:
+        image: PIL picture.
+        inputs: what the processor made of it.
+    """
+    settings = processor.image_processor
+    mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
+    tiles = (inputs["pixel_values"][0, 0].numpy() * std + mean).clip(0, 1).transpose(0, 2, 3, 1)
+    real, count = int(inputs["aspect_ratio_mask"][0, 0].sum()), len(tiles)
+    figure, axes = plt.subplots(1, 1 + count, figsize=(2.4 * (1 + count), 2.9), layout="constrained")
+    axes[0].imshow(image)
+    axes[0].set_title(f"the picture, {image.width} × {image.height}", fontsize=10)
+    for number, axis in enumerate(axes[1:]):
+        if number < real:
+            axis.imshow(tiles[number])
+            axis.set_title(f"tile {number + 1}", fontsize=10)
+            continue
+        computed = number == real
+        axis.imshow(np.full((1, 1, 3), 0.75 if computed else 0.95))
+        axis.set_title(f"empty, stands for {count - real}" if computed else "empty, not computed", fontsize=10)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+    plt.show()
 
 
 def show_sizes(*ir_paths: Path) -> None:

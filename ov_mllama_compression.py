@@ -21,6 +21,7 @@ from ov_mllama.compress import (
     compress_language_model,
     make_vision_encoder,
 )
+from ov_mllama.precision import vision_option
 
 __all__ = [
     "VISION_OPTIONS",
@@ -64,14 +65,12 @@ def language_samples(model_dir: str | Path, count: int, source: str | Path | Non
     from transformers import AutoConfig, AutoProcessor
 
     from data_preprocessing import prepare_dataset_llm
-    from ov_mllama.files import VISION_ENCODER_NAME, ir_stamp
+    from ov_mllama.files import VISION_ENCODER_NAME
     from ov_mllama.shapes import MllamaShapes
     from ov_mllama.vision import OVImageEncoder
 
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
-    path = Path(model_dir) / VISION_ENCODER_NAME
-    alike = ir_stamp(path).get("padding_tiles") == "alike"
-    encoder = OVImageEncoder(path, shapes, cache_bytes=0, padding_alike=alike)
+    encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
     return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
 
 
@@ -85,8 +84,9 @@ def optimize_vision_encoder(
     """Makes the vision encoder smaller; an IR of the same option that is there already is kept.
 
     Args:
-        option: one of VISION_OPTIONS. "INT8 quantization" computes in 8 bit and is calibrated with pictures (NNCF runs
-            each of them twice); "INT8 weights compression" only stores in 8 bit; "FP16" changes nothing.
+        option: one of VISION_OPTIONS. "INT8 weights compression" needs no pictures: weights are stored in 8 bit, and
+            where the CPU can, multiplied in 8 bit with activations that are rounded as they come. "INT8 quantization"
+            has fixed ranges for them, found with pictures (NNCF runs each of them three times); "FP16" changes nothing.
         dataset_size: pictures to calibrate with. For the demo model 13 lose nothing, 4 cost 0.3 points, 1 costs 1.3
             (benchmarks/README.md).
         source: of the pictures, see `data_preprocessing.load_samples`.
@@ -112,8 +112,9 @@ def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
 
 
 def vision_encoder_selection_widget(device: str = "CPU") -> ipywidgets.Dropdown:
-    """A drop-down of VISION_OPTIONS: quantised on CPUs; elsewhere, where that is not verified, compressed weights."""
-    default = "INT8 quantization" if device == "CPU" else "INT8 weights compression"
+    """A drop-down of VISION_OPTIONS, at first what suits this CPU (`precision.vision_option`); on other devices, where
+    that is not verified, compressed weights."""
+    default = vision_option()[0] if device == "CPU" else "INT8 weights compression"
     return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=default, description="Vision Encoder")
 
 

@@ -7,7 +7,8 @@ machine does hits all of them. Figures are medians of the rounds. Prompt and pic
 
 Keys of the JSON (GB = 1e9 bytes):
     machine, versions; bandwidth_gb_s: best of several reads of 4 GB by all threads
-    conversion: convert_s, compress_s, vision_s (INT8), and the peak of each process's anonymous memory in peak_anon_gb
+    conversion: convert_s, compress_s, vision_int8_s (calibrated), vision_int8_weights_s, and the peak of each process's
+        anonymous memory in peak_anon_gb
     variants, by name:
         load_s: until the model is there; first_infer_s: the first inference of the language model (repacks weights)
         vision_s: by number of tiles, one picture -> what the language model reads of it
@@ -48,12 +49,14 @@ from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.vision import ImageInputs
 
 PYTORCH = "pytorch-bf16"
-INT4_NAME, VISION_INT8_NAME = "llm_int4_asym_r10_gs64.xml", "openvino_vision_encoder_int8.xml"
+INT4_NAME = "llm_int4_asym_r10_gs64.xml"
+ROUNDED_NAME, CALIBRATED_NAME = "openvino_vision_encoder_int8_wc.xml", "openvino_vision_encoder_int8.xml"
 VARIANTS = {
     PYTORCH: None,
     "fp16": (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME),
     "int4": (INT4_NAME, VISION_ENCODER_NAME),
-    "int4-int8": (INT4_NAME, VISION_INT8_NAME),
+    "int4-int8": (INT4_NAME, CALIBRATED_NAME),
+    "int4-int8-weights": (INT4_NAME, ROUNDED_NAME),
 }
 PROMPT_TOKENS = 32
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -66,9 +69,10 @@ TILES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2)}  # number of tiles: canvas,
 
 CONVERT = "from ov_mllama.convert import convert_mllama; convert_mllama({checkpoint!r}, {out!r}, language_model={fp16})"
 COMPRESS = "from ov_mllama_compression import compress; compress({out!r}, checkpoint={checkpoint!r})"
-QUANTIZE = (
-    "from ov_mllama_compression import optimize_vision_encoder; "
-    "optimize_vision_encoder({out!r}, 'INT8 quantization', dataset_size={pictures}, source='demo_model/samples')"
+ROUND = "from ov_mllama_compression import optimize_vision_encoder as make; make({out!r}, 'INT8 weights compression')"
+CALIBRATE = (
+    "from ov_mllama_compression import optimize_vision_encoder as make; "
+    "make({out!r}, 'INT8 quantization', dataset_size={pictures}, source='demo_model/samples')"
 )
 
 
@@ -103,7 +107,7 @@ def convert(checkpoint: Path, out: Path, variants: list[str], pictures: int) -> 
     """Makes the IRs that `variants` need; those there already are not measured again."""
     files = {name for variant in variants for name in VARIANTS[variant] or ()}
     steps = {"convert_s": (CONVERT, VISION_ENCODER_NAME), "compress_s": (COMPRESS, INT4_NAME)}
-    steps["vision_int8_s"] = (QUANTIZE, VISION_INT8_NAME)
+    steps |= {"vision_int8_s": (CALIBRATE, CALIBRATED_NAME), "vision_int8_weights_s": (ROUND, ROUNDED_NAME)}
     if LANGUAGE_MODEL_NAME in files:
         steps["convert_s"] = (CONVERT, LANGUAGE_MODEL_NAME)
     result = {"peak_anon_gb": {}}

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 from demo_model.scenes import draw, random_scene
 from ov_mllama.conversation import first_questions
+from ov_mllama.images import DETAILS, at_detail
 
 SIZES = ((112, 112), (224, 112), (112, 224), (224, 224), (336, 112), (112, 448), (100, 80), (300, 200), (500, 500))
 
@@ -40,11 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent)
     parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--detail", choices=DETAILS, default="high", help="low: every picture shrunk into one tile")
     parser.add_argument("--show-errors", type=int, default=0)
     options = parser.parse_args()
     processor = AutoProcessor.from_pretrained(options.model)
     model = MllamaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
     samples, results, errors = list(heldout_samples(options.questions)), {}, []
+    for sample in samples:
+        sample["image"] = at_detail(sample["image"], options.detail, model.config.vision_config.image_size)
     for start in tqdm(range(0, len(samples), 50)):
         batch = samples[start : start + 50]
         for sample, answer in zip(batch, ask(model, processor, batch), strict=True):

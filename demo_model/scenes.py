@@ -58,9 +58,9 @@ class Scene:
 # ---- What is where --------------------------------------------------------------------------------------------------
 
 
-def random_scene(rng: np.random.Generator, width: int, height: int, held_out: bool = False) -> Scene:
-    """A scene of `width` x `height` pixels from the training or the held-out split."""
-    makers = (placed_scene, placed_scene, counted_scene, unusual_scene, digit_scene)
+def random_scene(rng: np.random.Generator, width: int, height: int, held_out: bool = False, makers=()) -> Scene:
+    """A scene of `width` x `height` pixels from the training or the held-out split, by one of `makers` (all)."""
+    makers = makers or (placed_scene, placed_scene, counted_scene, unusual_scene, digit_scene)
     maker = makers[rng.integers(len(makers))]
     while True:
         scene = maker(rng, width, height, held_out)

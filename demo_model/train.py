@@ -1,4 +1,4 @@
-"""Trains the demo checkpoint from nothing on two CPU cores: python -m demo_model.train
+"""Trains the demo checkpoint on two CPU cores, from nothing or on from another: python -m demo_model.train
 
 First on pictures of one tile with a vision tower of one tile (a quarter of the work), then on all canvases. Every
 picture is encoded once and asked several questions. A throw-away head also names what each patch shows and in which
@@ -14,14 +14,37 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.models.mllama.image_processing_pil_mllama import (
     get_image_size_fit_to_canvas,
     get_optimal_tiled_canvas,
 )
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
-from demo_model.checkpoint import IMAGE, PATCH, SPECIAL, TILE, make_model, make_processor, make_tokenizer, save
-from demo_model.scenes import COLOURS, NUMBERS, PLACES, SHAPES, Scene, digit_scene, draw, pick, random_scene
+from demo_model.checkpoint import (
+    IMAGE,
+    PATCH,
+    SPECIAL,
+    TILE,
+    TILE_EMBEDDINGS,
+    clear_padding_embeddings,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    save,
+)
+from demo_model.scenes import (
+    COLOURS,
+    NUMBERS,
+    PLACES,
+    SHAPES,
+    Scene,
+    digit_scene,
+    draw,
+    pick,
+    placed_scene,
+    random_scene,
+)
 
 SYSTEM = ("You are a helpful assistant.", "Answer briefly.", "You look at pictures and answer questions about them.")
 TEXT_ONLY = (
@@ -143,24 +166,26 @@ class Batches:
             groups.append(group)
         return groups
 
-    @staticmethod
-    def slow(question: tuple[str, str, str]) -> bool:
-        return question[0] == "count" or question[1].startswith("Where")
+    def practice(self, question: tuple[str, str, str]) -> float:
+        """How often a question is asked first, beside the others: what takes longest to learn, more often."""
+        if self.held_out:
+            return 1.0
+        return 8.0 if question[1].startswith("Where") else 3.0 if question[0] == "count" else 1.0
 
     def pictures(self, count: int, one_tile: bool, single_turn: bool = False) -> dict:
         """`count` pictures as tiles, and two conversations about each."""
         tiles, ratios, numbers, conversations, tasks, pictures, labels = [], [], [], [], [], [], []
         for picture in range(count):
             width, height = (TILE, TILE) if one_tile else random_size(self.rng)
-            scene = random_scene(self.rng, width, height, self.held_out)
-            if not self.held_out and self.rng.random() < 0.15:  # more practice with what takes longest to learn
-                scene = digit_scene(self.rng, width, height, held_out=False)
+            # more practice with what takes longest to learn: digits, and finding things
+            more = () if self.held_out else (None, None, None, None, digit_scene, placed_scene)
+            maker = pick(self.rng, *more) if more else None
+            scene = random_scene(self.rng, width, height, self.held_out, (maker,) if maker else ())
             pixels, ratio, number = to_tiles(draw(scene, self.rng), self.mean, self.std)
             tiles.append(pixels), ratios.append(ratio), numbers.append(number), labels.append(patch_labels(scene))
             for _ in range(2):
-                # counting and finding take longest to learn: they are asked first more often
-                weights = [1.0 if self.held_out or not self.slow(question) else 3.0 for question in scene.questions]
-                order = self.rng.random(len(weights)) ** (1 / np.array(weights))
+                weights = np.array([self.practice(question) for question in scene.questions])
+                order = self.rng.random(len(weights)) ** (1 / weights)
                 asked, turns = np.argsort(-order), 1 if single_turn else self.rng.integers(1, 4)
                 conversations.append(self.conversation([scene.questions[i][1:] for i in asked[:turns]]))
                 tasks.append(scene.questions[asked[0]][0]), pictures.append(picture)
@@ -272,6 +297,17 @@ def optimizers(model, patch_head, rate: float):
     ]
 
 
+def keep_padding_alike(model: MllamaForConditionalGeneration) -> None:
+    """Zeros for the embeddings of padding tiles, now and after every step, as in Meta's checkpoints: without gradients
+    AdamW leaves them there (it is given no weight decay)."""
+    clear_padding_embeddings(dict(model.named_parameters()), model.config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(TILE_EMBEDDINGS):
+            real = torch.ones_like(parameter)
+            clear_padding_embeddings({name: real}, model.config)
+            parameter.register_hook(real.mul)
+
+
 def rate_at(step: int, steps: int, peak: float) -> float:
     """Warm-up over 100 steps, then level, then down to nothing over the last 45 %."""
     return peak * min(1, (step + 1) / 100, (steps - step) / (0.45 * steps))
@@ -282,6 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the checkpoint")
     parser.add_argument("--run-dir", type=Path, default=Path(__file__).parent / ".run", help="where to resume from")
+    parser.add_argument("--start", type=Path, help="folder of a checkpoint to train on from, instead of from nothing")
     parser.add_argument("--one-tile-steps", type=int, default=1800)
     parser.add_argument("--steps", type=int, default=3500, help="of both phases together")
     parser.add_argument("--pictures", type=int, default=48, help="per step")
@@ -291,8 +328,14 @@ def main() -> None:
     options.run_dir.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(corpus())
-    processor, model = make_processor(tokenizer), make_model(tokenizer)
+    if options.start:
+        processor = AutoProcessor.from_pretrained(options.start)
+        model = MllamaForConditionalGeneration.from_pretrained(options.start, dtype=torch.float32)
+    else:
+        tokenizer = make_tokenizer(corpus())
+        processor, model = make_processor(tokenizer), make_model(tokenizer)
+    tokenizer = processor.tokenizer
+    keep_padding_alike(model)
     small = one_tile_tower(model.model.vision_model)
     for part in (model, small):
         part.set_attn_implementation("eager")  # on CPUs, SDPA's backward takes longer than all the matrix products
@@ -301,6 +344,8 @@ def main() -> None:
     state = options.run_dir / "state.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
+        if saved["begun_from"] != str(options.start):
+            parser.error(f"{state} is of a run that began from {saved['begun_from']}: delete it, or choose --run-dir")
         model.load_state_dict(saved["model"]), patch_head.load_state_dict(saved["patch_head"])
         [optimizer.load_state_dict(part) for optimizer, part in zip(both, saved["optimizers"], strict=True)]
         start = saved["step"]
@@ -333,6 +378,7 @@ def main() -> None:
                 + ", ".join(f"{task} {100 * share:.1f}" for task, share in scores.items())
             )
             parts = {"model": model.state_dict(), "patch_head": patch_head.state_dict(), "step": step + 1}
+            parts["begun_from"] = str(options.start)
             torch.save({**parts, "optimizers": [optimizer.state_dict() for optimizer in both]}, state)
             save(model, processor, options.run_dir / "checkpoint")
     save(model, processor, options.out)

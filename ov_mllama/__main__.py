@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from ov_mllama.convert import convert_mllama
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 
 
@@ -16,13 +16,11 @@ def chat(options: argparse.Namespace) -> None:
     from gradio_helper import make_demo
 
     model_dir = options.model_dir or convert_mllama("demo_model", "models/demo_model")
-    compressed = sorted(model_dir.glob("llm_*.xml"), key=lambda path: path.stat().st_mtime)
-    if options.language_model or (model_dir / LANGUAGE_MODEL_NAME).is_file() or not compressed:
-        name = options.language_model or LANGUAGE_MODEL_NAME
-    else:
-        name = compressed[-1].name
+    language = options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME)
+    vision = options.image_encoder or newest(model_dir, VISION_ENCODER_NAME)
+    print(f"⌛ Loading {language} and {vision} from {model_dir}", flush=True)
     model = OVMLlamaForConditionalGeneration(
-        model_dir, options.device, language_model_name=name, image_encoder_name=options.image_encoder
+        model_dir, options.device, language_model_name=language, image_encoder_name=vision
     )
     demo = make_demo(model, AutoProcessor.from_pretrained(model_dir))
     auth = tuple(options.auth) if options.auth else None
@@ -40,8 +38,8 @@ def main() -> None:
     page = commands.add_parser("chat", help="opens the chat on a converted model")
     page.set_defaults(run=chat)
     page.add_argument("--model-dir", type=Path, help="folder of convert_mllama; default: the demo model's")
-    page.add_argument("--language-model", help="its .xml; default: uncompressed, else the newest compressed one")
-    page.add_argument("--image-encoder", default=VISION_ENCODER_NAME)
+    page.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
+    page.add_argument("--image-encoder", help="its .xml; default likewise")
     page.add_argument("--device", default="CPU")
     page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ov_mllama.cross_attention import CrossAttention
 from ov_mllama.stats import GenerationStats
-from ov_mllama.vision import CrossAttention
 
 
 @dataclass

@@ -14,10 +14,11 @@ import torch
 from transformers import MllamaConfig
 
 from ov_mllama.cache import OVCache, Prompt
+from ov_mllama.cross_attention import tiles_seen
 from ov_mllama.language import OVLanguageModel, Session
 from ov_mllama.plan import prompt_memory
 from ov_mllama.shapes import MllamaShapes
-from ov_mllama.vision import ImageInputs, OVImageEncoder, tiles_seen
+from ov_mllama.vision import ImageInputs, OVImageEncoder
 
 # forward's arguments for what stays inside OpenVINO
 INSIDE = {
@@ -89,13 +90,25 @@ def image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attent
         return None
     if aspect_ratio_ids is None or aspect_ratio_mask is None or cross_attention_mask is None:
         raise ValueError(
-            "pixel_values need aspect_ratio_ids, aspect_ratio_mask and cross_attention_mask beside them: pass all that "
-            "the processor returns for text and images together, model.generate(**inputs)."
+            "pixel_values need aspect_ratio_ids, aspect_ratio_mask and, in a prompt, cross_attention_mask beside them: "
+            "pass all that the processor returns for text and images together, model.generate(**inputs)."
         )
     pixels = as_array("pixel_values", pixel_values, torch.float32)
     names = ImageInputs._fields[1:]
     others = (aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask)
     return ImageInputs(pixels, *(as_array(name, tensor) for name, tensor in zip(names, others, strict=True)))
+
+
+def images_alone(
+    pixel_values, aspect_ratio_ids, aspect_ratio_mask, pixels_shape: tuple, config: MllamaConfig
+) -> ImageInputs | None:
+    """Image tensors before there is a prompt, as arrays, checked as by `check_images`; None without images."""
+    seen = torch.ones(0)  # as if there were a prompt of one token, which sees every tile
+    images = image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, seen)
+    if images:
+        images = images._replace(cross_attention_mask=images.aspect_ratio_mask[:, None])
+        check_images(images, (len(images.pixel_values), 1), pixels_shape, config)
+    return images
 
 
 def check_shape(name: str, array: np.ndarray | None, expected: tuple, meaning: str) -> None:
@@ -132,14 +145,15 @@ def check_tokens(ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray
         raise ValueError(f"position_ids begin with {positions.min()}: they count from 0.")
 
 
-def check_images(images: ImageInputs, ids: np.ndarray, pixels_shape: tuple, config: MllamaConfig) -> None:
+def check_images(images: ImageInputs, prompt: tuple[int, int], pixels_shape: tuple, config: MllamaConfig) -> None:
     """Refuses images that do not go with the prompt, the model, or one another.
 
     Args:
+        prompt: its [batch, query].
         pixels_shape: that the vision encoder takes, [tiles, channels, height, width].
     """
     pixels, ratio_ids, tile_mask, seen = images
-    batch, query = ids.shape
+    batch, query = prompt
     tiles = pixels_shape[0]
     if pixels.ndim != 6 or pixels.shape[2:] != pixels_shape:
         raise ValueError(

@@ -28,6 +28,7 @@ from ov_mllama.files import (
     save_ir,
     writing,
 )
+from ov_mllama.pieces import quantize_in_pieces
 from ov_mllama.plan import LIBRARIES, compression_cost, quantization_memory, vision_bytes
 
 INT4, INT8 = ("int4_asym", "int4_sym"), ("int8_asym", "int8_sym")
@@ -212,7 +213,8 @@ def compress_language_model(
     settings.check(config)
     source = checkpoint_folder(checkpoint) if checkpoint else model_dir / LANGUAGE_MODEL_NAME
     stamp = checkpoint_stamp(source) if checkpoint else origin(source)
-    stamp |= {"format": settings.algo, "samples": samples_name if settings.dataset_size else "0"}
+    stamp |= {"format": settings.algo, "group_size": str(settings.group_size)}
+    stamp["samples"] = samples_name if settings.dataset_size else "0"
 
     def make() -> ov.Model:
         dataset = nncf.Dataset(samples()) if samples and settings.dataset_size else None
@@ -311,7 +313,7 @@ def make_vision_encoder(
         model = ov.Core().read_model(original)
         with quiet_nncf():
             if quantized and samples:
-                return quantize_vision_encoder(model, samples(), dataset_size)
+                return quantize_vision_encoder(model, samples(), dataset_size, model_dir)
             return nncf.compress_weights(model, mode=CompressWeightsMode.INT8_ASYM)
 
     memory = quantization_memory(config) if quantized else LIBRARIES + vision_bytes(config)
@@ -319,30 +321,29 @@ def make_vision_encoder(
     return make_ir(f"Vision encoder, {option}", path, stamp, (vision_bytes(config), memory, less), make, force)
 
 
-def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int) -> ov.Model:
+def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int, folder: Path) -> ov.Model:
     """INT8 post-training quantisation with SmoothQuant (https://arxiv.org/abs/2211.10438), alpha as published.
 
     Attention is quantised too: on a Xeon with AMX that takes as long as leaving it out would, without AMX a quarter
     less, and the demo model loses nothing by it.
 
-    NNCF's statistics hold every layer's activations at once: 21 GB for the 11B and its four tiles. They are ranges over
-    rows, so the first tile of each image has to do; on the demo model it loses nothing (benchmarks/README.md).
+    Of each image the first tile has to do: statistics are ranges over rows, and the demo model loses nothing by it
+    (benchmarks/README.md). All four tiles of the 11B's would take 2 GB more and over four times as long.
 
     Args:
         model: the vision encoder.
         samples: from `prepare_dataset_vision`.
+        folder: for temporary files.
     """
 
     def first_tile(sample):
         one = {name: sample[name][:1] for name in ("pixel_values", "tile_counts")}
         return {**sample, **one, "real_tiles": np.array(1, np.int64)}
 
-    return nncf.quantize(
-        model,
-        nncf.Dataset(samples, first_tile),
-        subset_size=count,
-        model_type=nncf.ModelType.TRANSFORMER,
-        advanced_parameters=AdvancedQuantizationParameters(
-            smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=0.6)
-        ),
-    )
+    smooth = AdvancedQuantizationParameters(smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=0.6))
+    options = {"subset_size": count, "model_type": nncf.ModelType.TRANSFORMER, "advanced_parameters": smooth}
+
+    def quantize(piece, inputs):
+        return nncf.quantize(piece, nncf.Dataset(inputs), **options)
+
+    return quantize_in_pieces(model, map(first_tile, samples), quantize, folder)

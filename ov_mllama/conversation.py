@@ -5,15 +5,16 @@ words come as they are found, until somebody stops them.
 """
 
 import asyncio
+import contextlib
 import re
 import threading
 from collections.abc import AsyncIterator
 
 import torch
-from transformers import StoppingCriteria
 from transformers.generation.streamers import AsyncTextIteratorStreamer
 
-from ov_mllama.images import open_picture
+from ov_mllama.images import at_detail, open_picture
+from ov_mllama.inference import Stopped, turn_of
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None}
 
@@ -36,15 +37,16 @@ def first_questions(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
     return processor(text=text, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
 
 
-def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_new_tokens: int):
+def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_new_tokens: int, detail: str = "high"):
     """The processor's tensors for a conversation, and what is to be said of its pictures.
 
     Args:
         messages: for the chat template; their texts are `plain` already.
         pictures: whatever `open_picture` takes, in the template's order.
         max_new_tokens: room to leave for the answer.
+        detail: "high" or "low", see `images.at_detail`.
     Raises:
-        ValueError: a picture that cannot be used, or more text than the model's context holds.
+        ValueError: a picture that cannot be used, an unknown `detail`, or more text than the model's context holds.
     """
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -54,9 +56,11 @@ def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_n
             f"The conversation has {length} tokens, and with {max_new_tokens} for the answer that is more than the "
             f"{context} this model can hold: start a new one, or ask for a shorter answer."
         )
-    images = [open_picture(picture) for picture in pictures] or None
+    opened = [open_picture(picture) for picture in pictures]
+    tile = model.config.vision_config.image_size
+    images = [at_detail(image, detail, tile) for image in opened] or None
     inputs = processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
-    return inputs, [image.info["remark"] for image in images or [] if "remark" in image.info]
+    return inputs, [image.info["remark"] for image in opened if "remark" in image.info]
 
 
 def sampling(temperature: float, top_p: float) -> dict:
@@ -64,23 +68,13 @@ def sampling(temperature: float, top_p: float) -> dict:
     return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
 
 
-class StopOnEvent(StoppingCriteria):
-    """Ends `generate` after the token during which the event was set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool)
-
-
 async def stream_words(model, processor, note=lambda stats: None, **arguments) -> AsyncIterator[str]:
     """The words of `generate` as they come, from a thread that has ended when this has.
 
-    Closing it stops the generation within a token, or before it began if it was not its turn yet.
+    Closing it stops the generation within a token, a picture between two layers, or what was not its turn yet.
 
     Args:
-        model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate` and `turn`.
+        model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate` (`stop` too) and `turn`.
         note: called with the model's statistics after a whole answer, while it still is this one's turn.
         arguments: of `generate`.
     """
@@ -89,10 +83,9 @@ async def stream_words(model, processor, note=lambda stats: None, **arguments) -
 
     def generate():
         try:
-            with model.turn:
-                if not stop.is_set():
-                    model.generate(**arguments, streamer=streamer, stopping_criteria=[StopOnEvent(stop)])
-                    note(model.stats)
+            with contextlib.suppress(Stopped), turn_of(model.turn, stop):
+                model.generate(**arguments, streamer=streamer, stop=stop)
+                note(model.stats)
         finally:
             streamer.end()  # a second time after a whole answer, which the loop below does not see
 

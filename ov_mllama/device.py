@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import openvino as ov
 
-from ov_mllama.vision import CrossAttention
+from ov_mllama.cross_attention import CrossAttention
 
 
 class DeviceTensors:

@@ -16,6 +16,7 @@ from pathlib import Path
 import openvino as ov
 import psutil
 from filelock import FileLock, Timeout
+from transformers import GenerationConfig, MllamaConfig
 
 # Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
 # Say in CHANGELOG.md what that costs; tests/test_convert.py notices a graph that changed without it.
@@ -141,8 +142,9 @@ def ir_stamp(path: Path) -> dict[str, str]:
     Returns:
         `converter_version`, `checkpoint` (its fingerprint), `format` of its weights ("16 bit", "int4_asym", ...),
         `padding_tiles` ("alike" or "each", see `convert.padding_tiles_are_alike`), `openvino` (its version), `weights`
-        (fingerprint of the .bin) and, if compressed, `samples` it was calibrated with. Empty for an IR that is missing,
-        incomplete, made by another program, or beside a .bin not its own.
+        (fingerprint of the .bin) and, if compressed, `samples` it was calibrated with; of a language model also
+        `group_size`, how many weights share a scale. Empty for an IR that is missing, incomplete, made by another
+        program, or beside a .bin not its own.
     """
     text = whole_xml(path)
     stamp = written_stamp(text)
@@ -246,3 +248,34 @@ def is_from_the_future(stamp: dict[str, str]) -> bool:
         return tuple(int(number) for number in version.split("-")[0].split("."))
 
     return release(stamp["openvino"]) > release(ov.get_version())
+
+
+def newest(model_dir: Path, original: str) -> str:
+    """File name of the language model or vision encoder to load: of those that fit the folder's checkpoint and this
+    version, the compressed one made last; else the 16-bit one.
+
+    Args:
+        original: the 16-bit one's name, LANGUAGE_MODEL_NAME or VISION_ENCODER_NAME.
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    wanted = {"converter_version": CONVERTER_VERSION}
+    encoder = ir_stamp(model_dir / VISION_ENCODER_NAME)  # every folder has it, and it says of which checkpoint
+    if "checkpoint" in encoder:
+        wanted["checkpoint"] = encoder["checkpoint"]
+    compressed = "llm_*.xml" if original == LANGUAGE_MODEL_NAME else f"{Path(original).stem}_*.xml"
+    files = sorted(model_dir.glob(compressed), key=lambda path: path.stat().st_mtime, reverse=True)
+    fitting = [path for path in [*files, model_dir / original] if is_current(path, wanted)]
+    if not fitting:
+        raise FileNotFoundError(
+            f"{model_dir} holds no {original}, nor a compressed one, for this version: run convert_mllama(model_id, "
+            f"'{model_dir}') first."
+        )
+    return fitting[0].name
+
+
+def generation_config(model_dir: Path, config: MllamaConfig) -> GenerationConfig:
+    """The checkpoint's own, or what follows from its config."""
+    if (model_dir / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(model_dir)
+    return GenerationConfig.from_model_config(config)

@@ -67,6 +67,27 @@ def open_picture(source) -> Image.Image:
         return decoded(image, name)
 
 
+DETAILS = ("low", "high")
+
+
+def at_detail(image: Image.Image, detail: str, tile: int) -> Image.Image:
+    """The picture as the model shall see it: "high" as it is, in up to four tiles; "low" shrunk into one tile, which is
+    encoded in a quarter to a half of the time and hides what is small. As other programs' option of that name.
+
+    Args:
+        tile: its side in pixels.
+    Raises:
+        ValueError: another `detail`.
+    """
+    if detail not in DETAILS:
+        raise ValueError(f"detail='{detail}' is none of {', '.join(DETAILS)}.")
+    if detail == "high" or max(image.size) <= tile:
+        return image
+    small = image.copy()
+    small.thumbnail((tile, tile), Image.Resampling.BICUBIC)
+    return small
+
+
 def decoded(image: Image.Image, name: str) -> Image.Image:
     """An opened picture, read and converted."""
     if image.width * image.height > MAX_PIXELS:

@@ -14,9 +14,13 @@ import numpy as np
 import openvino as ov
 
 from ov_mllama.cache import OVCache, Prompt
+from ov_mllama.cross_attention import CrossAttention, no_images, restrict
 from ov_mllama.device import DeviceTensors
+from ov_mllama.files import ir_stamp
+from ov_mllama.inference import run
+from ov_mllama.precision import choose
 from ov_mllama.shapes import MllamaShapes
-from ov_mllama.vision import CrossAttention, Encoded, check_finite, no_images, restrict
+from ov_mllama.vision import Encoded, check_finite
 
 
 def language_inputs(
@@ -65,9 +69,11 @@ class OVLanguageModel:
         path: of the IR.
         shapes: of the checkpoint; without cross-attention layers the model is a plain Llama.
         device, ov_config: as for `OVMLlamaForConditionalGeneration`.
-        weights_format: from the IR's stamp; one that begins with "int" is computed in f32 on a CPU by default. ("AUTO"
-            is left alone: which device it takes is known only when the model is compiled.)
+        stamp: the IR's, if it was read already: it decides what the model is computed in.
         device_memory: keep the K/V that a session reads in a GPU's own memory, see `DeviceTensors`.
+
+    Attributes:
+        chosen: what it is computed in on this device, and why (`precision.choose`).
     """
 
     def __init__(
@@ -76,23 +82,24 @@ class OVLanguageModel:
         shapes: MllamaShapes,
         device: str = "CPU",
         ov_config: dict | None = None,
-        weights_format: str = "16 bit",
+        stamp: dict[str, str] | None = None,
         device_memory: bool = False,
     ):
         self.shapes = shapes
         self._turn = threading.Lock()  # all sessions share one graph
         self._unsettled = False  # an inference has begun and not ended well
-        config = ov_config or {}
-        if device.split(".")[0] == "CPU" and weights_format.startswith("int"):
-            config = {"INFERENCE_PRECISION_HINT": "f32", **config}
-        self.compiled = ov.Core().compile_model(path, device, config)
+        stamp = ir_stamp(Path(path)) if stamp is None else stamp
+        self.chosen = choose("language", stamp, device, ov_config)
+        self.compiled = ov.Core().compile_model(path, device, self.chosen.properties)
         self.context = self.compiled.get_context() if device_memory and device.startswith("GPU") else None
 
     def session(self) -> "Session":
         """An infer request with an empty KV cache. The compiled weights are shared with all others."""
         return Session(self)
 
-    def infer(self, request: ov.InferRequest, inputs: dict[str, np.ndarray]) -> float:
+    def infer(
+        self, request: ov.InferRequest, inputs: dict[str, np.ndarray], stop: threading.Event | None = None
+    ) -> float:
         """One step of a session. Returns its seconds; outputs are in the request until its next step.
 
         An inference that fails or is interrupted half way leaves OpenVINO's CPU plugin (2026.4) in a state that gives
@@ -107,7 +114,7 @@ class OVLanguageModel:
             if self._unsettled:
                 self._settle()
             started, self._unsettled = time.perf_counter(), True
-            request.infer(inputs, share_inputs=True)
+            run(request, inputs, stop)
             self._unsettled = False
             return time.perf_counter() - started
 
@@ -165,14 +172,23 @@ class Session:
         self._request = model.compiled.create_infer_request()
         self._device_tensors = DeviceTensors(model.context) if model.context else None
 
-    def prefill(self, prompt: Prompt, encoded: Encoded | None = None, cache: OVCache | None = None) -> np.ndarray:
+    def prefill(
+        self,
+        prompt: Prompt,
+        encoded: Encoded | None = None,
+        cache: OVCache | None = None,
+        stop: threading.Event | None = None,
+    ) -> np.ndarray:
         """Begins a prompt and computes what of it the KV cache does not hold already.
 
         Args:
             encoded: the prompt's images; None for text only.
             cache: an empty one to fill; default a new one. It is `self.cache` from now on.
+            stop: once it is set, the prompt is given up between two layers.
         Returns:
             logits f32 [batch, prompt.logits_to_keep, vocab].
+        Raises:
+            Stopped: `stop` was set.
         """
         cache = OVCache() if cache is None else cache
         reused, previous, self.cache = self.reusable(prompt), self.cache, None
@@ -199,7 +215,7 @@ class Session:
             view = self._view(encoded, rest)
         positions = None if prompt.position_ids is None else prompt.position_ids[:, reused:]
         ids = prompt.input_ids[:, reused:]
-        return self._compute(cache, ids, view, prompt.attention_mask, positions, prompt.logits_to_keep)
+        return self._compute(cache, ids, view, prompt.attention_mask, positions, prompt.logits_to_keep, stop)
 
     def decode(
         self,
@@ -258,7 +274,9 @@ class Session:
         view = restrict(encoded, seen, shapes) if encoded else no_images(shapes)
         return self._device_tensors.place(view) if self._device_tensors else view
 
-    def _compute(self, cache: OVCache, input_ids, view, attention_mask, position_ids, logits_to_keep) -> np.ndarray:
+    def _compute(
+        self, cache: OVCache, input_ids, view, attention_mask, position_ids, logits_to_keep, stop=None
+    ) -> np.ndarray:
         """One step: tokens into the state and into `cache`, logits out."""
         past = len(cache.columns)
         if attention_mask is None:
@@ -267,7 +285,7 @@ class Session:
             input_ids, view, cache.hide(attention_mask), position_ids, cache.beam_idx, past, logits_to_keep
         )
         self.cache = None  # an interrupted inference leaves a state that nothing may build on
-        seconds = self.model.infer(self._request, inputs)
+        seconds = self.model.infer(self._request, inputs, stop)
         # copied, because the next step's logits go into the same memory
         logits = self._request.get_tensor("logits").data.copy()
         check_finite(logits, "logits")
@@ -276,69 +294,3 @@ class Session:
         cache.stats.count_step(seconds)
         self.cache = cache
         return logits
-
-
-class Sessions:
-    """The conversations that a model keeps: as many as there is room for, the one used last at the end.
-
-    Args:
-        cache_bytes: room for all of them together, KV caches and what they read of their images; the oldest goes first.
-            The one used last stays, whatever it takes.
-    """
-
-    MOST = 8  # however small they are: each is asked how a new prompt begins
-
-    def __init__(self, model: OVLanguageModel, cache_bytes: int):
-        self.model, self.cache_bytes = model, cache_bytes
-        self._sessions: list[Session] = []
-        self._in_use: set[int] = set()
-
-    def take(self, prompt: Prompt, rows: int = 0) -> Session:
-        """The session whose conversation a prompt continues; else an empty one; else, where there is no room for one
-        more, that which was used longest ago. It is in use until `release`.
-
-        Args:
-            rows: K/V rows of the prompt's images.
-        """
-        idle = [session for session in self._sessions if id(session) not in self._in_use]
-        session = max(idle, key=lambda session: session.reusable(prompt), default=None)
-        if session and not session.reusable(prompt):
-            # a batch's conversation (tokens None) cannot be gone on with by another prompt
-            empty = (session for session in idle if not session.cache or session.cache.tokens is None)
-            session = next(empty, None if self._has_room(prompt, rows) else idle[0])
-        if session is None:
-            session = self.model.session()
-            self._sessions.append(session)
-        self.use(session)
-        return session
-
-    def use(self, session: Session) -> None:
-        """A session is gone on with: it is used last, and in use until `release`."""
-        if session in self._sessions:
-            self._sessions.remove(session)
-            self._sessions.append(session)
-            self._in_use.add(id(session))
-
-    def _has_room(self, prompt: Prompt, rows: int) -> bool:
-        wanted = self.model.column_bytes * prompt.input_ids.size + self.model.shapes.cross_kv_bytes(rows)
-        return len(self._sessions) < self.MOST and self.held_bytes + wanted <= self.cache_bytes
-
-    def release(self) -> None:
-        """Nothing is in use any more; what there is no room for goes, the oldest first."""
-        self._in_use.clear()
-        while len(self._sessions) > 1 and (len(self._sessions) > self.MOST or self.held_bytes > self.cache_bytes):
-            self._sessions.pop(0).reset()
-
-    @property
-    def held_bytes(self) -> float:
-        """Bytes of all conversations."""
-        return sum(session.held_bytes for session in self._sessions)
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def forget(self) -> None:
-        """Drops all conversations but those in use."""
-        for session in [session for session in self._sessions if id(session) not in self._in_use]:
-            self._sessions.remove(session)
-            session.reset()

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from transformers import (
     AutoConfig,
-    GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    MllamaConfig,
     RepetitionPenaltyLogitsProcessor,
 )
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -36,20 +34,23 @@ from ov_mllama.checks import (
     check_continuation,
     check_images,
     check_ports,
-    check_prompt_fits,
     check_tokens,
     image_arrays,
+    images_alone,
     token_arrays,
     warn_of_double_bos,
 )
+from ov_mllama.cross_attention import tiles_seen
 from ov_mllama.drafts import InVocabularyDrafts, InVocabularyProcessor, in_vocabulary
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, generation_config
 from ov_mllama.golden import check_golden_answer
-from ov_mllama.language import OVLanguageModel, Session, Sessions
+from ov_mllama.inference import StopOnEvent, turn_of
+from ov_mllama.language import OVLanguageModel
 from ov_mllama.likeness import LikeAModule
+from ov_mllama.sessions import Sessions, make_room
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.stats import GenerationStats
-from ov_mllama.vision import ImageInputs, OVImageEncoder, image_keys, tiles_seen
+from ov_mllama.vision import ImageInputs, OVImageEncoder, image_keys
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,8 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
     Args:
         model_dir: folder written by `convert_mllama`.
         device: OpenVINO device of both IRs: "CPU", "GPU", "AUTO", ...
-        ov_config: OpenVINO properties for both. By default a CPU with bf16 instructions computes in bf16 and keeps the
-            KV cache in 8 bit. A compressed language model is computed in f32 there, because the plugin then multiplies
-            in 8 bit (dynamic quantization): on a Xeon with AMX a token takes two thirds of the time, a prompt of 512
-            tokens twice as long; for long prompts and short answers give {"INFERENCE_PRECISION_HINT": "bf16"}.
+        ov_config: OpenVINO properties for both, before what `precision.choose` takes for this CPU and each IR
+            (`chosen` of `image_encoder` and of `language_model` tells it, and why). A CPU keeps the KV cache in 8 bit.
             {"EXECUTION_MODE_HINT": "ACCURACY"} computes and keeps all in f32, and then gives
             transformers' tokens (INFERENCE_PRECISION_HINT alone leaves the cache in 8 bit).
         language_model_name, image_encoder_name: file names in `model_dir`, to choose compressed variants; default the
@@ -126,15 +125,15 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         self.slice_lm_head = slice_lm_head
         self.stats = GenerationStats()
         self.turn = threading.RLock()
+        self._stop: threading.Event | None = None  # of the call of generate under way
         self._calls = 0  # under way in the thread whose turn it is: generate calls the model
 
         started = time.perf_counter()
-        alike, weights = stamps[vision]["padding_tiles"] == "alike", stamps[language]["format"]
         self.image_encoder = OVImageEncoder(
-            model_dir / vision, self.shapes, device, ov_config, image_cache_bytes, alike
+            model_dir / vision, self.shapes, device, ov_config, image_cache_bytes, stamps[vision]
         )
         self.language_model = OVLanguageModel(
-            model_dir / language, self.shapes, device, ov_config, weights, use_remote_tensors
+            model_dir / language, self.shapes, device, ov_config, stamps[language], use_remote_tensors
         )
         check_ports(self.shapes, self.image_encoder, self.language_model.compiled, model_dir)
         self.session = self.language_model.session()
@@ -160,16 +159,42 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         return [self.stats.prefill_s, *self.stats.step_s] if self.stats.prefill_s else []
 
     def forget(self) -> None:
-        """Drops all conversations and the images kept: the next prompt is computed from its first token."""
+        """Drops all conversations and images kept: the next prompt is computed from its first token."""
         with self.turn:
             self.session.reset()
             self.sessions.forget()
             self.image_encoder.forget()
 
-    def generate(self, *args, **kwargs):
-        """`GenerationMixin.generate`, one thread at a time."""
-        with self._in_turn():
-            return super().generate(*args, **kwargs)
+    def generate(self, *args, stop: threading.Event | None = None, **kwargs):
+        """`GenerationMixin.generate`, one thread at a time. Once `stop` is set, the answer ends with the token under
+        way; before the first one `Stopped` is raised (`ov_mllama.inference`)."""
+        if stop:
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), StopOnEvent(stop)]
+        with self._in_turn(stop):
+            self._stop = stop
+            try:
+                return super().generate(*args, **kwargs)
+            finally:
+                self._stop = None
+
+    def encode_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, stop=None) -> list[float]:
+        """Encodes images ahead of the question about them and keeps them, as far as `image_cache_bytes` goes. A prompt
+        that comes meanwhile waits for the image under way, its own or not, and goes before the next one; it does not
+        encode its own again. This takes no turn: other prompts are answered meanwhile.
+
+        Args:
+            pixel_values, aspect_ratio_ids, aspect_ratio_mask: from the processor, as for `forward`.
+            stop: `threading.Event`; once it is set, the image under way is given up between two layers, unless a prompt
+                waits for it.
+        Returns:
+            seconds for each different image, next to nothing for those that were kept.
+        Raises:
+            Stopped: `stop` was set (`ov_mllama.inference`); images that were done are kept.
+            ValueError, TypeError: as for `forward`.
+        """
+        tensors = (pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+        images = images_alone(*tensors, self.image_encoder.pixels_shape, self.config)
+        return self.image_encoder.keep(images, stop) if images else []
 
     @can_return_tuple
     def forward(
@@ -242,14 +267,14 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         """
         rows = 0
         if images:
-            check_images(images, prompt.input_ids, self.image_encoder.pixels_shape, self.config)
+            check_images(images, prompt.input_ids.shape, self.image_encoder.pixels_shape, self.config)
             prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
             prompt.image_keys = image_keys(images)
             rows = self.image_encoder.rows_read(images, prompt.seen)
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt, rows)
-        make_room(self, session, prompt, rows)
-        encoded = self.image_encoder.encode(images, prompt.image_keys) if images else None
+        make_room(prompt, session, self.sessions, self.image_encoder, self.config, rows)
+        encoded = self.image_encoder.encode(images, prompt.image_keys, self._stop) if images else None
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
             warm_up_s=self._warm_up_s,
@@ -257,12 +282,12 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             images_kept=encoded.kept if encoded else 0,
             prompt_tokens=prompt.input_ids.shape[1] - drafts,
         )
-        return session.prefill(prompt, encoded, cache)
+        return session.prefill(prompt, encoded, cache, self._stop)
 
     @contextlib.contextmanager
-    def _in_turn(self):
+    def _in_turn(self, stop=None):
         """One thread at a time; when its outermost call ends, conversations that there is no room for are dropped."""
-        with self.turn:
+        with turn_of(self.turn, stop):
             self._calls += 1
             try:
                 yield
@@ -272,15 +297,6 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
                     self.sessions.release()
 
     # ---- What GenerationMixin calls (tests/test_interface.py checks that it still does) ----
-
-    def can_generate(self) -> bool:
-        return True
-
-    def is_remote_code(self) -> bool:
-        return False
-
-    def get_experts_implementation(self) -> dict:
-        return {}
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
         """After the prompt only text goes in: the cache holds the images. Tokens behind those that the processor saw,
@@ -323,28 +339,3 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             if isinstance(processor, RepetitionPenaltyLogitsProcessor):
                 processors[index] = InVocabularyProcessor(processor)
         return processors
-
-
-def generation_config(model_dir: Path, config: MllamaConfig) -> GenerationConfig:
-    """The checkpoint's own, or what follows from its config."""
-    if (model_dir / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(model_dir)
-    return GenerationConfig.from_model_config(config)
-
-
-def make_room(model: OVMLlamaForConditionalGeneration, session: Session, prompt: Prompt, rows: int) -> None:
-    """Before a prompt's images are encoded: what its session held goes, if it is of no use to the prompt, and where
-    memory is short all that is only kept.
-
-    Raises:
-        ValueError, MemoryError: as `check_prompt_fits`.
-    """
-    reused = session.reusable(prompt)
-    if not reused:
-        session.reset()
-    try:
-        check_prompt_fits(model.config, prompt, reused, rows)
-    except MemoryError:
-        model.sessions.forget()
-        model.image_encoder.forget()
-        check_prompt_fits(model.config, prompt, reused, rows)

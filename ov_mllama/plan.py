@@ -18,10 +18,11 @@ HEAD_IN_WORK = 10.5  # of the head while it is compressed: in float32, its integ
 AWQ_COPY = 4  # the two larger matrices of each MLP, scaled, in 16 bit
 PACKED = 2.3  # of each layer where NNCF runs the uncompressed model: 16 bit, packed by the plugin
 
-# Of quantising the vision encoder, bytes
-QUANTIZED_WEIGHT = 9.3  # for each byte of its 16-bit weights: NNCF's copies of the model
-ACTIVATION = 51  # for each number that a layer hands to the next, of one tile
-QUANTIZATION_BASE = 0.4e9
+PIECE_LAYERS = 4  # of the vision encoder are quantised at a time, at most
+
+# Of that, bytes
+PIECE_IN_WORK = 11.6  # for each byte of a piece's 16-bit weights: copies in float32, and activations of one tile
+QUANTIZED = 0.75  # for each byte of all layers' 16-bit weights: the pieces that are done, in 8 bit
 
 # Of a prompt, bytes
 MLP_ROW = 28  # for each token and intermediate channel
@@ -59,11 +60,15 @@ def vision_bytes(config: MllamaConfig) -> float:
 
 
 def quantization_memory(config: MllamaConfig) -> float:
-    """Bytes at the peak of quantising the vision encoder: they grow with the tower's layers and rows."""
-    vision = config.vision_config
-    rows = MllamaShapes.from_config(config).patches_per_tile
-    activations = ACTIVATION * rows * vision.hidden_size * (vision.num_hidden_layers + vision.num_global_layers)
-    return LIBRARIES + QUANTIZATION_BASE + QUANTIZED_WEIGHT * vision_bytes(config) + activations
+    """Bytes at the peak of quantising the vision encoder in pieces (`pieces.quantize_in_pieces`), with one tile of each
+    picture: of the last pieces, beside which all others are held quantised."""
+    vision, shapes = config.vision_config, MllamaShapes.from_config(config)
+    layers = vision.num_hidden_layers + vision.num_global_layers
+    longest = min(PIECE_LAYERS, max(vision.num_hidden_layers, vision.num_global_layers))
+    key_value = 2 * len(shapes.cross_layers) * shapes.num_kv_heads * shapes.head_dim
+    last = 2 * config.text_config.hidden_size * (vision.vision_output_dim + key_value)  # projector and K/V projections
+    piece = max(vision_bytes(config) * longest / layers, last)
+    return LIBRARIES + PIECE_IN_WORK * piece + QUANTIZED * vision_bytes(config)
 
 
 def prompt_memory(config: MllamaConfig, batch: int, tokens: int, new: int, rows: int) -> float:

@@ -15,8 +15,8 @@ class GenerationStats:
 
     Attributes:
         load_s, warm_up_s: of the model, once: reading and compiling both IRs; the inference that repacks the weights.
-        image_s: seconds for each different image of the prompt, next to nothing for those kept encoded.
-        images_kept: how many of them were kept encoded from before.
+        image_s: seconds that each different image of the prompt took or was waited for, next to nothing for those kept.
+        images_kept: how many of them were encoded before, or meanwhile by `encode_images`.
         prompt_tokens, reused_tokens: length of the prompt, and of its beginning that was still in the KV cache.
         prefill_s: seconds of the language model on the rest of the prompt.
         step_s: seconds of each of its later steps.

@@ -1,21 +1,23 @@
-"""The images: what the vision IR makes of them, and the part of it that each step of the language model reads.
+"""The images: what the vision IR makes of them, and how long it is kept.
 
-processor's tensors -> OVImageEncoder -> Encoded: K/V of all tiles -> restrict -> CrossAttention
+processor's tensors -> OVImageEncoder -> Encoded: K/V of all tiles
 """
 
 import hashlib
+import threading
 import time
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import openvino as ov
 
-from ov_mllama.shapes import MASKED, MllamaShapes, rows_axis
-
-# ---- The images -----------------------------------------------------------------------------------------------------
+from ov_mllama.files import ir_stamp
+from ov_mllama.inference import LOOK_EVERY_S, check_stop, run, turn_of
+from ov_mllama.kept import EncodedImage, KeptImages
+from ov_mllama.precision import choose
+from ov_mllama.shapes import MllamaShapes, rows_axis
 
 
 class ImageInputs(NamedTuple):
@@ -34,22 +36,6 @@ class ImageInputs(NamedTuple):
     cross_attention_mask: np.ndarray
 
 
-class EncodedImage(NamedTuple):
-    """One image, as it is kept.
-
-    Attributes:
-        key_values: by port name, of the tiles that were computed.
-        tile_counts: i64 [tiles], how many of the image's tiles each of them stands for.
-    """
-
-    key_values: dict[str, np.ndarray]
-    tile_counts: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.key_values.values())
-
-
 class Encoded(NamedTuple):
     """What the vision encoder knows of a batch's images. Of a batch whose rows all hold the same images it is one row,
     which broadcasts.
@@ -58,7 +44,7 @@ class Encoded(NamedTuple):
         key_values: cross-attention K/V by port name (shapes in `CrossAttention`), rows = columns * patches, one column
             for each computed tile of each image; rows of the batch with fewer end in zeros.
         stands_for: bool [batch, columns, images * tiles], the tiles that each column stands for.
-        image_s: seconds for each different image, next to nothing for those kept.
+        image_s: seconds that each different image took or was waited for, next to nothing for those kept.
         kept: how many of those were kept encoded from before.
     """
 
@@ -77,6 +63,26 @@ def image_keys(images: ImageInputs) -> list[tuple[bytes, ...]]:
         )
         for row in zip(*images[:3], strict=True)
     ]
+
+
+def different(images: ImageInputs, keys: list[tuple[bytes, ...]]) -> dict[bytes, tuple]:
+    """Each different image once, (pixels, aspect ratio id, tile mask) by its key."""
+    return {
+        key: part
+        for row_keys, row in zip(keys, zip(*images[:3], strict=True), strict=True)
+        for key, part in zip(row_keys, zip(*row, strict=True), strict=True)
+    }
+
+
+class StopUnlessWanted(NamedTuple):
+    """An event that counts as not set while a prompt waits for the image."""
+
+    stop: threading.Event
+    wanted: Counter
+    key: bytes
+
+    def is_set(self) -> bool:
+        return self.stop.is_set() and not self.wanted[self.key]
 
 
 def image_inputs(
@@ -103,17 +109,20 @@ def image_inputs(
 class OVImageEncoder:
     """The vision IR: images -> cross-attention K/V.
 
-    The images used last are kept encoded: a follow-up question does not wait for them again.
+    The images used last are kept encoded: a follow-up question does not wait for them again. Threads may call it at any
+    time, also while the language model computes; they take turns for each image.
 
     Args:
         path: of the IR.
         device, ov_config: as for `OVMLlamaForConditionalGeneration`.
         cache_bytes: room for encoded images; with the 11B one takes 0.1 GB for each tile that is computed. 0 keeps none
             but the last, whose memory the infer request holds.
-        padding_alike: the checkpoint's padding tiles are alike, as the IR's stamp says
-            (`convert.padding_tiles_are_alike`): compute one for all.
+        stamp: the IR's, if it was read already. It says whether the checkpoint's padding tiles are alike, so that one
+            is computed for all (`convert.padding_tiles_are_alike`), and decides what it is computed in.
 
     Attributes:
+        chosen: what it is computed in on this device, and why (`precision.choose`).
+        padding_alike: one padding tile is computed for all.
         pixels_shape: of one image's pixels, [tiles, channels, height, width].
         output_shapes: of K/V by port name, -1 where any length may be.
     """
@@ -125,12 +134,16 @@ class OVImageEncoder:
         device: str = "CPU",
         ov_config: dict | None = None,
         cache_bytes: int = 1_000_000_000,
-        padding_alike: bool = False,
+        stamp: dict[str, str] | None = None,
     ):
-        self.shapes, self.cache_bytes, self.padding_alike = shapes, cache_bytes, padding_alike
-        self._ir = (path, device, ov_config or {})
+        stamp = ir_stamp(Path(path)) if stamp is None else stamp
+        self.shapes, self.kept = shapes, KeptImages(cache_bytes)
+        self.padding_alike = stamp.get("padding_tiles") == "alike"
+        self.chosen = choose("vision", stamp, device, ov_config)
+        self._ir = (path, device, self.chosen.properties)
         self._request: ov.InferRequest | None = self._compile()
-        self._cache: OrderedDict[bytes, EncodedImage] = OrderedDict()  # the image used last is at the end
+        self._turn = threading.Lock()
+        self._wanted: Counter[bytes] = Counter()  # images that prompts are waiting for
         model = self._request.get_compiled_model()
         self.pixels_shape = (shapes.max_num_tiles, *static_shape(model.input("pixel_values"))[1:])
         self.output_shapes = {port.get_any_name(): static_shape(port) for port in model.outputs}
@@ -138,7 +151,12 @@ class OVImageEncoder:
     def _compile(self) -> ov.InferRequest:
         return ov.Core().compile_model(*self._ir).create_infer_request()
 
-    def encode(self, images: ImageInputs, keys: list[tuple[bytes, ...]] | None = None) -> Encoded:
+    def encode(
+        self,
+        images: ImageInputs,
+        keys: list[tuple[bytes, ...]] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Encoded:
         """Images -> cross-attention K/V.
 
         They are encoded one by one (batching gains nothing where arithmetic is the limit), and each different one once:
@@ -146,25 +164,62 @@ class OVImageEncoder:
 
         Args:
             keys: their `image_keys`, if known already: to digest the pixels takes a while.
+            stop: once it is set, the image under way is given up between two layers.
         Raises:
+            Stopped: `stop` was set; the images that were done are kept.
             FloatingPointError: K/V that are not finite.
         """
         keys = keys or image_keys(images)
-        parts = {
-            key: part
-            for row_keys, row in zip(keys, zip(*images[:3], strict=True), strict=True)
-            for key, part in zip(row_keys, zip(*row, strict=True), strict=True)
-        }
-        encoded, image_s, kept = {}, [], sum(key in self._cache for key in parts)
-        for key, part in parts.items():
+        encoded, image_s, kept = {}, [], 0
+        for key, part in different(images, keys).items():
             started = time.perf_counter()
-            encoded[key] = self._cache.pop(key) if key in self._cache else self._infer(*part)
-            self._keep(key, encoded[key])
+            self._wanted[key] += 1
+            try:
+                encoded[key], was_kept = self._encode_one(key, part, stop)
+            finally:
+                self._wanted[key] -= 1
+            kept += was_kept
             image_s.append(time.perf_counter() - started)
         if len(set(keys)) == 1:
             keys = keys[:1]
         key_values, stands_for = join_images([[encoded[key] for key in row] for row in keys], self.shapes)
         return Encoded(key_values, stands_for, image_s, kept)
+
+    def keep(self, images: ImageInputs, stop: threading.Event | None = None) -> list[float]:
+        """Encodes images ahead of the prompt about them, as far as there is room to keep them.
+
+        Prompts go first: between two images it waits while a prompt waits for another one. An image that a prompt waits
+        for meanwhile is not given up.
+
+        Args:
+            stop: as for `encode`.
+        Returns:
+            seconds for each different image, next to nothing for those kept already.
+        Raises:
+            Stopped, FloatingPointError: as `encode`.
+        """
+        image_s = []
+        for key, part in different(images, image_keys(images)).items():
+            started = time.perf_counter()
+            while self._wanted.total() > self._wanted[key]:
+                check_stop(stop)
+                time.sleep(LOOK_EVERY_S)
+            self._encode_one(key, part, stop and StopUnlessWanted(stop, self._wanted, key))
+            image_s.append(time.perf_counter() - started)
+        return image_s
+
+    def _encode_one(self, key: bytes, part: tuple, stop) -> tuple[EncodedImage, bool]:
+        """An image, and whether it was kept: whoever waited here while another thread encoded it finds it so."""
+        image = self.kept.get(key)
+        if image:
+            return image, True
+        with turn_of(self._turn, stop):
+            image = self.kept.get(key)
+            if image:
+                return image, True
+            image = self._infer(part, stop)
+            self.kept.put(key, image)
+            return image, False
 
     def rows_read(self, images: ImageInputs, seen: np.ndarray) -> int:
         """At most how many K/V rows a prompt reads: tokens that see no image read the padding tiles' too (`restrict`).
@@ -176,7 +231,8 @@ class OVImageEncoder:
         every = np.minimum(real + 1, tiles) if self.padding_alike else np.full_like(real, tiles)
         return int((real if seen.any(-1).all() else every).sum()) * self.shapes.patches_per_tile
 
-    def _infer(self, pixels: np.ndarray, aspect_ratio_id: int, tile_mask: np.ndarray) -> EncodedImage:
+    def _infer(self, part: tuple, stop) -> EncodedImage:
+        pixels, aspect_ratio_id, tile_mask = part
         real = int(tile_mask.sum())
         # only then are the padding tiles alike to the last bit: no canvas tile among them, and no pixel in them
         alike = self.padding_alike and real >= self.shapes.canvas_tiles[aspect_ratio_id] and not pixels[real:].any()
@@ -189,26 +245,16 @@ class OVImageEncoder:
         }
         for name, array in key_values.items():  # written where it will be kept: 0.4 GB for four tiles of the 11B
             request.set_tensor(name, ov.Tensor(array, shared_memory=True))
-        request.infer(inputs, share_inputs=True)
+        run(request, inputs, stop)
         request.get_compiled_model().release_memory()  # of what the layers held, while the language model answers
         self._request = request
         for array in key_values.values():
             check_finite(array, "image's keys and values")
         return EncodedImage(key_values, inputs["tile_counts"])
 
-    def _keep(self, key: bytes, image: EncodedImage) -> None:
-        self._cache[key] = image
-        while self._cache and self.cached_bytes > self.cache_bytes:
-            self._cache.popitem(last=False)
-
     def forget(self) -> None:
         """Drops the images kept."""
-        self._cache.clear()
-
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes that the images kept take."""
-        return sum(image.nbytes for image in self._cache.values())
+        self.kept.clear()
 
 
 def join_images(batch: list[list[EncodedImage]], shapes: MllamaShapes) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -255,89 +301,3 @@ def check_finite(array: np.ndarray, what: str) -> None:
 def join(arrays: list[np.ndarray], axis: int) -> np.ndarray:
     """Concatenated, or the only one itself: K/V of an image are too large to copy for nothing."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
-
-
-# ---- What the language model reads of the images --------------------------------------------------------------------
-
-
-@dataclass
-class CrossAttention:
-    """The images as one step of the language model reads them. Any axis of 1 broadcasts.
-
-    Attributes:
-        key_values: by port name, f32: key [batch, kv heads, head_dim, rows], value [batch, kv heads, rows, head_dim].
-        bias: f32 [batch, 1, query, rows], 0 or MASKED; a single 0 where every token may see every row.
-        sees_image: f32 [batch, query, 1], 0 for tokens that may see no image, else 1.
-    """
-
-    key_values: dict[str, np.ndarray]
-    bias: np.ndarray
-    sees_image: np.ndarray
-
-    def rows(self, indices: np.ndarray) -> "CrossAttention":
-        """That of some rows of the batch; what is the same for all stays one row."""
-
-        def take(array):
-            if array.shape[0] == 1:
-                return array
-            if not isinstance(array, np.ndarray):
-                raise ValueError("Rows cannot be chosen in a device's memory: load with use_remote_tensors=False.")
-            return array[indices]
-
-        return CrossAttention(
-            {name: take(array) for name, array in self.key_values.items()}, take(self.bias), take(self.sees_image)
-        )
-
-
-def no_images(shapes: MllamaShapes) -> CrossAttention:
-    """For text only: one all-zero row and the gate closed, so that the cross-attention layers add exactly nothing."""
-    key_values = {name: np.zeros(shapes.cross_kv_shape(name, 1, 1), np.float32) for name in shapes.cross_kv_names}
-    return CrossAttention(
-        key_values, bias=np.zeros((1, 1, 1, 1), np.float32), sees_image=np.zeros((1, 1, 1), np.float32)
-    )
-
-
-def restrict(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes) -> CrossAttention:
-    """The part of the images that tokens may see, and the bias that hides the rest and counts what stands for several.
-
-    A token that may see no tile at all (text before the first image) attends to every row, padding tiles included,
-    and only its MLP is switched off: what transformers does, and its open question (transformers#39379). So no row can
-    be left out of a step that has such a token. A key that stands for n tiles that a token may see counts n times:
-    exp(score + log n) is n * exp(score).
-
-    Args:
-        mask: bool [batch, query, images * tiles].
-    """
-    sees_any = mask.any(-1, keepdims=True)
-    visible = (mask | ~sees_any).astype(np.float32)
-    counts = visible @ encoded.stands_for.swapaxes(1, 2).astype(np.float32)  # [batch, query, columns]
-    needed, key_values = np.asarray(counts.any((0, 1))), encoded.key_values
-    if not needed.all():
-        key_values = {name: take_tiles(name, array, needed) for name, array in key_values.items()}
-    counts = counts[..., needed]
-    if (counts == 1).all():
-        bias = np.zeros((1, 1, 1, 1), np.float32)
-    else:
-        bias = np.where(counts > 0, np.log(np.maximum(counts, 1)), np.float32(MASKED)).astype(np.float32)
-        bias = bias.repeat(shapes.patches_per_tile, axis=-1)[:, None]
-    return CrossAttention(key_values, bias, sees_image=sees_any.astype(np.float32))
-
-
-def tiles_seen(cross_attention_mask: np.ndarray, length: int) -> np.ndarray:
-    """Which tiles each token of a prompt of `length` may see: bool [batch, length, images * tiles].
-
-    Args:
-        cross_attention_mask: [batch, tokens, images, tiles] from the processor; of tokens beyond it (as when an answer
-            is continued) each sees what the last one does.
-    """
-    mask = cross_attention_mask.astype(bool).reshape(*cross_attention_mask.shape[:2], -1)
-    missing = max(length - mask.shape[1], 0)
-    return np.concatenate([mask[:, :length], mask[:, -1:].repeat(missing, axis=1)], axis=1)
-
-
-def take_tiles(name: str, array: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """A contiguous copy of a key's or value's rows that belong to `tiles` (bool [columns])."""
-    axis = rows_axis(name)
-    by_tile = array.reshape(*array.shape[:axis], len(tiles), -1, *array.shape[axis + 1 :])
-    taken = by_tile.compress(tiles, axis)
-    return taken.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])

@@ -36,7 +36,7 @@ class TalkativeModel(OVMLlamaForConditionalGeneration):
             raise RuntimeError("out of order")
         if max_new_tokens == LONG:
             inputs["min_new_tokens"] = LONG
-            inputs["stopping_criteria"].append(lambda *_, **__: time.sleep(0.05) or torch.tensor([False]))
+            inputs["stopping_criteria"] = [lambda *_, **__: time.sleep(0.05) or torch.tensor([False])]
         return super().generate(max_new_tokens=max_new_tokens, **inputs)
 
 

@@ -204,16 +204,16 @@ def test_a_picture_is_encoded_once_in_a_conversation(pair):
 def test_kept_pictures_stay_within_their_room(pair):
     one = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
     one(**pair.inputs("one tile"))
-    size = one.image_encoder.cached_bytes
+    size = one.image_encoder.kept.nbytes
     model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=3 * size)
     runs = count_runs(model)
     for case in ("one tile", "wide", "tall", "tall", "wide", "one tile"):
         model(**pair.inputs(case))
-        assert model.image_encoder.cached_bytes <= 3 * size  # each of two tiles and one for its padding, or one and one
+        assert model.image_encoder.kept.nbytes <= 3 * size  # each of two tiles and one for its padding, or one and one
     assert len(runs) == 4  # tall and wide were still there, one tile had made room
     none = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=0)
     none(**pair.inputs("one tile"))
-    assert none.image_encoder.cached_bytes == 0
+    assert none.image_encoder.kept.nbytes == 0
 
 
 def count_runs(model) -> list:
@@ -224,9 +224,9 @@ def count_runs(model) -> list:
         def __getattr__(self, name):
             return getattr(request, name)
 
-        def infer(self, *args, **kwargs):
+        def start_async(self, *args, **kwargs):
             runs.append(1)
-            return request.infer(*args, **kwargs)
+            return request.start_async(*args, **kwargs)
 
     model.image_encoder._request = Counted()
     return runs

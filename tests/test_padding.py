@@ -7,7 +7,8 @@ import torch
 from transformers import MllamaForConditionalGeneration
 
 from conftest import CHECKPOINTS, F32, Pair
-from demo_model.checkpoint import TILE_EMBEDDINGS
+from demo_model.checkpoint import TILE_EMBEDDINGS, clear_padding_embeddings
+from demo_model.train import keep_padding_alike
 from ov_mllama.convert import padding_tiles_are_alike
 from ov_mllama.files import VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.model import OVMLlamaForConditionalGeneration
@@ -36,9 +37,9 @@ def computed(kind, monkeypatch):
         def __getattr__(self, name):
             return getattr(request, name)
 
-        def infer(self, inputs, share_inputs):
+        def start_async(self, inputs, share_inputs):
             counts.append(inputs["tile_counts"].tolist())
-            return request.infer(inputs, share_inputs=share_inputs)
+            return request.start_async(inputs, share_inputs=share_inputs)
 
     model.image_encoder._request = Counting()
     return model, counts
@@ -111,7 +112,7 @@ def test_what_is_kept_of_an_image(kind, computed):
     model, _ = computed
     model(**inputs_of(kind, "<|image|>what is it", [kind.picture(1, 1)]))
     tile = 2 * 2 * 17 * 2 * 8 * 4  # two layers' keys and values, 17 rows, two heads of eight numbers in f32
-    assert model.image_encoder.cached_bytes == tile * (2 if is_alike(kind) else 4)
+    assert model.image_encoder.kept.nbytes == tile * (2 if is_alike(kind) else 4)
 
 
 def test_the_converter_knows_which_kind_a_checkpoint_is(kind):
@@ -142,3 +143,23 @@ def test_counts():
         assert len(inputs["pixel_values"]) == len(expected)
         assert inputs["real_tiles"] == real
         assert image_inputs(pixels, 1, mask)["tile_counts"].tolist() == [1, 1, 1, 1]
+
+
+def test_training_leaves_padding_alike(kind):
+    """`demo_model.train` keeps the embeddings of padding tiles at zero while all others learn."""
+    model = MllamaForConditionalGeneration.from_pretrained(kind.checkpoint, dtype=torch.float32)
+    keep_padding_alike(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    for size in SIZES.values():
+        inputs = inputs_of(kind, "<|image|>what is it", [kind.picture(*size)])
+        model(**inputs).logits.square().sum().backward()
+    optimizer.step()
+    after = dict(model.named_parameters())
+    names = [name for name in after if name.endswith(TILE_EMBEDDINGS)]
+    assert len(names) == 3
+    for name in names:
+        padding = torch.ones_like(before[name])
+        clear_padding_embeddings({name: padding}, model.config)
+        assert not after[name][padding == 0].any(), name
+        assert (after[name] != before[name]).any(), name

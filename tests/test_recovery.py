@@ -28,12 +28,12 @@ class Faulty:
     def __getattr__(self, name):
         return getattr(self.request, name)
 
-    def infer(self, inputs, share_inputs):
+    def start_async(self, inputs, share_inputs):
         fault, self.fault = self.fault, None
         if fault:
             fault(self.request, dict(inputs))
             raise AssertionError("it did not fail")
-        return self.request.infer(inputs, share_inputs=share_inputs)
+        return self.request.start_async(inputs, share_inputs=share_inputs)
 
 
 def changed(**changes):
@@ -114,7 +114,7 @@ def differs(model, right, case) -> str:
 def failing(model, fault):
     """Inside, the inferences of the language model fail."""
     infer = model.language_model.infer
-    model.language_model.infer = lambda request, inputs: infer(Faulty(request, fault), inputs)
+    model.language_model.infer = lambda request, *given: infer(Faulty(request, fault), *given)
     try:
         yield
     finally:

@@ -96,7 +96,7 @@ def test_forget(pair, model):
     inputs = pair.inputs("wide")
     expected = model.generate(**inputs, **GREEDY)
     model.forget()
-    assert model.image_encoder.cached_bytes == 0
+    assert model.image_encoder.kept.nbytes == 0
     assert model.generate(**inputs, **GREEDY).tolist() == expected.tolist()
     assert model.stats.reused_tokens == model.stats.images_kept == 0
 
@@ -113,8 +113,8 @@ def test_an_interrupted_step_is_not_built_on(pair, model, monkeypatch):
     inputs = pair.inputs("chat")
     expected = model.generate(**inputs, **GREEDY)
 
-    def interrupted(request, inputs):
-        infer(request, inputs)
+    def interrupted(*given):
+        infer(*given)
         raise KeyboardInterrupt
 
     infer = model.language_model.infer

@@ -1,0 +1,95 @@
+"""What each step of the language model reads of the images: the K/V rows of the tiles that its tokens may see, and a
+bias that hides the others.
+
+Encoded -> restrict -> CrossAttention
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ov_mllama.shapes import MASKED, MllamaShapes, rows_axis
+from ov_mllama.vision import Encoded
+
+
+@dataclass
+class CrossAttention:
+    """The images as one step of the language model reads them. Any axis of 1 broadcasts.
+
+    Attributes:
+        key_values: by port name, f32: key [batch, kv heads, head_dim, rows], value [batch, kv heads, rows, head_dim].
+        bias: f32 [batch, 1, query, rows], 0 or MASKED; a single 0 where every token may see every row.
+        sees_image: f32 [batch, query, 1], 0 for tokens that may see no image, else 1.
+    """
+
+    key_values: dict[str, np.ndarray]
+    bias: np.ndarray
+    sees_image: np.ndarray
+
+    def rows(self, indices: np.ndarray) -> "CrossAttention":
+        """That of some rows of the batch; what is the same for all stays one row."""
+
+        def take(array):
+            if array.shape[0] == 1:
+                return array
+            if not isinstance(array, np.ndarray):
+                raise ValueError("Rows cannot be chosen in a device's memory: load with use_remote_tensors=False.")
+            return array[indices]
+
+        return CrossAttention(
+            {name: take(array) for name, array in self.key_values.items()}, take(self.bias), take(self.sees_image)
+        )
+
+
+def no_images(shapes: MllamaShapes) -> CrossAttention:
+    """For text only: one all-zero row and the gate closed, so that the cross-attention layers add exactly nothing."""
+    key_values = {name: np.zeros(shapes.cross_kv_shape(name, 1, 1), np.float32) for name in shapes.cross_kv_names}
+    return CrossAttention(
+        key_values, bias=np.zeros((1, 1, 1, 1), np.float32), sees_image=np.zeros((1, 1, 1), np.float32)
+    )
+
+
+def restrict(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes) -> CrossAttention:
+    """The part of the images that tokens may see, and the bias that hides the rest and counts what stands for several.
+
+    A token that may see no tile at all (text before the first image) attends to every row, padding tiles included,
+    and only its MLP is switched off: what transformers does, and its open question (transformers#39379). So no row can
+    be left out of a step that has such a token. A key that stands for n tiles that a token may see counts n times:
+    exp(score + log n) is n * exp(score).
+
+    Args:
+        mask: bool [batch, query, images * tiles].
+    """
+    sees_any = mask.any(-1, keepdims=True)
+    visible = (mask | ~sees_any).astype(np.float32)
+    counts = visible @ encoded.stands_for.swapaxes(1, 2).astype(np.float32)  # [batch, query, columns]
+    needed, key_values = np.asarray(counts.any((0, 1))), encoded.key_values
+    if not needed.all():
+        key_values = {name: take_tiles(name, array, needed) for name, array in key_values.items()}
+    counts = counts[..., needed]
+    if (counts == 1).all():
+        bias = np.zeros((1, 1, 1, 1), np.float32)
+    else:
+        bias = np.where(counts > 0, np.log(np.maximum(counts, 1)), np.float32(MASKED)).astype(np.float32)
+        bias = bias.repeat(shapes.patches_per_tile, axis=-1)[:, None]
+    return CrossAttention(key_values, bias, sees_image=sees_any.astype(np.float32))
+
+
+def tiles_seen(cross_attention_mask: np.ndarray, length: int) -> np.ndarray:
+    """Which tiles each token of a prompt of `length` may see: bool [batch, length, images * tiles].
+
+    Args:
+        cross_attention_mask: [batch, tokens, images, tiles] from the processor; of tokens beyond it (as when an answer
+            is continued) each sees what the last one does.
+    """
+    mask = cross_attention_mask.astype(bool).reshape(*cross_attention_mask.shape[:2], -1)
+    missing = max(length - mask.shape[1], 0)
+    return np.concatenate([mask[:, :length], mask[:, -1:].repeat(missing, axis=1)], axis=1)
+
+
+def take_tiles(name: str, array: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """A contiguous copy of a key's or value's rows that belong to `tiles` (bool [columns])."""
+    axis = rows_axis(name)
+    by_tile = array.reshape(*array.shape[:axis], len(tiles), -1, *array.shape[axis + 1 :])
+    taken = by_tile.compress(tiles, axis)
+    return taken.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])

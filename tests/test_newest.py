@@ -1,0 +1,75 @@
+"""Which two IRs of a folder are loaded, by `make chat` too."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import httpx
+import pytest
+
+from conftest import ROOT
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama_compression import compress, optimize_vision_encoder
+
+
+def best_pair(folder):
+    return newest(folder, LANGUAGE_MODEL_NAME), newest(folder, VISION_ENCODER_NAME)
+
+
+@pytest.fixture
+def folder(pair, tmp_path):
+    """A copy, without what other tests have compressed."""
+    for path in pair.model_dir.iterdir():
+        if not path.name.startswith("llm_") and "_int8" not in path.name and path.is_file():
+            shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_the_compressed_ones_made_last(folder):
+    assert best_pair(folder) == (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME)
+    eight = compress(folder, algo="int8_asym")
+    four = compress(folder, group_size=32)
+    vision = optimize_vision_encoder(folder, "INT8 weights compression")
+    assert best_pair(folder) == (four.name, vision.name)
+    os.utime(eight, (2e9, 2e9))
+    assert best_pair(folder) == (eight.name, vision.name)
+
+
+def test_none_that_does_not_fit(folder):
+    four = compress(folder, group_size=32)
+    text = four.read_text(encoding="utf-8")
+    for change in (r'<checkpoint value="\w', r'<converter_version value="\w'):
+        four.write_text(re.sub(change, lambda found: found[0][:-1] + "x", text), encoding="utf-8")
+        assert best_pair(folder)[0] == LANGUAGE_MODEL_NAME
+    four.write_text(text[: len(text) // 2], encoding="utf-8")
+    assert best_pair(folder)[0] == LANGUAGE_MODEL_NAME
+    (folder / LANGUAGE_MODEL_NAME).unlink()
+    assert newest(folder, VISION_ENCODER_NAME) == VISION_ENCODER_NAME
+    with pytest.raises(FileNotFoundError, match="openvino_language_model.*for this version: run convert_mllama"):
+        best_pair(folder)
+
+
+def test_the_command_says_which_and_serves_them(folder):
+    four = compress(folder, group_size=32)
+    command = [sys.executable, "-m", "ov_mllama", "chat", "--model-dir", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        try:
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if "The chat is at" in line:
+                    break
+            assert "The chat is at" in lines[-1], lines
+            assert f"{four.name} and {VISION_ENCODER_NAME}" in lines[0]
+            url = re.search(r"http://127\.0\.0\.1:\d+", lines[-1])[0]
+            assert httpx.get(url).status_code == 200
+        finally:
+            watchdog.cancel()
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
