@@ -83,13 +83,15 @@ def to_messages(message: dict, history: Iterable[dict], system: str = "") -> tup
     """A conversation for the chat template, and its pictures in the template's order.
 
     Args:
-        message: the question, {"text": str, "files": [path, ...]}.
+        message: the question, {"text": str, "files": [path, ...]}; of Retry, files are dicts with a "path".
         history: Gradio's messages before it, {"role", "content", "metadata"}.
         system: system prompt; may be empty.
     Raises:
         ValueError: there is no question.
     """
-    question = [*(Path(file) for file in message.get("files") or []), (message.get("text") or "").strip()]
+    files = message.get("files") or []
+    question = [*(Path(file["path"] if isinstance(file, dict) else file) for file in files)]
+    question += [(message.get("text") or "").strip()]
     if question == [""]:
         raise ValueError("There is no question yet: write one, or add a picture.")
     turns = [("system", [system])] if system.strip() else []

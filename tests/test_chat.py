@@ -113,6 +113,11 @@ def test_edit_takes_back_the_question_and_what_follows():
     assert edited(history, edit) == (history[:2], history[:2], {"text": "New?", "files": ["b.png"]})
 
 
+def test_retry_gives_its_pictures_as_dicts():
+    _, pictures = to_messages({"text": "Again?", "files": [{"path": "a.png", "meta": {}}]}, [])
+    assert [path.name for path in pictures] == ["a.png"]
+
+
 def test_nothing_asked():
     with pytest.raises(ValueError, match="no question"):
         to_messages({"text": "  ", "files": []}, [])
@@ -316,11 +321,17 @@ def test_closing_the_tab_ends_the_generation(page, model):
     assert len(model.llm_infer_time) == steps < LONG, "the generation went on"
 
 
-def test_retry_undo_and_clear(page):
+def test_retry_undo_and_clear(page, model):
     page.ask(SAMPLES[0]["question"], path_of(SAMPLES[0]))
     page.expect_answer(SAMPLES[0]["answer"])
+    asked, model.generate = [], lambda **inputs: asked.append(1) or type(model).generate(model, **inputs)
     page.tab.get_by_label("Retry").last.click()
+    for _ in range(100):  # the old answer is still there
+        page.tab.wait_for_timeout(0 if asked else 100)
+    del model.generate
+    assert asked
     page.expect_answer(SAMPLES[0]["answer"])
+    expect(page.tab.get_by_text("No answer")).to_have_count(0)
     expect(page.tab.locator("[data-testid=user]").filter(has_text=SAMPLES[0]["question"])).to_have_count(1)
     page.tab.get_by_label("Undo").last.click()
     expect(page.box).to_have_value(SAMPLES[0]["question"])
