@@ -66,6 +66,11 @@ def answered(history: Iterable[dict]) -> list[dict]:
     return said
 
 
+def picture_path(file) -> Path:
+    """Of a picture as Gradio gives it: a path, or a dict that holds one."""
+    return Path((file.get("path") or file["file"]["path"]) if isinstance(file, dict) else file)
+
+
 def parts(content) -> list[str | Path]:
     """A message's content as Gradio gives it, in order: texts, and pictures as paths."""
     items = []
@@ -75,7 +80,7 @@ def parts(content) -> list[str | Path]:
         elif "text" in item:
             items.append(item["text"] or "")
         else:
-            items.append(Path(item.get("path") or item["file"]["path"]))
+            items.append(picture_path(item))
     return items
 
 
@@ -89,9 +94,7 @@ def to_messages(message: dict, history: Iterable[dict], system: str = "") -> tup
     Raises:
         ValueError: there is no question.
     """
-    files = message.get("files") or []
-    question = [*(Path(file["path"] if isinstance(file, dict) else file) for file in files)]
-    question += [(message.get("text") or "").strip()]
+    question = [*map(picture_path, message.get("files") or []), (message.get("text") or "").strip()]
     if question == [""]:
         raise ValueError("There is no question yet: write one, or add a picture.")
     turns = [("system", [system])] if system.strip() else []

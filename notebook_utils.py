@@ -117,12 +117,13 @@ def show_answers(samples, answers: list[str], columns: int = 5) -> None:
     print(f"{sum(a == s['answer'] for a, s in zip(answers, samples, strict=True))} of {len(answers)} answers are right")
 
 
-def show_tiles(image, inputs, processor) -> None:
-    """Draws how the model gets a picture: whole, then its tiles, then the empty ones, of which one is computed.
+def show_tiles(image, inputs, processor, padding_alike: bool) -> None:
+    """Draws how the model gets a picture: whole, then its tiles, then the empty ones.
 
     Args:
         image: PIL picture.
         inputs: what the processor made of it.
+        padding_alike: one of the empty tiles is computed for all (`OVImageEncoder.padding_alike`), else each.
     """
     settings = processor.image_processor
     mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
@@ -136,9 +137,10 @@ def show_tiles(image, inputs, processor) -> None:
             axis.imshow(tiles[number])
             axis.set_title(f"tile {number + 1}", fontsize=10)
             continue
-        computed = number == real
+        computed = number == real or not padding_alike
         axis.imshow(np.full((1, 1, 3), 0.75 if computed else 0.95))
-        axis.set_title(f"empty, stands for {count - real}" if computed else "empty, not computed", fontsize=10)
+        stands_for = f", stands for {count - real}" if padding_alike else ""
+        axis.set_title(f"empty{stands_for}" if computed else "empty, not computed", fontsize=10)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
     plt.show()

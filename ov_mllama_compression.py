@@ -112,10 +112,8 @@ def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
 
 
 def vision_encoder_selection_widget(device: str = "CPU") -> ipywidgets.Dropdown:
-    """A drop-down of VISION_OPTIONS, at first what suits this CPU (`precision.vision_option`); on other devices, where
-    that is not verified, compressed weights."""
-    default = vision_option()[0] if device == "CPU" else "INT8 weights compression"
-    return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=default, description="Vision Encoder")
+    """A drop-down of VISION_OPTIONS, at first what suits the device (`precision.vision_option`)."""
+    return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=vision_option(device), description="Vision Encoder")
 
 
 def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.Widget]]:

@@ -58,9 +58,10 @@ class Scene:
 # ---- What is where --------------------------------------------------------------------------------------------------
 
 
-def random_scene(rng: np.random.Generator, width: int, height: int, held_out: bool = False, makers=()) -> Scene:
-    """A scene of `width` x `height` pixels from the training or the held-out split, by one of `makers` (all)."""
-    makers = makers or (placed_scene, placed_scene, counted_scene, unusual_scene, digit_scene)
+def random_scene(rng: np.random.Generator, width: int, height: int, held_out: bool = False, makers=None) -> Scene:
+    """A scene of `width` x `height` pixels from the training or the held-out split, by one of `makers`, default
+    MAKERS."""
+    makers = makers or MAKERS
     maker = makers[rng.integers(len(makers))]
     while True:
         scene = maker(rng, width, height, held_out)
@@ -163,6 +164,9 @@ def digit_scene(rng, width, height, held_out) -> Scene:
         question = pick(rng, "Which digits are written here?", "What digits do you see, from left to right?")
         answer = f"The digits {', '.join(t.kind for t in things)}."
     return Scene(tuple(things), width, height, (("digits", question, answer),))
+
+
+MAKERS = (placed_scene, placed_scene, counted_scene, unusual_scene, digit_scene)
 
 
 def grid(rng, width, height) -> list[tuple[float, float, float]]:

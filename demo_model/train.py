@@ -35,6 +35,7 @@ from demo_model.checkpoint import (
 )
 from demo_model.scenes import (
     COLOURS,
+    MAKERS,
     NUMBERS,
     PLACES,
     SHAPES,
@@ -55,6 +56,7 @@ TEXT_ONLY = (
     ("How are you?", "Fine, thank you."),
 )
 KINDS = (*SHAPES, *"0123456789")
+PRACTICE = (*4 * MAKERS, *5 * (digit_scene, placed_scene))  # more of what takes longest to learn
 GROUPS = 4  # of conversations by length in a batch
 RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))  # tiles high, tiles wide
 
@@ -177,10 +179,7 @@ class Batches:
         tiles, ratios, numbers, conversations, tasks, pictures, labels = [], [], [], [], [], [], []
         for picture in range(count):
             width, height = (TILE, TILE) if one_tile else random_size(self.rng)
-            # more practice with what takes longest to learn: digits, and finding things
-            more = () if self.held_out else (None, None, None, None, digit_scene, placed_scene)
-            maker = pick(self.rng, *more) if more else None
-            scene = random_scene(self.rng, width, height, self.held_out, (maker,) if maker else ())
+            scene = random_scene(self.rng, width, height, self.held_out, MAKERS if self.held_out else PRACTICE)
             pixels, ratio, number = to_tiles(draw(scene, self.rng), self.mean, self.std)
             tiles.append(pixels), ratios.append(ratio), numbers.append(number), labels.append(patch_labels(scene))
             for _ in range(2):
@@ -344,8 +343,8 @@ def main() -> None:
     state = options.run_dir / "state.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        if saved["begun_from"] != str(options.start):
-            parser.error(f"{state} is of a run that began from {saved['begun_from']}: delete it, or choose --run-dir")
+        if saved.get("begun_from") != str(options.start):
+            parser.error(f"{state} is of a run that did not begin from {options.start}: delete it, or choose --run-dir")
         model.load_state_dict(saved["model"]), patch_head.load_state_dict(saved["patch_head"])
         [optimizer.load_state_dict(part) for optimizer, part in zip(both, saved["optimizers"], strict=True)]
         start = saved["step"]

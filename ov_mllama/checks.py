@@ -103,9 +103,8 @@ def images_alone(
     pixel_values, aspect_ratio_ids, aspect_ratio_mask, pixels_shape: tuple, config: MllamaConfig
 ) -> ImageInputs | None:
     """Image tensors before there is a prompt, as arrays, checked as by `check_images`; None without images."""
-    seen = torch.ones(0)  # as if there were a prompt of one token, which sees every tile
-    images = image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, seen)
-    if images:
+    images = image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, aspect_ratio_mask)
+    if images:  # as a prompt of one token would see them
         images = images._replace(cross_attention_mask=images.aspect_ratio_mask[:, None])
         check_images(images, (len(images.pixel_values), 1), pixels_shape, config)
     return images

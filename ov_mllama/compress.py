@@ -328,7 +328,7 @@ def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int
     less, and the demo model loses nothing by it.
 
     Of each image the first tile has to do: statistics are ranges over rows, and the demo model loses nothing by it
-    (benchmarks/README.md). All four tiles of the 11B's would take 2 GB more and over four times as long.
+    (benchmarks/README.md). All four tiles took 2 GB more for 4 + 1 of the 11B's layers, and over four times as long.
 
     Args:
         model: the vision encoder.

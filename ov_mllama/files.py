@@ -265,13 +265,14 @@ def newest(model_dir: Path, original: str) -> str:
         wanted["checkpoint"] = encoder["checkpoint"]
     compressed = "llm_*.xml" if original == LANGUAGE_MODEL_NAME else f"{Path(original).stem}_*.xml"
     files = sorted(model_dir.glob(compressed), key=lambda path: path.stat().st_mtime, reverse=True)
-    fitting = [path for path in [*files, model_dir / original] if is_current(path, wanted)]
-    if not fitting:
+    fitting = (path.name for path in [*files, model_dir / original] if is_current(path, wanted))
+    name = next(fitting, None)
+    if name is None:
         raise FileNotFoundError(
             f"{model_dir} holds no {original}, nor a compressed one, for this version: run convert_mllama(model_id, "
             f"'{model_dir}') first."
         )
-    return fitting[0].name
+    return name
 
 
 def generation_config(model_dir: Path, config: MllamaConfig) -> GenerationConfig:

@@ -6,7 +6,6 @@ processor's tensors -> OVImageEncoder -> Encoded: K/V of all tiles
 import hashlib
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,11 +77,11 @@ class StopUnlessWanted(NamedTuple):
     """An event that counts as not set while a prompt waits for the image."""
 
     stop: threading.Event
-    wanted: Counter
+    wanted: list[bytes]
     key: bytes
 
     def is_set(self) -> bool:
-        return self.stop.is_set() and not self.wanted[self.key]
+        return self.stop.is_set() and self.key not in self.wanted
 
 
 def image_inputs(
@@ -143,7 +142,7 @@ class OVImageEncoder:
         self._ir = (path, device, self.chosen.properties)
         self._request: ov.InferRequest | None = self._compile()
         self._turn = threading.Lock()
-        self._wanted: Counter[bytes] = Counter()  # images that prompts are waiting for
+        self._wanted: list[bytes] = []  # images that prompts are waiting for
         model = self._request.get_compiled_model()
         self.pixels_shape = (shapes.max_num_tiles, *static_shape(model.input("pixel_values"))[1:])
         self.output_shapes = {port.get_any_name(): static_shape(port) for port in model.outputs}
@@ -173,11 +172,11 @@ class OVImageEncoder:
         encoded, image_s, kept = {}, [], 0
         for key, part in different(images, keys).items():
             started = time.perf_counter()
-            self._wanted[key] += 1
+            self._wanted.append(key)
             try:
                 encoded[key], was_kept = self._encode_one(key, part, stop)
             finally:
-                self._wanted[key] -= 1
+                self._wanted.remove(key)
             kept += was_kept
             image_s.append(time.perf_counter() - started)
         if len(set(keys)) == 1:
@@ -201,7 +200,7 @@ class OVImageEncoder:
         image_s = []
         for key, part in different(images, image_keys(images)).items():
             started = time.perf_counter()
-            while self._wanted.total() > self._wanted[key]:
+            while any(other != key for other in self._wanted):
                 check_stop(stop)
                 time.sleep(LOOK_EVERY_S)
             self._encode_one(key, part, stop and StopUnlessWanted(stop, self._wanted, key))

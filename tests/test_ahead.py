@@ -71,6 +71,13 @@ class Thread(threading.Thread):
         return self.outcome
 
 
+def wait_until(condition) -> None:
+    until = time.perf_counter() + 10
+    while not condition():
+        assert time.perf_counter() < until
+        time.sleep(0.01)
+
+
 def picture_of(inputs) -> dict:
     return {name: inputs[name] for name in PICTURE}
 
@@ -216,8 +223,7 @@ def test_an_image_that_a_prompt_waits_for_is_not_given_up(pair, model, held):
     ahead = Thread(model.encode_images, **picture_of(inputs), stop=stop)
     assert held.begun.wait(5)
     asked = Thread(model.generate, **inputs, **GREEDY)
-    while not model.image_encoder._wanted.total():
-        time.sleep(0.01)
+    wait_until(lambda: model.image_encoder._wanted)
     stop.set()
     ahead.join(0.3)
     assert ahead.is_alive()
@@ -236,8 +242,7 @@ def test_a_prompts_image_goes_before_the_next_one(pair, model, held):
     infer = model.image_encoder._infer
     model.image_encoder._infer = lambda part, stop: order.append(part[0].sum()) or infer(part, stop)
     asked = Thread(model.generate, **inputs, **GREEDY)
-    while not model.image_encoder._wanted.total():
-        time.sleep(0.01)
+    wait_until(lambda: model.image_encoder._wanted)
     held.released.set()
     assert_right(pair, asked.result(), inputs)
     assert len(ahead.result()) == 3
