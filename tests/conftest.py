@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -82,6 +83,12 @@ class Pair:
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And this?"}]},
         ]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+@pytest.fixture
+def copy(pair, tmp_path):
+    """A copy of the pair's converted model, for tests that change it."""
+    return shutil.copytree(pair.model_dir, tmp_path / "copy")
 
 
 TRIED, WRONG = Counter(), {}

@@ -131,11 +131,6 @@ def test_second_run_reuses(pair, monkeypatch):
     assert convert_mllama(pair.checkpoint, pair.model_dir) == pair.model_dir
 
 
-@pytest.fixture
-def copy(pair, tmp_path):
-    return shutil.copytree(pair.model_dir, tmp_path / "copy")
-
-
 def test_only_what_is_missing_is_made(pair, copy):
     kept = (copy / VISION_ENCODER_NAME).stat().st_mtime_ns
     (copy / LANGUAGE_MODEL_NAME).unlink()

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,46 +14,37 @@ from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama_compression import compress, optimize_vision_encoder
 
 
-def best_pair(folder):
-    return newest(folder, LANGUAGE_MODEL_NAME), newest(folder, VISION_ENCODER_NAME)
+def best_pair(copy):
+    return newest(copy, LANGUAGE_MODEL_NAME), newest(copy, VISION_ENCODER_NAME)
 
 
-@pytest.fixture
-def folder(pair, tmp_path):
-    """A copy, without what other tests have compressed."""
-    for path in pair.model_dir.iterdir():
-        if not path.name.startswith("llm_") and "_int8" not in path.name and path.is_file():
-            shutil.copy(path, tmp_path)
-    return tmp_path
-
-
-def test_the_compressed_ones_made_last(folder):
-    assert best_pair(folder) == (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME)
-    eight = compress(folder, algo="int8_asym")
-    four = compress(folder, group_size=32)
-    vision = optimize_vision_encoder(folder, "INT8 weights compression")
-    assert best_pair(folder) == (four.name, vision.name)
+def test_the_compressed_ones_made_last(copy):
+    assert best_pair(copy) == (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME)
+    eight = compress(copy, algo="int8_asym")
+    four = compress(copy, group_size=32)
+    vision = optimize_vision_encoder(copy, "INT8 weights compression")
+    assert best_pair(copy) == (four.name, vision.name)
     os.utime(eight, (2e9, 2e9))
-    assert best_pair(folder) == (eight.name, vision.name)
+    assert best_pair(copy) == (eight.name, vision.name)
 
 
-def test_none_that_does_not_fit(folder):
-    four = compress(folder, group_size=32)
+def test_none_that_does_not_fit(copy):
+    four = compress(copy, group_size=32)
     text = four.read_text(encoding="utf-8")
     for change in (r'<checkpoint value="\w', r'<converter_version value="\w'):
         four.write_text(re.sub(change, lambda found: found[0][:-1] + "x", text), encoding="utf-8")
-        assert best_pair(folder)[0] == LANGUAGE_MODEL_NAME
+        assert best_pair(copy)[0] == LANGUAGE_MODEL_NAME
     four.write_text(text[: len(text) // 2], encoding="utf-8")
-    assert best_pair(folder)[0] == LANGUAGE_MODEL_NAME
-    (folder / LANGUAGE_MODEL_NAME).unlink()
-    assert newest(folder, VISION_ENCODER_NAME) == VISION_ENCODER_NAME
+    assert best_pair(copy)[0] == LANGUAGE_MODEL_NAME
+    (copy / LANGUAGE_MODEL_NAME).unlink()
+    assert newest(copy, VISION_ENCODER_NAME) == VISION_ENCODER_NAME
     with pytest.raises(FileNotFoundError, match="openvino_language_model.*for this version: run convert_mllama"):
-        best_pair(folder)
+        best_pair(copy)
 
 
-def test_the_command_says_which_and_serves_them(folder):
-    four = compress(folder, group_size=32)
-    command = [sys.executable, "-m", "ov_mllama", "chat", "--model-dir", str(folder)]
+def test_the_command_says_which_and_serves_them(copy):
+    four = compress(copy, group_size=32)
+    command = [sys.executable, "-m", "ov_mllama", "chat", "--model-dir", str(copy)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
         watchdog = threading.Timer(60, process.kill)
         watchdog.start()

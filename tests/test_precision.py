@@ -73,20 +73,20 @@ def test_amx_that_may_not_be_used(monkeypatch):
     assert Cpu.here().vnni
 
 
-def test_openvino_is_told(pair):
+def test_openvino_is_told(copy):
     """The compiled models have what was chosen; exact where asked for."""
-    compress(pair.model_dir, group_size=32)
-    optimize_vision_encoder(pair.model_dir, "INT8 weights compression")
+    compress(copy, group_size=32)
+    optimize_vision_encoder(copy, "INT8 weights compression")
     names = dict(
         language_model_name="llm_int4_asym_r10_gs32.xml", image_encoder_name="openvino_vision_encoder_int8_wc.xml"
     )
-    model = OVMLlamaForConditionalGeneration(pair.model_dir, **names)
+    model = OVMLlamaForConditionalGeneration(copy, **names)
     for part in (model.language_model, model.image_encoder):
         compiled = getattr(part, "compiled", None) or part._request.get_compiled_model()
         for name, value in part.chosen.properties.items():
             got = compiled.get_property(name)
             assert str(getattr(got, "get_type_name", lambda got=got: got)()) == str(value), name
-    exact = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, **names)
+    exact = OVMLlamaForConditionalGeneration(copy, ov_config=F32, **names)
     assert exact.language_model.compiled.get_property(GROUP) == 0
     assert exact.language_model.compiled.get_property("KV_CACHE_PRECISION").get_type_name() == "f32"
 

@@ -1,6 +1,5 @@
 """The published notebook's code on these modules: it gets results, or a sentence that says what to write instead."""
 
-import shutil
 import threading
 import warnings
 from functools import partial
@@ -22,11 +21,6 @@ from ov_mllama_compression import compress, compression_widgets_helper, vision_e
 from ov_mllama_helper import IMAGE_ENCODER, LANGUAGE_MODEL, OVMLlamaForConditionalGeneration
 
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
-
-
-@pytest.fixture
-def folder(pair, tmp_path):
-    return shutil.copytree(pair.model_dir, tmp_path / "model")
 
 
 def test_names_and_defaults(pair):
@@ -51,47 +45,47 @@ def test_samples_without_a_processor():
         prepare_dataset_vision(100)
 
 
-def test_an_unknown_setting(folder):
+def test_an_unknown_setting(copy):
     with pytest.raises(TypeError, match="no setting ratios: there are algo, ratio"):
-        compress(folder, ratios=1)
+        compress(copy, ratios=1)
 
 
-def quantized(pair, folder):
+def quantized(pair, copy):
     """The seed's cells."""
-    model = ov.Core().read_model(folder / IMAGE_ENCODER)
+    model = ov.Core().read_model(copy / IMAGE_ENCODER)
     samples = nncf.Dataset(prepare_dataset_vision(pair.processor, 2, SAMPLES))
     parameters = nncf.AdvancedQuantizationParameters(smooth_quant_alpha=0.6)
     model = nncf.quantize(model, samples, model_type=nncf.ModelType.TRANSFORMER, advanced_parameters=parameters)
-    ov.save_model(model, folder / "openvino_vision_encoder_int8.xml")
+    ov.save_model(model, copy / "openvino_vision_encoder_int8.xml")
     return {"image_encoder_name": "openvino_vision_encoder_int8.xml"}
 
 
-def compressed_vision(pair, folder):
-    model = nncf.compress_weights(ov.Core().read_model(folder / IMAGE_ENCODER))
-    ov.save_model(model, folder / "openvino_vision_encoder_int8_wc.xml")
+def compressed_vision(pair, copy):
+    model = nncf.compress_weights(ov.Core().read_model(copy / IMAGE_ENCODER))
+    ov.save_model(model, copy / "openvino_vision_encoder_int8_wc.xml")
     return {"image_encoder_name": "openvino_vision_encoder_int8_wc.xml"}
 
 
-def compressed_language(pair, folder):
-    model = ov.Core().read_model(folder / LANGUAGE_MODEL)
-    ov.save_model(nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM), folder / "mine.xml")
+def compressed_language(pair, copy):
+    model = ov.Core().read_model(copy / LANGUAGE_MODEL)
+    ov.save_model(nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM), copy / "mine.xml")
     return {"language_model_name": "mine.xml"}
 
 
 @pytest.mark.parametrize("make", [quantized, compressed_vision, compressed_language])
-def test_an_ir_of_ones_own_is_loaded_with_a_warning(pair, folder, make):
-    names = make(pair, folder)
+def test_an_ir_of_ones_own_is_loaded_with_a_warning(pair, copy, make):
+    names = make(pair, copy)
     with pytest.warns(UserWarning, match="its origin is not known"):
-        model = OVMLlamaForConditionalGeneration(folder, ov_config=F32, **names)
+        model = OVMLlamaForConditionalGeneration(copy, ov_config=F32, **names)
     logits = model(**pair.inputs("wide")).logits
     exact = pair.ov(**pair.inputs("wide")).logits
     assert torch.isfinite(logits).all()
     assert (logits - exact).abs().mean() < 0.5 * exact.std()
 
-    path = (folder / next(iter(names.values()))).with_suffix(".bin")
+    path = (copy / next(iter(names.values()))).with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="incomplete"):
-        OVMLlamaForConditionalGeneration(folder, **names)
+        OVMLlamaForConditionalGeneration(copy, **names)
 
 
 def test_the_chat_is_safe_as_it_stands(pair):
@@ -126,8 +120,8 @@ def test_download_file(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
 
 
-def test_what_is_ours_is_loaded_without_a_word(pair, folder):
-    name = compress(folder, group_size=32).name
+def test_what_is_ours_is_loaded_without_a_word(pair, copy):
+    name = compress(copy, group_size=32).name
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        OVMLlamaForConditionalGeneration(folder, language_model_name=name)
+        OVMLlamaForConditionalGeneration(copy, language_model_name=name)
