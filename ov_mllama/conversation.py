@@ -71,7 +71,8 @@ def sampling(temperature: float, top_p: float) -> dict:
 async def stream_words(model, processor, note=lambda stats: None, **arguments) -> AsyncIterator[str]:
     """The words of `generate` as they come, from a thread that has ended when this has.
 
-    Closing it stops the generation within a token, a picture between two layers, or what was not its turn yet.
+    Closing it stops the generation within a token, a long prompt within `PREFILL_TOKENS`, a picture between two layers,
+    or what was not its turn yet.
 
     Args:
         model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate` (`stop` too) and `turn`.

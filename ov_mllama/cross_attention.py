@@ -40,6 +40,15 @@ class CrossAttention:
             {name: take(array) for name, array in self.key_values.items()}, take(self.bias), take(self.sees_image)
         )
 
+    def tokens(self, chosen: slice) -> "CrossAttention":
+        """That of some of the step's tokens."""
+        bias, sees_image = self.bias, self.sees_image
+        if bias.shape[2] > 1:
+            bias = np.ascontiguousarray(bias[:, :, chosen])
+        if sees_image.shape[1] > 1:
+            sees_image = np.ascontiguousarray(sees_image[:, chosen])
+        return CrossAttention(self.key_values, bias, sees_image)
+
 
 def no_images(shapes: MllamaShapes) -> CrossAttention:
     """For text only: one all-zero row and the gate closed, so that the cross-attention layers add exactly nothing."""

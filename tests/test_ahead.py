@@ -1,5 +1,6 @@
 """Images encoded ahead of the question about them, given up, and waited for."""
 
+import signal
 import threading
 import time
 
@@ -159,17 +160,25 @@ def test_an_answer_is_stopped_while_its_image_is_encoded(pair, model, held):
 
 
 def test_an_answer_is_stopped_while_its_prompt_is_computed(pair, model, monkeypatch):
-    """The stop comes during the inference: the conversation is lost, the next answer right."""
-    inputs, stop = pair.inputs("wide"), threading.Event()
-    first = Held(model.language_model.compiled.create_infer_request())
-    monkeypatch.setattr("ov_mllama.language.run", lambda request, inputs, stop: run(first, inputs, stop))
-    asked = Thread(model.generate, **inputs, **GREEDY, stop=stop)
-    assert first.begun.wait(5)
-    stop.set()
-    assert isinstance(asked.result(), Stopped)
-    monkeypatch.undo()
-    assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
+    """At the end of the tokens under way; those before it are still there when it is asked for again."""
+    inputs, stop = pair.inputs("text before image"), threading.Event()
+    infer, computed = model.language_model.infer, []
+    monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", 3)
+
+    def stopped_in_the_fourth(request, given):
+        computed.append(given["input_ids"].shape[1])
+        if len(computed) == 4:
+            stop.set()
+        return infer(request, given)
+
+    monkeypatch.setattr(model.language_model, "infer", stopped_in_the_fourth)
+    with pytest.raises(Stopped):
+        model.generate(**inputs, **GREEDY, stop=stop)
+    assert computed == [3] * 4
+    stop.clear()
+    assert_right(pair, model.generate(**inputs, **GREEDY, stop=stop), inputs)
     assert model.stats.images_kept == 1
+    assert model.stats.reused_tokens == 12
 
 
 def test_an_answer_is_stopped_between_tokens(pair, model):
@@ -252,6 +261,27 @@ def test_a_prompts_image_goes_before_the_next_one(pair, model, held):
     ]
 
 
+def test_images_ahead_wait_while_a_prompt_waits_for_another(pair, model, held):
+    wanted, stop = model.image_encoder._wanted, threading.Event()
+    held.released.set()
+    wanted.append(b"another")
+    waiting = [Thread(model.encode_images, **picture_of(pair.inputs("wide")), stop=event) for event in (None, stop)]
+    time.sleep(0.3)
+    stop.set()
+    assert isinstance(waiting[1].result(), Stopped)
+    assert held.runs == 0
+    wanted.remove(b"another")
+    assert len(waiting[0].result()) == held.runs == 1
+
+
+def test_an_inference_that_is_stopped_before_is_not_begun(model, held):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        run(held, {}, stop)
+    assert held.runs == held.cancelled == 0
+
+
 def test_a_stop_that_is_set_before_begins_nothing(pair, model, held):
     stop = threading.Event()
     stop.set()
@@ -262,8 +292,7 @@ def test_a_stop_that_is_set_before_begins_nothing(pair, model, held):
     assert held.runs == 0
 
 
-@pytest.mark.parametrize("part", ["vision", "language"])
-def test_an_interrupt_while_it_computes(pair, model, monkeypatch, part):
+def test_an_interrupt_while_an_image_is_encoded(pair, model, monkeypatch):
     """Ctrl-C arrives in Python between two looks: the inference is cancelled, and the next call is right."""
     seen = []
 
@@ -272,13 +301,28 @@ def test_an_interrupt_while_it_computes(pair, model, monkeypatch, part):
             seen.append(self)
             raise KeyboardInterrupt
 
-    module = "vision" if part == "vision" else "language"
-    monkeypatch.setattr(f"ov_mllama.{module}.run", lambda request, *given: run(Interrupted(request), *given))
+    monkeypatch.setattr("ov_mllama.vision.run", lambda request, *given: run(Interrupted(request), *given))
     inputs = pair.inputs("wide")
     with pytest.raises(KeyboardInterrupt):
         model.generate(**inputs, **GREEDY)
     assert [request.cancelled for request in seen] == [1]
     monkeypatch.undo()
+    assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
+
+
+def test_an_interrupt_while_the_language_model_computes(pair, model, monkeypatch):
+    """Python notices a real Ctrl-C when the step has ended. Its tokens are lost, the weights not compiled anew."""
+    compiled, infer, inputs = model.language_model.compiled, model.language_model.infer, pair.inputs("wide")
+
+    def interrupted(*given):
+        infer(*given)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(model.language_model, "infer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs, **GREEDY)
+    monkeypatch.undo()
+    assert model.language_model.compiled is compiled
     assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
 
 

@@ -29,6 +29,18 @@ def test_greedy(any_pair, case):
     assert actual.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_long_prompt_is_computed_in_steps(any_pair, case, monkeypatch):
+    monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", 5)
+    test_logits(any_pair, case)
+    test_greedy(any_pair, case)
+    inputs = any_pair.inputs(case)
+    last, real = any_pair.ov(**inputs, logits_to_keep=7).logits, inputs["attention_mask"][:, -7:].bool()
+    monkeypatch.undo()
+    at_once = any_pair.ov(**inputs, logits_to_keep=7).logits
+    torch.testing.assert_close(last[real], at_once[real], atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("case", ["large", "text only", "padded text only", "mixed batch", "chat"])
 def test_beams(any_pair, case):
     kwargs = dict(GREEDY, num_beams=3, num_return_sequences=2, return_dict_in_generate=True, output_scores=True)

@@ -73,16 +73,18 @@ def test_amx_that_may_not_be_used(monkeypatch):
     assert Cpu.here().vnni
 
 
-def test_openvino_is_told(copy):
-    """The compiled models have what was chosen; exact where asked for."""
-    compress(copy, group_size=32)
-    optimize_vision_encoder(copy, "INT8 weights compression")
+@pytest.mark.parametrize("cpu", [AMX, INTEL])
+def test_openvino_is_told(copy, monkeypatch, cpu):
+    """The compiled models have what was chosen, none of it OpenVINO's default; exact where asked for."""
+    monkeypatch.setattr(Cpu, "here", lambda: cpu)
     names = dict(
-        language_model_name="llm_int4_asym_r10_gs32.xml", image_encoder_name="openvino_vision_encoder_int8_wc.xml"
+        language_model_name=compress(copy, algo="int8_asym").name,
+        image_encoder_name=optimize_vision_encoder(copy, "INT8 weights compression").name,
     )
     model = OVMLlamaForConditionalGeneration(copy, **names)
-    for part in (model.language_model, model.image_encoder):
-        compiled = getattr(part, "compiled", None) or part._request.get_compiled_model()
+    language, vision = model.language_model, model.image_encoder
+    assert language.chosen.properties[GROUP] == vision.chosen.properties[GROUP] == 128
+    for part, compiled in ((language, language.compiled), (vision, vision._request.get_compiled_model())):
         for name, value in part.chosen.properties.items():
             got = compiled.get_property(name)
             assert str(getattr(got, "get_type_name", lambda got=got: got)()) == str(value), name

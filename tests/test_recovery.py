@@ -1,5 +1,8 @@
 """An inference that fails half way: the next right call is right. Each in a fresh model, whose caches hold nothing but
-what the failing call left; the inference is made to fail behind the checks, in several ways."""
+what the failing call left; the inference is made to fail behind the checks, in several ways.
+
+The language model's inferences are never cancelled. They were once, and inferences of other shapes put its graph right
+again; but the process crashed in those every thirtieth time (malloc(): unaligned tcache chunk detected)."""
 
 import contextlib
 import random
@@ -12,7 +15,9 @@ import pytest
 import torch
 
 from conftest import F32, ROOT
-from ov_mllama.language import OVLanguageModel
+from ov_mllama.cache import Prompt
+from ov_mllama.cross_attention import no_images
+from ov_mllama.language import language_inputs
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 
 pytestmark = pytest.mark.torture
@@ -28,11 +33,18 @@ class Faulty:
     def __getattr__(self, name):
         return getattr(self.request, name)
 
-    def start_async(self, inputs, share_inputs):
+    def _fail(self, inputs):
         fault, self.fault = self.fault, None
         if fault:
             fault(self.request, dict(inputs))
             raise AssertionError("it did not fail")
+
+    def infer(self, inputs, share_inputs):
+        self._fail(inputs)
+        return self.request.infer(inputs, share_inputs=share_inputs)
+
+    def start_async(self, inputs, share_inputs):
+        self._fail(inputs)
         return self.request.start_async(inputs, share_inputs=share_inputs)
 
 
@@ -78,7 +90,6 @@ FAULTS = {
     "bias of another length": changed(cross_attention_bias=lambda bias: np.zeros((1, 1, 3, 1), np.float32)),
     "beams that are not there": changed(beam_idx=lambda index: index.repeat(2)),
     "values for other rows than keys": changed(**{"cross_attn_key_values.3.value": lambda value: value[:, :, 1:]}),
-    "cancelled": cancelled,
     "interrupted": interrupted,
     "out of memory": out_of_memory,
 }
@@ -140,22 +151,7 @@ def test_the_next_call_is_right(pair, right, fault, before, times, tally):
     tally("failed inferences", count, wrong)
 
 
-def test_without_the_remedy_it_would_not_be(pair, right, monkeypatch):
-    """Guards this file: the faults do harm."""
-    monkeypatch.setattr(OVLanguageModel, "_settle", lambda self: None)
-    harmful = set()
-    for name, fault in FAULTS.items():
-        for _ in range(40 if name == "cancelled" else 1):
-            if name not in harmful:
-                model = fresh(pair)
-                model(**right[0]["wide"])
-                fail(model, fault, pair.inputs("chat") if name == "cancelled" else right[0]["wide"])
-                harmful |= {name} if differs(model, right, "wide") else set()
-    assert len(harmful) >= 5
-    assert "cancelled" in harmful
-
-
-@pytest.mark.parametrize("fault", ["mask too short", "cancelled", "interrupted"])
+@pytest.mark.parametrize("fault", ["mask too short", "interrupted"])
 def test_a_failing_step_in_the_middle_of_an_answer(pair, right, fault, times, tally):
     wrong, count = [], times(2, 20)
     for _ in range(count):
@@ -170,19 +166,36 @@ def test_a_failing_step_in_the_middle_of_an_answer(pair, right, fault, times, ta
     tally("failed inferences", count, wrong)
 
 
-def test_the_other_conversations_go_on(pair, right, times, tally):
+@pytest.mark.parametrize("fault", ["mask too short", "interrupted"])
+def test_the_other_conversations_go_on(pair, right, fault, times, tally):
+    """What is interrupted loses its own tokens; what fails those of all, which are computed once more."""
     wrong, count = [], times(3, 20)
     for _ in range(count):
         model = fresh(pair)
         inputs = pair.inputs("chat")
         answer = model.generate(**inputs, **GREEDY)
-        fail(model, cancelled, right[0]["wide"])
+        fail(model, FAULTS[fault], right[0]["wide"])
         longer = dict(inputs, input_ids=torch.cat([answer, torch.tensor([[70, 71]])], 1))
         longer["attention_mask"] = torch.ones_like(longer["input_ids"])
         expected = pair.hf.generate(**longer, **GREEDY)
-        if model.generate(**longer, **GREEDY).tolist() != expected.tolist() or not model.stats.reused_tokens:
+        ours = model.generate(**longer, **GREEDY)
+        if ours.tolist() != expected.tolist() or bool(model.stats.reused_tokens) != (fault == "interrupted"):
             wrong.append(f"{model.stats.reused_tokens} reused")
     tally("failed inferences", count, wrong)
+
+
+def test_a_session_whose_tokens_went_with_anothers_failure(pair, right):
+    """It says so, rather than go on with an empty KV cache; begun again it is right."""
+    model = fresh(pair)
+    prompt = Prompt(pair.inputs("text only")["input_ids"].numpy())
+    session, token = model.language_model.session(), np.array([[70]])
+    expected = session.prefill(prompt), session.decode(token)
+    session.prefill(prompt)
+    fail(model, FAULTS["mask too short"], right[0]["wide"])
+    with pytest.raises(ValueError, match="begin with prefill"):
+        session.decode(token)
+    for ours, theirs in zip((session.prefill(prompt), session.decode(token)), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("fault", [cancelled, interrupted])
@@ -200,17 +213,6 @@ def test_an_image_whose_encoding_fails(pair, right, fault, times, tally):
     tally("failed inferences", count, wrong)
 
 
-def test_a_failure_while_recovering_is_recovered_from(pair, right):
-    model = fresh(pair)
-    fail(model, cancelled, right[0]["wide"])
-    probe = model.language_model._probe
-    model.language_model._probe = lambda *shape: (_ for _ in ()).throw(KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(**right[0]["wide"])
-    model.language_model._probe = probe
-    assert not differs(model, right, "wide")
-
-
 # ---- What callers give stays theirs ----
 
 
@@ -220,7 +222,10 @@ def test_inputs_are_never_written_to(pair, right):
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     model(**inputs)
     other = model.language_model.compiled.create_infer_request()
-    other.infer(model.language_model._probe(1, 12, 3))  # without share_inputs: copied to where the request points
+    ids = np.zeros((1, 12), np.int64)
+    other.infer(
+        language_inputs(ids, no_images(model.language_model.shapes))
+    )  # without share_inputs: copied to where the request points
     model(**pair.inputs("text only"))
     for name, tensor in inputs.items():
         assert torch.equal(tensor, before[name]), name
