@@ -313,14 +313,18 @@ def test_an_interrupt_while_an_image_is_encoded(pair, model, monkeypatch):
 def test_an_interrupt_while_the_language_model_computes(pair, model, monkeypatch):
     """Python notices a real Ctrl-C when the step has ended. Its tokens are lost, the weights not compiled anew."""
     compiled, infer, inputs = model.language_model.compiled, model.language_model.infer, pair.inputs("wide")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
 
     def interrupted(*given):
         infer(*given)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(model.language_model, "infer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(**inputs, **GREEDY)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**inputs, **GREEDY)
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     assert model.language_model.compiled is compiled
     assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
