@@ -7,21 +7,21 @@
 #   make chat       open the chat in a browser, on the demo model or on MODEL_DIR=<folder of convert_mllama>
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb, types of the package, spelling
-# MODEL_ID=<hub id or folder> runs the notebook on another checkpoint.
+# MODEL_ID=<hub id or folder> runs the notebook on another checkpoint; its other settings go the same way, such as
+# CALIBRATION_DATA=lmms-lab/flickr30k COMPARE_WITH_PYTORCH=False.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch from there (0.2 GB) instead of PyPI (5 GB).
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-MODEL_ID ?=
 MODEL_DIR ?=
+SETTINGS := MODEL_ID CALIBRATION_DATA MAX_NEW_TOKENS COMPARE_WITH_PYTORCH
 BIN := .venv/bin
-comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: notebook test quick torture lab chat bench lint clean
 
 notebook: .venv/.run
-	$(BIN)/python -c "import notebook_utils; notebook_utils.execute('mllama-3.2.ipynb', 'build'$(if $(MODEL_ID),$(comma) MODEL_ID='$(MODEL_ID)'))"
+	$(BIN)/python -c "import sys, notebook_utils as nb; nb.execute('mllama-3.2.ipynb', 'build', **dict(a.split('=', 1) for a in sys.argv[1:]))" $(foreach name,$(SETTINGS),$(if $($(name)),'$(name)=$($(name))'))
 
 lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb

@@ -3,6 +3,7 @@
 It knows files, OpenVINO devices and notebooks, nothing of what the model computes.
 """
 
+import ast
 import importlib.metadata
 import platform
 import re
@@ -170,23 +171,48 @@ def show_price_list(rows: list[dict]) -> None:
     plt.show()
 
 
+def settings(source: str, given: dict) -> dict:
+    """What is given for a notebook's parameters, with the types of their defaults: "False" of a command line is False.
+
+    Args:
+        source: of the cell with the defaults, one `NAME = value` a line.
+    Raises:
+        ValueError: a name that is none of theirs, a value of another type.
+    """
+    defaults = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+    values = {}
+    for name, value in given.items():
+        if name not in defaults:
+            raise ValueError(f"'{name}' is none of the notebook's settings: {', '.join(defaults)}.")
+        kind = type(defaults[name])
+        try:
+            values[name] = ast.literal_eval(value) if isinstance(value, str) and kind is not str else value
+        except (ValueError, SyntaxError):
+            values[name] = None
+        if not isinstance(values[name], kind):
+            raise ValueError(f"{name}={value} must be like {defaults[name]!r}.")
+    return values
+
+
 def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
     """Runs a notebook from top to bottom without a screen and prints its answers.
 
     Args:
         notebook: the .ipynb, run in its own folder and left as it is.
         out_dir: folder for the executed copy, as .ipynb and .html.
-        parameters: values that replace those of the cell tagged "parameters".
+        parameters: values that replace those of the cell tagged "parameters", as `settings` takes them.
     Returns:
         path of the executed .ipynb.
     Raises:
+        ValueError: as `settings`.
         nbclient.exceptions.CellExecutionError: a cell failed; the copy holds all that ran, with the error.
     """
     notebook, out_dir = Path(notebook), Path(out_dir)
     nb = nbformat.read(notebook, as_version=4)
     if parameters:
         index = next(i for i, cell in enumerate(nb.cells) if "parameters" in cell.metadata.get("tags", []))
-        source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+        values = settings(nb.cells[index].source, parameters)
+        source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
         nb.cells.insert(index + 1, nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]}))
 
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 
@@ -112,6 +113,29 @@ def test_cells_are_short_and_valid(committed):
     for cell in code_cells(committed):
         assert len(cell.source.splitlines()) <= 20
         ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!"))))
+
+
+def test_settings_have_the_types_of_their_defaults(committed):
+    source = cell_with(committed, "MODEL_ID = ").source
+    given = {"MODEL_ID": "12", "MAX_NEW_TOKENS": "7", "COMPARE_WITH_PYTORCH": "False"}
+    right = {"MODEL_ID": "12", "MAX_NEW_TOKENS": 7, "COMPARE_WITH_PYTORCH": False}
+    assert notebook_utils.settings(source, given) == notebook_utils.settings(source, right) == right
+    for name, value, sentence in [
+        ("MODEL", "demo_model", "none of the notebook's settings: MODEL_ID, "),
+        ("MAX_NEW_TOKENS", "many", "must be like 100"),
+        ("COMPARE_WITH_PYTORCH", "0", "must be like True"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            notebook_utils.settings(source, {name: value})
+
+
+def test_make_notebook_passes_every_setting(committed):
+    source = cell_with(committed, "MODEL_ID = ").source
+    given = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+    words = [f"{name}={value}" for name, value in given.items()]
+    make = ["make", "-n", "-o", ".venv/.run", "notebook", *words]
+    shown = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    assert shlex.split(shown)[-len(words) :] == words
 
 
 def test_table_of_contents_leads_somewhere(committed):
