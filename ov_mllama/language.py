@@ -24,8 +24,8 @@ from ov_mllama.shapes import MllamaShapes
 from ov_mllama.vision import Encoded, check_finite
 
 # Tokens of a prompt computed at once, all rows together: the longest that a person who stops it waits, 2.8 s with the
-# 11B on two cores. Smaller steps cost more (slice of the 11B, INT4: a prompt of 256 tokens takes 1.07 of the time that
-# it takes at once, in steps of 64 1.17, of 32 1.47; one of 600 takes 1.2, 1.3 and 1.45).
+# 11B on two cores. It costs a tenth of the time of long prompts, steps of 64 would a fifth, of 32 two fifths
+# (benchmarks/README.md).
 PREFILL_TOKENS = 128
 GONE = "There is nothing to go on with, or it was lost when a step failed: begin with prefill."
 
