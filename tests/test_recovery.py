@@ -198,6 +198,23 @@ def test_a_session_whose_tokens_went_with_anothers_failure(pair, right):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_session_whose_tokens_go_in_the_middle_of_its_prompt(pair, monkeypatch):
+    """Another session's failure comes between two steps of the prompt."""
+    model = fresh(pair)
+    session, infer, steps = model.language_model.session(), model.language_model.infer, []
+
+    def then_lost(*given):
+        steps.append(infer(*given))
+        session.reset()
+        return steps[-1]
+
+    monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", 3)
+    monkeypatch.setattr(model.language_model, "infer", then_lost)
+    with pytest.raises(ValueError, match="begin with prefill"):
+        session.prefill(Prompt(pair.inputs("text only")["input_ids"].numpy()))
+    assert len(steps) == 1
+
+
 @pytest.mark.parametrize("fault", [cancelled, interrupted])
 def test_an_image_whose_encoding_fails(pair, right, fault, times, tally):
     wrong, count = [], times(3, 20)
@@ -222,10 +239,8 @@ def test_inputs_are_never_written_to(pair, right):
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     model(**inputs)
     other = model.language_model.compiled.create_infer_request()
-    ids = np.zeros((1, 12), np.int64)
-    other.infer(
-        language_inputs(ids, no_images(model.language_model.shapes))
-    )  # without share_inputs: copied to where the request points
+    given = language_inputs(np.zeros((1, 12), np.int64), no_images(model.language_model.shapes))
+    other.infer(given)  # without share_inputs: copied to where the request points
     model(**pair.inputs("text only"))
     for name, tensor in inputs.items():
         assert torch.equal(tensor, before[name]), name
