@@ -7,6 +7,8 @@ sample has its own tiles and masks. Nothing is kept: iterating again reads, deco
 one sample.
 """
 
+import functools
+import io
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,14 +20,14 @@ import PIL.Image
 from datasets import IterableDataset, get_dataset_split_names, load_dataset
 from tqdm.auto import tqdm
 
-from demo_model import SAMPLES
 from ov_mllama.cross_attention import restrict, tiles_seen
 from ov_mllama.images import open_picture
 from ov_mllama.language import language_inputs
+from ov_mllama.photographs import QUESTION, calibration_samples, photographs
 from ov_mllama.vision import ImageInputs, OVImageEncoder, image_inputs
 
 HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
-QUESTION = "Describe this image."
+PHOTOGRAPHS = "photographs"  # the source that needs no network, `ov_mllama/photographs.py`
 CAPTION_COLUMNS = ("answer", "caption", "captions", "text", "sentence", "sentences")
 
 
@@ -33,21 +35,25 @@ CAPTION_COLUMNS = ("answer", "caption", "captions", "text", "sentence", "sentenc
 
 
 def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDataset:
-    """A shuffled stream of a local `imagefolder` or of a set on the hub that holds its pictures, its first split.
+    """A shuffled stream of a local `imagefolder`, of a set on the hub that holds its pictures (its first split), or of
+    the PHOTOGRAPHS that come with installed packages.
 
-    Without a `source` it is HUB_SET, or where the hub is out of reach (it says so) the demo checkpoint's samples.
-    Nothing is executed from the hub (datasets 5 runs no scripts) and no picture is fetched from elsewhere.
+    Without a `source` it is HUB_SET, or where the hub is out of reach (it says so) the PHOTOGRAPHS. A folder of that
+    name comes before them. Nothing is executed from the hub (datasets 5 runs no scripts) and no picture is fetched
+    from elsewhere.
 
     Raises:
-        FileNotFoundError: no such folder or set, or no network.
+        FileNotFoundError: no such folder or set, no network, or a package of the photographs is not installed.
         ValueError: the set has no column of pictures or none of captions.
     """
     if source is None:
         try:
             return open_dataset(HUB_SET, seed)
         except FileNotFoundError:
-            print(f"{HUB_SET} is out of reach: calibrating with the demo checkpoint's few drawings instead")
-            source = SAMPLES
+            print(f"{HUB_SET} is out of reach: the photographs that come with installed packages are used instead")
+            return open_photographs(seed)
+    if str(source) == PHOTOGRAPHS and not Path(source).is_dir():
+        return open_photographs(seed)
     try:
         if Path(source).is_dir():
             data = load_dataset("imagefolder", data_dir=str(source), split="train", streaming=True)
@@ -56,10 +62,43 @@ def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDat
     except (OSError, ConnectionError) as error:
         raise FileNotFoundError(
             f"'{source}' is neither a folder of pictures here nor a data set that can be reached on the Hugging Face "
-            f"hub ({type(error).__name__}): check the spelling and the network, or give {SAMPLES}."
+            f"hub ({type(error).__name__}): check the spelling and the network, or give "
+            f"'{PHOTOGRAPHS}', which need none."
         ) from error
     columns(data)
     return data.shuffle(seed=seed, buffer_size=256)
+
+
+def open_photographs(seed: int) -> IterableDataset:
+    """`photographs.calibration_samples` as a shuffled stream of columns "image", "question" and "caption"."""
+    samples = calibration_samples()
+    for sample in samples:
+        file = io.BytesIO()
+        sample["image"].save(file, "BMP")  # as PNG, which datasets would write, all take 3 s instead of 0.02
+        sample["image"] = {"bytes": file.getvalue(), "path": None}
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "question": text, "caption": text})
+    data = datasets.Dataset.from_list(samples, features=features)  # in memory: 30 MB, no file
+    return data.to_iterable_dataset().shuffle(seed=seed, buffer_size=256)
+
+
+def own_samples(checkpoint: str | Path) -> Path | None:
+    """The folder `samples` of a checkpoint that brings pictures of what it knows, in `imagefolder` form, as the demo's
+    does: what to calibrate with, and to ask about. None if it brings none, or is a name on the hub.
+    """
+    folder = Path(checkpoint) / "samples"
+    return folder if any(folder.glob("metadata.*")) else None
+
+
+def questions_about(checkpoint: str | Path) -> list[dict]:
+    """What to ask a checkpoint: its own samples, {"image", "question", "answer"}; else photographs and questions, whose
+    right answers nobody has written down (`photographs.photographs`).
+
+    Raises:
+        FileNotFoundError: a package that brings the photographs is not installed.
+    """
+    folder = own_samples(checkpoint)
+    return list(load_dataset("imagefolder", data_dir=str(folder), split="train")) if folder else photographs()
 
 
 def columns(data: IterableDataset) -> tuple[str, str]:
@@ -74,17 +113,17 @@ def columns(data: IterableDataset) -> tuple[str, str]:
     return pictures[0], captions[0]
 
 
-def load_samples(source: str | Path | None, count: int, seed: int = 0) -> Iterator[dict]:
+def load_samples(source: str | Path | IterableDataset | None, count: int, seed: int = 0) -> Iterator[dict]:
     """At most `count` samples {"image": RGB picture, "question", "answer"}, in the same order for the same seed.
 
     Says with a progress bar how far it is, after the first sample how many minutes all will take (if more than one),
     and at the end what was skipped and why.
 
     Args:
-        source: hub id, folder in `imagefolder` form, or None (see `open_dataset`); a column "question" replaces
-            "Describe this image.".
+        source: hub id, folder in `imagefolder` form, PHOTOGRAPHS, or None (see `open_dataset`), or what that returns; a
+            column "question" replaces "Describe this image.".
     """
-    data, skipped = open_dataset(source, seed), Counter()
+    data, skipped = source if isinstance(source, IterableDataset) else open_dataset(source, seed), Counter()
     picture_column, caption_column = columns(data)
     # undecoded, so that one broken file is one skipped sample and not the end of the stream
     data = data.cast_column(picture_column, datasets.Image(decode=False))
@@ -119,10 +158,10 @@ class Samples(Iterable):
     """`make(sample)` of each sample, made anew at each iteration."""
 
     def __init__(self, make, source: str | Path | None, count: int, seed: int):
-        self.make, self.source, self.count, self.seed = make, source, count, seed
+        self.make, self.count, self.open = make, count, functools.cache(functools.partial(open_dataset, source, seed))
 
-    def __iter__(self):
-        return (self.make(sample) for sample in load_samples(self.source, self.count, self.seed))
+    def __iter__(self):  # the hub is asked once, which takes half a minute where it is out of reach
+        return (self.make(sample) for sample in load_samples(self.open(), self.count))
 
 
 def processed(processor, sample: dict) -> dict[str, np.ndarray]:

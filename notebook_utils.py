@@ -7,7 +7,6 @@ import ast
 import importlib.metadata
 import platform
 import re
-import shutil
 import textwrap
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import openvino as ov
 import pandas as pd
 import psutil
-from IPython.display import display
+from IPython.display import Markdown, display
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
@@ -34,13 +33,14 @@ def show_versions(*packages: str) -> None:
     print(", ".join([f"Python {platform.python_version()}", *versions]))
 
 
-def show_resources(model_id: str | Path, model_dir: Path) -> None:
-    """Prints the size of a local checkpoint, free disk where `model_dir` will be, and free memory."""
-    weights = [path.stat().st_size for path in Path(model_id).glob("*.safetensors")]
-    size = f"{sum(weights) / GB:.3g} GB of weights" if weights else "not on this disk yet"
-    existing = next(folder for folder in [model_dir, *model_dir.resolve().parents] if folder.is_dir())
-    disk, memory = shutil.disk_usage(existing).free, psutil.virtual_memory().available
-    print(f"{model_id}: {size}; free: {disk / GB:.0f} GB of disk, {memory / GB:.0f} GB of memory")
+def show_plan(plan) -> None:
+    """Shows what is free here, each step with its time, memory and disk, and what there is too little of.
+
+    Args:
+        plan: `ov_mllama.plan.Plan`.
+    """
+    print(f"Free: {plan.machine.memory / GB:.0f} GB of memory, {plan.machine.disk / GB:.0f} GB of disk.", *plan.lacking)
+    display(Markdown(str(plan)))
 
 
 def download_file(url: str, filename: str | Path | None = None, directory: str | Path = ".") -> Path:
@@ -88,34 +88,39 @@ def show_ports(ir_path: Path) -> None:
             print(f"  {direction} {port.get_any_name():<32} {port.element_type.get_type_name()} {shape}")
 
 
-def show_answers(samples, answers: list[str], columns: int = 5) -> None:
-    """Shows each sample's picture with its question and the model's answer, green if it is the right one, and counts.
+def show_answers(samples, answers: list[str]) -> None:
+    """Shows each sample's picture with its question and the model's answer, a long one shortened; where the right ones
+    are known, green if it is that, else red, and their count.
 
     Args:
-        samples: of columns "image", "question" and "answer" (the right one), such as an imagefolder data set.
+        samples: of columns "image", "question" and, if it is known, "answer" (the right one).
     """
-    rows = -(-len(answers) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.2 * rows), layout="constrained")
+    columns = 5 if max(map(len, answers)) < 120 else 2
+    rows, letters = -(-len(answers) // columns), 170 // columns  # in a line under a picture
+    figure, axes = plt.subplots(rows, columns, figsize=(15, (3.2 if columns == 5 else 5) * rows), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, sample, answer in zip(axes.flat, samples, answers, strict=False):
-        right = answer == sample["answer"]
+        expected = sample.get("answer", answer)
+        right = answer == expected
         width, height = sample["image"].size
         axis.imshow(sample["image"])
-        axis.set_title(f"{width} × {height}\n" + textwrap.fill(sample["question"], 34), fontsize=9)
-        text = textwrap.fill(answer if right else f"{answer} (right: {sample['answer']})", 34)
+        axis.set_title(f"{width} × {height}\n" + textwrap.fill(sample["question"], letters), fontsize=9)
+        shown = textwrap.shorten(answer, 6 * letters, placeholder=" …") + f" (right: {expected})" * (not right)
         axis.text(
             0.5,
             -0.04,
-            text,
+            textwrap.fill(shown, letters),
             transform=axis.transAxes,
             ha="center",
             va="top",
             fontsize=9,
-            color="green" if right else "red",
+            color=("green" if right else "red") if "answer" in sample else "black",
         )
     plt.show()
-    print(f"{sum(a == s['answer'] for a, s in zip(answers, samples, strict=True))} of {len(answers)} answers are right")
+    if all("answer" in sample for sample in samples):
+        right = sum(answer == sample["answer"] for answer, sample in zip(answers, samples, strict=True))
+        print(f"{right} of {len(answers)} answers are right")
 
 
 def show_tiles(image, inputs, processor, padding_alike: bool) -> None:
@@ -147,25 +152,34 @@ def show_tiles(image, inputs, processor, padding_alike: bool) -> None:
     plt.show()
 
 
-def show_sizes(*ir_paths: Path) -> None:
-    """Prints the size on disk of IRs, and how much smaller than the first each is."""
-    sizes = [path.with_suffix(".bin").stat().st_size for path in ir_paths]
-    for path, size in zip(ir_paths, sizes, strict=True):
-        print(f"{size / 1e6:10.1f} MB, {sizes[0] / size:.1f} times smaller: {path.name}")
+def show_sizes(original: Path, smaller: Path) -> None:
+    """Prints the size on disk of two IRs; of the smaller one alone where the original was never written."""
+    size, whole = (path.with_suffix(".bin").stat().st_size if path.is_file() else 0 for path in (smaller, original))
+    if whole and smaller != original:
+        print(f"{whole / 1e6:10.1f} MB: {original.name}")
+    times = f", {whole / size:.1f} times smaller" * (whole > size)
+    print(f"{size / 1e6:10.1f} MB{times}: {smaller.name}")
 
 
 def show_price_list(rows: list[dict]) -> None:
-    """Shows what each variant costs: a table, and a plot of exact match over size on disk.
+    """Shows what each variant costs: a table, and a plot over size on disk of what it loses: exact match where that is
+    known, else divergence, with two standard errors.
 
     Args:
         rows: as `ov_mllama.quality.price_list` returns them.
     """
     table = pd.DataFrame(rows).set_index("variant")
-    display(table.round({name: 4 if name == "kl" else 1 for name in table}))
+    display(table.round({name: 4 if name.startswith("kl") else 1 for name in table}))
     figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for name, row in table.iterrows():
-        axis.scatter(row["size_mb"], row["all"], label=name)
-    axis.set(xlabel="size on disk, MB", ylabel="exact match, %")
+        if "all" in table:
+            axis.scatter(row["size_mb"], row["all"], label=name)
+        else:
+            axis.errorbar(row["size_gb"], row["kl"], yerr=2 * row["kl_error"], fmt="o", capsize=3, label=name)
+    if "all" in table:
+        axis.set(xlabel="size on disk, MB", ylabel="exact match, %")
+    else:
+        axis.set(xlabel="size on disk, GB", ylabel="divergence, nats a token")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     plt.show()
@@ -194,12 +208,13 @@ def settings(source: str, given: dict) -> dict:
     return values
 
 
-def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
+def execute(notebook: str | Path, out_dir: str | Path, timed: bool = False, **parameters) -> Path:
     """Runs a notebook from top to bottom without a screen and prints its answers.
 
     Args:
         notebook: the .ipynb, run in its own folder and left as it is.
         out_dir: folder for the executed copy, as .ipynb and .html.
+        timed: leave in each cell's metadata when it ran.
         parameters: values that replace those of the cell tagged "parameters", as `settings` takes them.
     Returns:
         path of the executed .ipynb.
@@ -224,7 +239,7 @@ def execute(notebook: str | Path, out_dir: str | Path, **parameters) -> Path:
             nb,
             timeout=None,
             coalesce_streams=True,
-            record_timing=False,
+            record_timing=timed,
             resources={"metadata": {"path": str(notebook.parent)}},
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
             on_cell_executed=lambda **_: bar.update(),

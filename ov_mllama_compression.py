@@ -1,7 +1,7 @@
 """IR -> smaller IR: what the notebook calls, and the widgets that choose.
 
-- What NNCF is told, which settings go together, which file comes out: `ov_mllama/compress.py`.
-- What it will take in memory and disk: `ov_mllama/plan.py`.
+- Which settings there are and go together: `ov_mllama/settings.py`; what NNCF is told: `ov_mllama/compress.py`.
+- What it will take in memory, disk and time: `ov_mllama/costs.py`.
 - Where calibration samples come from: `data_preprocessing.py`, loaded only where they are needed.
 """
 
@@ -10,18 +10,9 @@ from pathlib import Path
 
 import ipywidgets
 
-from ov_mllama.compress import (
-    DATA_METRIC,
-    DATA_METRICS,
-    GROUP_SIZES,
-    INT4,
-    INT8,
-    VISION_OPTIONS,
-    Settings,
-    compress_language_model,
-    make_vision_encoder,
-)
+from ov_mllama.compress import DATA_METRICS, VISION_OPTIONS, compress_language_model, make_vision_encoder
 from ov_mllama.precision import vision_option
+from ov_mllama.settings import DATA_METRIC, GROUP_SIZES, INT4, INT8, Settings
 
 __all__ = [
     "VISION_OPTIONS",
@@ -48,7 +39,7 @@ def compress(
         checkpoint: the original, as given to `convert_mllama`: then the 16-bit IR is neither needed nor written.
         force: make it anew.
         settings: `algo`, `ratio`, `sm`, `awq`, `scale_estimation`, `lora`, `gptq`, `group_size`, `all_layers`,
-            `dataset_size`, `int8_layers`, as `ov_mllama.compress.Settings` explains them.
+            `dataset_size`, `int8_layers`, as `ov_mllama.settings.Settings` explains them.
     Returns:
         path of the compressed .xml in `model_dir`, its name composed from the settings.
     Raises:

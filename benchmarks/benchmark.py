@@ -432,6 +432,17 @@ def rounded(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def provenance(module: str) -> dict:
+    """What every figure must come with: the machine, the versions, the command (folders by their names)."""
+    names = ("torch", "transformers", "openvino", "nncf")
+    return {
+        "machine": f"{ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, {psutil.cpu_count(logical=False)} cores, "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "command": " ".join([f"python -m {module}", *(Path(option).name for option in sys.argv[1:])]),
+    }
+
+
 def main() -> None:
     """The command line: converts what is missing, measures, prints, and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -447,10 +458,7 @@ def main() -> None:
     out = options.out or options.checkpoint.with_name(options.checkpoint.name + "-ov")
 
     report = {
-        "machine": f"{ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, {psutil.cpu_count(logical=False)} cores, "
-        f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "openvino", "nncf")},
-        "command": " ".join(["python -m benchmarks.benchmark", *(Path(option).name for option in sys.argv[1:])]),
+        **provenance("benchmarks.benchmark"),
         "bandwidth_gb_s": bandwidth(),
         "conversion": convert(options.checkpoint, out, options.variants, options.pictures),
         "variants": compare(options.checkpoint, out, options.variants, options),

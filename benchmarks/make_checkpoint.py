@@ -21,23 +21,70 @@ from transformers import AutoProcessor, GenerationConfig, MllamaConfig, MllamaFo
 from demo_model.checkpoint import clear_padding_embeddings
 
 DEMO = Path(__file__).resolve().parents[1] / "demo_model"
-CROSS_ATTENTION_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
+VOCABULARY, IMAGE_TOKEN = 128256, 128256
+SPECIAL_TOKENS = {
+    "<|begin_of_text|>": 128000,
+    "<|end_of_text|>": 128001,
+    "<|finetune_right_pad_id|>": 128004,
+    "<|start_header_id|>": 128006,
+    "<|end_header_id|>": 128007,
+    "<|eom_id|>": 128008,
+    "<|eot_id|>": 128009,
+    "<|python_tag|>": 128010,
+    "<|image|>": IMAGE_TOKEN,
+}
 SHARD_BYTES = 500_000_000  # a tensor larger than that (embedding, head: 1.05 GB) is a shard of its own
 CHUNK = 1 << 24  # values drawn at a time, in float32
 
 
-def make_config(text_layers: int, vision_layers: int, global_layers: int, image_token: int) -> MllamaConfig:
-    """The 11B configuration with fewer layers; the vision tower hands on those intermediate outputs that remain."""
+SHAPES = {
+    "11b": dict(
+        text_layers=40,
+        hidden_size=4096,
+        intermediate_size=14336,
+        heads=32,
+        vision_size=1280,
+        vision_layers=32,
+        global_layers=8,
+    ),
+    "90b": dict(
+        text_layers=100,
+        hidden_size=8192,
+        intermediate_size=28672,
+        heads=64,
+        vision_size=1280,
+        vision_layers=32,
+        global_layers=8,
+    ),
+    # nothing like a checkpoint that anybody has: the 11B's vocabulary and tiles on the least behind them
+    "small": dict(
+        text_layers=5, hidden_size=128, intermediate_size=256, heads=8, vision_size=64, vision_layers=4, global_layers=1
+    ),
+}
+
+
+def make_config(
+    text_layers: int,
+    vision_layers: int,
+    global_layers: int,
+    image_token: int = IMAGE_TOKEN,
+    hidden_size: int = 4096,
+    intermediate_size: int = 14336,
+    heads: int = 32,
+    vision_size: int = 1280,
+) -> MllamaConfig:
+    """The 11B's configuration with fewer layers, or with other widths; the vision tower hands on those intermediate
+    outputs that remain."""
     indices = [i for i in (3, 7, 15, 23, 30) if i < vision_layers - 1] + [vision_layers - 1] * (vision_layers < 32)
     return MllamaConfig(
         text_config={
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
+            "vocab_size": VOCABULARY,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
             "num_hidden_layers": text_layers,
-            "num_attention_heads": 32,
+            "num_attention_heads": heads,
             "num_key_value_heads": 8,
-            "cross_attention_layers": [i for i in CROSS_ATTENTION_LAYERS if i < text_layers],
+            "cross_attention_layers": list(range(3, text_layers, 5)),
             "max_position_embeddings": 131072,
             "rope_parameters": {
                 "rope_type": "llama3",
@@ -49,8 +96,8 @@ def make_config(text_layers: int, vision_layers: int, global_layers: int, image_
             },
         },
         vision_config={
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
+            "hidden_size": vision_size,
+            "intermediate_size": 4 * vision_size,
             "num_hidden_layers": vision_layers,
             "num_global_layers": global_layers,
             "attention_heads": 16,
@@ -58,11 +105,26 @@ def make_config(text_layers: int, vision_layers: int, global_layers: int, image_
             "patch_size": 14,
             "max_num_tiles": 4,
             "intermediate_layers_indices": indices,
-            "vision_output_dim": 1280 * (1 + len(indices)),
+            "vision_output_dim": vision_size * (1 + len(indices)),
         },
         image_token_index=image_token,
         dtype="bfloat16",
     )
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The demo's tokenizer with the 11B's ids: words that it lacks are made up, so that an answer of random weights
+    has something to show, and special tokens stand behind them. (They are in the vocabulary too, or would be numbered
+    anew from its end.)"""
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
+    special = {number: token for token, number in SPECIAL_TOKENS.items()}
+    words |= {special.get(number, f"\u0120word{number}"): number for number in range(len(words), IMAGE_TOKEN + 1)}
+    for token in tokenizer["added_tokens"]:
+        token["id"] = SPECIAL_TOKENS[token["content"]]
+    for token in tokenizer["post_processor"]["special_tokens"].values():
+        token["ids"] = [SPECIAL_TOKENS[name] for name in token["tokens"]]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 def random_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
@@ -103,23 +165,23 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], config: MllamaCon
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def make_checkpoint(
-    folder: Path, text_layers: int = 40, vision_layers: int = 32, global_layers: int = 8, seed: int = 0
-) -> None:
+def make_checkpoint(folder: Path, shape: str = "11b", seed: int = 0, **layers: int) -> None:
     """Writes the checkpoint; the config last, so that an interrupted run leaves none.
 
     Args:
-        text_layers: of the language model, cross-attention layers included (every fifth from the fourth on).
-        vision_layers, global_layers: of the vision tower.
+        shape: of SHAPES.
+        layers: other numbers of `text_layers` (cross-attention layers included, every fifth from the fourth on),
+            `vision_layers` and `global_layers` than the shape's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     processor = AutoProcessor.from_pretrained(DEMO)
     processor.image_processor.size = {"height": 560, "width": 560}
-    config = make_config(text_layers, vision_layers, global_layers, processor.image_token_id)
+    config = make_config(**{**SHAPES[shape], **layers})
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(config)
     write_weights(folder, {name: tensor.shape for name, tensor in model.state_dict().items()}, config, seed)
     processor.save_pretrained(folder)
+    write_tokenizer(folder)
     GenerationConfig(eos_token_id=[128001, 128008, 128009], pad_token_id=128004).save_pretrained(folder)
     config.architectures = ["MllamaForConditionalGeneration"]
     config.save_pretrained(folder)
@@ -129,12 +191,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text-layers", type=int, default=40)
-    parser.add_argument("--vision-layers", type=int, default=32)
-    parser.add_argument("--global-layers", type=int, default=8)
+    parser.add_argument("--shape", choices=SHAPES, default="11b", help="90b: the wider language model")
+    for part in ("text", "vision", "global"):
+        parser.add_argument(f"--{part}-layers", type=int, help="default: the shape's")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    make_checkpoint(options.out, options.text_layers, options.vision_layers, options.global_layers, options.seed)
+    options = vars(parser.parse_args())
+    make_checkpoint(options.pop("out"), **{name: value for name, value in options.items() if value is not None})
 
 
 if __name__ == "__main__":

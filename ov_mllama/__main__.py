@@ -1,30 +1,65 @@
-"""The command line: `python -m ov_mllama chat`, in the project's folder. It wires all together as the notebook does."""
+"""The command line, in the project's folder: `python -m ov_mllama plan`, `prepare`, `chat`; what the notebook does."""
 
 import argparse
 import logging
+import threading
 from pathlib import Path
 
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
-from ov_mllama.convert import convert_mllama
+from ov_mllama.costs import gigabytes
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.machine import free_memory
 from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.plan import loading
+
+DEMO = "demo_model"
 
 
-def chat(options: argparse.Namespace) -> None:
+def run_plan(options: argparse.Namespace) -> None:
+    """Says what this machine would do with a checkpoint."""
+    from ov_mllama.prepare import plan_here
+
+    made = plan_here(options.checkpoint, options.model_dir or default_folder(options.checkpoint))
+    print(made, *made.lacking, sep="\n")
+
+
+def run_prepare(options: argparse.Namespace) -> Path:
+    """Converts and compresses a checkpoint as planned, where that is not done yet."""
+    from ov_mllama.prepare import prepare
+
+    return prepare(options.checkpoint, options.model_dir or default_folder(options.checkpoint))
+
+
+def default_folder(checkpoint: str) -> Path:
+    """As in the notebook."""
+    return Path("models") / Path(checkpoint).name
+
+
+def run_chat(options: argparse.Namespace) -> None:
     """Loads a model, opens the page, waits for Ctrl-C."""
     from gradio_helper import make_demo
 
-    model_dir = options.model_dir or convert_mllama("demo_model", "models/demo_model")
+    if options.checkpoint or not options.model_dir:
+        options.checkpoint = options.checkpoint or DEMO
+        options.model_dir = run_prepare(options)
+    model_dir = options.model_dir
     language = options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME)
     vision = options.image_encoder or newest(model_dir, VISION_ENCODER_NAME)
     print(f"⌛ Loading {language} and {vision} from {model_dir}", flush=True)
+    weights = sum((model_dir / name).with_suffix(".bin").stat().st_size for name in (language, vision))
+    step, free = loading(AutoConfig.from_pretrained(model_dir), weights), free_memory()
+    print(f"   about {step.time} on two cores; answers take up to {gigabytes(step.cost.memory)} of memory", flush=True)
+    if free < step.cost.memory:
+        print(f"⚠️ Only {gigabytes(free)} are free: close other programs, or all of it will be slow", flush=True)
     model = OVMLlamaForConditionalGeneration(
-        model_dir, options.device, language_model_name=language, image_encoder_name=vision
+        model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
     demo = make_demo(model, AutoProcessor.from_pretrained(model_dir))
     auth = tuple(options.auth) if options.auth else None
     _, url, _ = demo.launch(server_port=options.port, auth=auth, prevent_thread_lock=True)
+    # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
+    threading.Thread(target=model.language_model.warm_up, daemon=True).start()
     print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
     demo.block_thread()
 
@@ -33,11 +68,20 @@ def main() -> None:
     """Reads the arguments and runs the command that they name."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ov_mllama").setLevel(logging.INFO)
-    parser = argparse.ArgumentParser(prog="python -m ov_mllama", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m ov_mllama", description="Llama 3.2 Vision on OpenVINO.")
     commands = parser.add_subparsers(required=True)
-    page = commands.add_parser("chat", help="opens the chat on a converted model")
-    page.set_defaults(run=chat)
-    page.add_argument("--model-dir", type=Path, help="folder of convert_mllama; default: the demo model's")
+    for name, run, says in (
+        ("plan", run_plan, "says what this machine does with a checkpoint: minutes, memory, disk"),
+        ("prepare", run_prepare, "does it: converts and compresses"),
+    ):
+        command = commands.add_parser(name, help=says)
+        command.set_defaults(run=run)
+        command.add_argument("checkpoint", nargs="?", default=DEMO, help=f"hub id or folder; default: {DEMO}")
+        command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
+    page = commands.add_parser("chat", help="opens the chat on a model, prepared first if need be")
+    page.set_defaults(run=run_chat)
+    page.add_argument("--checkpoint", help=f"hub id or folder; default, without --model-dir: {DEMO}")
+    page.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<checkpoint's name>")
     page.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
     page.add_argument("--image-encoder", help="its .xml; default likewise")
     page.add_argument("--device", default="CPU")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-import psutil
 import torch
 from transformers import MllamaConfig
 
 from ov_mllama.cache import OVCache, Prompt
+from ov_mllama.costs import prompt_memory
 from ov_mllama.cross_attention import tiles_seen
-from ov_mllama.language import OVLanguageModel, Session
-from ov_mllama.plan import prompt_memory
+from ov_mllama.language import PREFILL_TOKENS, OVLanguageModel, Session
+from ov_mllama.machine import free_memory
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.vision import ImageInputs, OVImageEncoder
 
@@ -236,12 +236,13 @@ def warn_of_double_bos(ids: np.ndarray, bos: int | None) -> None:
         )
 
 
-def check_prompt_fits(config: MllamaConfig, prompt: Prompt, reused: int, rows: int) -> None:
+def check_prompt_fits(config: MllamaConfig, prompt: Prompt, reused: int, rows: int, column_bytes: float) -> None:
     """Refuses a prompt that the context or this machine's memory cannot hold.
 
     Args:
         reused: tokens at its beginning that are in the KV cache already.
         rows: K/V rows that it reads of its images.
+        column_bytes: of the KV cache, for each token.
     Raises:
         ValueError: no tokens, or more than the context holds; MemoryError: more than the memory does.
     """
@@ -253,8 +254,10 @@ def check_prompt_fits(config: MllamaConfig, prompt: Prompt, reused: int, rows: i
             f"The prompt has {tokens} tokens, and this model takes 1 to {context}: "
             + (advice if tokens else "write a question.")
         )
-    memory = prompt_memory(config, batch, tokens, tokens - reused, rows)
-    available = psutil.virtual_memory().available
+    new = tokens - reused
+    step = min(new, max(1, PREFILL_TOKENS // batch))  # computed at a time
+    memory = prompt_memory(config, batch, tokens, step, rows) + batch * new * column_bytes
+    available = free_memory()
     if available < memory:
         raise MemoryError(
             f"A prompt of {tokens} tokens takes {memory / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "

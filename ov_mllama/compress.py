@@ -1,13 +1,12 @@
 """IR -> smaller IR: INT4 and INT8 weights for the language model, INT8 for the vision encoder, with NNCF.
 
-This file knows NNCF's settings and which of them go together. They write an IR's file name; nothing parses it. Where
-calibration samples come from it does not know: it is given a function that opens them.
+`settings.py` says which settings there are. They write an IR's file name; nothing parses it. Where calibration
+samples come from this file does not know: it is given a function that opens them.
 """
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import nncf
@@ -15,9 +14,10 @@ import numpy as np
 import openvino as ov
 from nncf import CompressWeightsMode, SensitivityMetric
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
-from transformers import AutoConfig, MllamaConfig
+from transformers import AutoConfig
 
 from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_language_model, load_checkpoint
+from ov_mllama.costs import Cost, compression_cost, duration, vision_cost
 from ov_mllama.files import (
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
@@ -29,155 +29,12 @@ from ov_mllama.files import (
     writing,
 )
 from ov_mllama.pieces import quantize_in_pieces
-from ov_mllama.plan import LIBRARIES, compression_cost, quantization_memory, vision_bytes
+from ov_mllama.settings import DATA_FREE_METRIC, INT8, Settings
 
-INT4, INT8 = ("int4_asym", "int4_sym"), ("int8_asym", "int8_sym")
-GROUP_SIZES = (32, 64, 128, -1)
-DATA_FREE_METRIC = "weight_quantization_error"
-DATA_METRIC = "max_activation_variance"  # the default with data, as in the published notebook
 DATA_METRICS = tuple(metric.value for metric in SensitivityMetric if metric.value != DATA_FREE_METRIC)
 VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compression": "_int8_wc"}
 
 Samples = Callable[[], Iterable[dict]]  # opens calibration samples, each an IR's inputs by port name
-
-
-# ---- Settings -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the language model's weights are compressed. A new setting has its default and its words here, its place in
-    `file_name` and in `nncf_arguments`, and, if people shall choose it, a widget in `ov_mllama_compression.py`.
-
-    Attributes:
-        algo: "int4_asym", "int4_sym", "int8_asym" or "int8_sym" (or nncf.CompressWeightsMode's members).
-        ratio: share of the layers in 4 bit, 0 to 1; the others, chosen by `sm`, get 8.
-        sm: sensitivity metric (nncf.SensitivityMetric). Default with data DATA_METRIC, without DATA_FREE_METRIC.
-        awq: activation-aware scaling; without data, from the weights alone. For the 11B it takes more memory than a
-            16 GB machine has.
-        scale_estimation, lora, gptq: corrections that need data.
-        group_size: weights that share a scale: 32, 64, 128, or -1 for a whole channel. INT8: -1, the default of `of`.
-        all_layers: embedding and `lm_head` in 4 bit as well, else in 8.
-        dataset_size: calibration samples; 0 for none.
-        int8_layers: layers to keep in 8 bit, by the end of their names, such as "cross_attn.o_proj".
-    """
-
-    algo: str = "int4_asym"
-    ratio: float = 1.0
-    sm: str | None = None
-    awq: bool = False
-    scale_estimation: bool = False
-    lora: bool = False
-    gptq: bool = False
-    group_size: int = 64
-    all_layers: bool = False
-    dataset_size: int = 0
-    int8_layers: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, **settings) -> "Settings":
-        """Those given, and for the rest defaults that go with them.
-
-        Raises:
-            TypeError: there is no such setting.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(settings.keys() - set(known))
-        if unknown:
-            raise TypeError(f"There is no setting {', '.join(unknown)}: there are {', '.join(known)}.")
-        for name in ("algo", "sm"):
-            settings[name] = getattr(settings.get(name), "value", settings.get(name))  # an NNCF enum's member, or text
-        settings["algo"] = settings["algo"] or cls.algo
-        settings["group_size"] = settings.get("group_size") or (64 if settings["algo"] in INT4 else -1)
-        settings["sm"] = settings["sm"] or (DATA_METRIC if settings.get("dataset_size") else None)
-        settings["int8_layers"] = tuple(settings.get("int8_layers", ()))
-        return cls(**settings)
-
-    @property
-    def is_int4(self) -> bool:
-        """Whether any layer may be in 4 bit."""
-        return self.algo in INT4
-
-    @property
-    def file_name(self) -> str:
-        """Such as llm_int4_asym_r10_gs64_max_activation_variance_awq_scale_all_layers.xml."""
-        parts = ["llm", self.algo]
-        if self.is_int4:
-            parts += [f"r{self.ratio * 10:g}", f"gs{self.group_size}"]
-        flags = {
-            self.sm: self.sm,
-            "awq": self.awq,
-            "scale": self.scale_estimation,
-            "lora": self.lora,
-            "gptq": self.gptq,
-            "all_layers": self.all_layers,
-        }
-        parts += [name for name, chosen in flags.items() if name and chosen]
-        parts += [f"int8_{name}" for name in self.int8_layers]
-        return "_".join(parts) + ".xml"
-
-    def check(self, config: MllamaConfig) -> None:
-        """Refuses what NNCF would refuse, some of it only after minutes.
-
-        Raises:
-            ValueError: with the reason and the nearest settings that work.
-        """
-        with_data = [name for name in ("scale_estimation", "lora", "gptq") if getattr(self, name)]
-        if self.sm not in (None, DATA_FREE_METRIC):
-            with_data.append(f"sm='{self.sm}'")
-        if self.algo not in INT4 + INT8:
-            raise ValueError(f"algo='{self.algo}' is none of {', '.join(INT4 + INT8)}.")
-        if self.dataset_size < 0:
-            raise ValueError(f"dataset_size={self.dataset_size} is no number of samples: use 0 for none, or 32.")
-        if self.algo in INT8:
-            only_int4 = with_data + [name for name in ("awq", "all_layers", "sm", "int8_layers") if getattr(self, name)]
-            only_int4 += ["ratio"] * (self.ratio != 1) + ["group_size"] * (self.group_size != -1)
-            only_int4 += ["dataset_size"] * (self.dataset_size > 0)
-            if only_int4:
-                raise ValueError(
-                    f"{self.algo} compresses every layer to 8 bit, one scale a channel, without data: leave out "
-                    f"{', '.join(dict.fromkeys(only_int4))}, or choose algo='int4_asym'."
-                )
-            return
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio} is a share of the layers: use 0 (none in 4 bit) to 1 (all).")
-        if with_data and not self.dataset_size:
-            raise ValueError(
-                f"{', '.join(with_data)} need calibration samples: set dataset_size=32, or leave them out (awq works "
-                "without data too)."
-            )
-        if self.gptq and self.lora:
-            raise ValueError("gptq and lora exclude each other: set one of them to False.")
-        text = config.text_config
-        channels = (text.hidden_size, text.intermediate_size)
-        if self.group_size != -1 and (self.group_size < 1 or any(channel % self.group_size for channel in channels)):
-            fitting = [size for size in GROUP_SIZES if size == -1 or not any(c % size for c in channels)]
-            raise ValueError(
-                f"group_size={self.group_size} does not divide this model's {channels[0]} and {channels[1]} channels: "
-                f"use one of {', '.join(map(str, fitting))} (-1: one group a channel)."
-            )
-
-    def nncf_arguments(self) -> dict:
-        """For `nncf.compress_weights`; the samples come as `dataset` beside it."""
-        arguments = {"mode": CompressWeightsMode(self.algo)}
-        if self.algo in INT8:
-            return arguments
-        if self.dataset_size:
-            arguments["subset_size"] = self.dataset_size
-        if self.int8_layers:
-            patterns = [rf".*{name.replace('.', '[.]')}/.*" for name in self.int8_layers]
-            arguments["ignored_scope"] = nncf.IgnoredScope(patterns=patterns)
-        return {
-            **arguments,
-            "ratio": self.ratio,
-            "group_size": self.group_size,
-            "all_layers": self.all_layers,
-            "sensitivity_metric": SensitivityMetric(self.sm) if self.sm else None,
-            "awq": self.awq,
-            "scale_estimation": self.scale_estimation,
-            "lora_correction": self.lora,
-            "gptq": self.gptq,
-        }
 
 
 # ---- Language model -------------------------------------------------------------------------------------------------
@@ -223,30 +80,32 @@ def compress_language_model(
 
     less = "leave out the calibration data (dataset_size=0)" if settings.dataset_size else ""
     less = less or ("set awq=False" if settings.awq else "close other programs")
-    cost = *compression_cost(settings, config), less
-    return make_ir("Compressed model", model_dir / settings.file_name, stamp, cost, make, force)
+    cost = compression_cost(settings, config)
+    return make_ir("Compressed model", model_dir / settings.file_name, stamp, cost, less, make, force)
 
 
 def make_ir(
     what: str,
     path: Path,
     stamp: dict[str, str],
-    cost: tuple[float, float, str],
+    cost: Cost,
+    less: str,
     make: Callable[[], ov.Model],
     force: bool,
 ) -> Path:
     """Writes the IR that `make` returns, unless the same is there already; says so either way.
 
     Args:
-        cost: bytes of disk, bytes of memory, and what needs less, for `check_disk_and_memory`.
+        less: what needs less, for `check_disk_and_memory`.
     """
     if is_current(path, stamp) and not force:
         print(f"✅ {what} already exists and can be found in {path}")
         return path
-    check_disk_and_memory(path.parent, *cost)
+    check_disk_and_memory(path.parent, cost.disk, cost.memory, less)
     with writing(path.parent):
         if force or not is_current(path, stamp):  # asked again: another process may just have made it
-            print(f"⌛ {what}: making {path.name} in {cost[1] / 1e9:.1f} GB of memory...")
+            takes = f"about {duration(cost.seconds)} on two cores and {cost.memory / 1e9:.1f} GB of memory"
+            print(f"⌛ {what}: making {path.name}, {takes}...")
             save_ir(make(), path, stamp)
     print(f"✅ {what} can be found in {path}")
     return path
@@ -255,10 +114,33 @@ def make_ir(
 def compress_weights(model: ov.Model, settings: Settings, dataset: nncf.Dataset | None = None) -> ov.Model:
     """The language model with compressed weights. NNCF leaves ignored layers in 16 bit: a second pass gives them 8."""
     with quiet_nncf():
-        model = nncf.compress_weights(model, dataset=dataset, **settings.nncf_arguments())
+        model = nncf.compress_weights(model, dataset=dataset, **nncf_arguments(settings))
         if settings.int8_layers:
             model = nncf.compress_weights(model, mode=CompressWeightsMode.INT8_ASYM)
     return model
+
+
+def nncf_arguments(settings: Settings) -> dict:
+    """For `nncf.compress_weights`; the samples come as `dataset` beside it."""
+    arguments = {"mode": CompressWeightsMode(settings.algo)}
+    if settings.algo in INT8:
+        return arguments
+    if settings.dataset_size:
+        arguments["subset_size"] = settings.dataset_size
+    if settings.int8_layers:
+        patterns = [rf".*{name.replace('.', '[.]')}/.*" for name in settings.int8_layers]
+        arguments["ignored_scope"] = nncf.IgnoredScope(patterns=patterns)
+    return {
+        **arguments,
+        "ratio": settings.ratio,
+        "group_size": settings.group_size,
+        "all_layers": settings.all_layers,
+        "sensitivity_metric": SensitivityMetric(settings.sm) if settings.sm else None,
+        "awq": settings.awq,
+        "scale_estimation": settings.scale_estimation,
+        "lora_correction": settings.lora,
+        "gptq": settings.gptq,
+    }
 
 
 @contextlib.contextmanager
@@ -316,9 +198,9 @@ def make_vision_encoder(
                 return quantize_vision_encoder(model, samples(), dataset_size, model_dir)
             return nncf.compress_weights(model, mode=CompressWeightsMode.INT8_ASYM)
 
-    memory = quantization_memory(config) if quantized else LIBRARIES + vision_bytes(config)
+    cost = vision_cost(option, config, dataset_size)
     less = 'choose "INT8 weights compression", which needs no calibration' if quantized else "close other programs"
-    return make_ir(f"Vision encoder, {option}", path, stamp, (vision_bytes(config), memory, less), make, force)
+    return make_ir(f"Vision encoder, {option}", path, stamp, cost, less, make, force)
 
 
 def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int, folder: Path) -> ov.Model:

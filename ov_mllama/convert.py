@@ -20,6 +20,7 @@ from transformers import (
     MllamaForConditionalGeneration,
 )
 
+from ov_mllama.costs import CONVERSION_MEMORY, conversion_seconds, duration
 from ov_mllama.files import (
     CONVERTER_VERSION,
     LANGUAGE_MODEL_NAME,
@@ -32,9 +33,10 @@ from ov_mllama.files import (
     writing,
 )
 from ov_mllama.graphs import LanguageModel, VisionEncoder
-from ov_mllama.plan import CONVERSION_MEMORY
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.tracing import make_stateful, name_ports, trace
+
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # of a checkpoint on the hub
 
 # ---- Graphs ---------------------------------------------------------------------------------------------------------
 
@@ -128,9 +130,11 @@ def convert_language_model(model: MllamaForConditionalGeneration | LlamaForCausa
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_folder(model_id: str | Path) -> Path:
+def checkpoint_folder(model_id: str | Path, weights: bool = True) -> Path:
     """The local folder of a checkpoint: itself, or the hub's cached download.
 
+    Args:
+        weights: False fetches its config alone.
     Raises:
         ValueError: not a Mllama checkpoint, or its folder holds no safetensors.
         FileNotFoundError: no such folder or repository, or no network to fetch it.
@@ -138,7 +142,7 @@ def checkpoint_folder(model_id: str | Path) -> Path:
     """
     folder = Path(model_id)
     if not folder.is_dir():
-        folder = _download(str(model_id))
+        folder = _download(str(model_id), DOWNLOADED if weights else ["config.json"])
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint or a hub id.")
     model_type = AutoConfig.from_pretrained(folder).model_type
@@ -147,7 +151,7 @@ def checkpoint_folder(model_id: str | Path) -> Path:
             f"{model_id} is a '{model_type}' checkpoint; this converter takes Llama 3.2 Vision ones (model_type "
             "'mllama'), such as meta-llama/Llama-3.2-11B-Vision-Instruct."
         )
-    if not list(folder.glob("*.safetensors")):
+    if weights and not list(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} has a config but no *.safetensors weights: download it completely, or save the model with "
             "save_pretrained(..., safe_serialization=True). Pickled .bin weights are not loaded."
@@ -155,9 +159,9 @@ def checkpoint_folder(model_id: str | Path) -> Path:
     return folder
 
 
-def _download(model_id: str) -> Path:
+def _download(model_id: str, files: list[str]) -> Path:
     try:
-        return Path(snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        return Path(snapshot_download(model_id, allow_patterns=files))
     except GatedRepoError as error:
         raise PermissionError(
             f"{model_id} is gated: accept its licence on https://huggingface.co/{model_id}, then log in with "
@@ -216,7 +220,8 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         save_companions(source, model, out_dir)
         for what, (path, _, convert) in parts.items():
             if not is_current(path, stamp):  # asked again: another process may just have made it
-                print(f"⌛ Convert {what}, {sizes[what] / 1e6:,.0f} MB...")
+                size, seconds = f"{sizes[what] / 1e6:,.0f} MB", duration(conversion_seconds(sizes[what]))
+                print(f"⌛ Convert {what}, {size}: about {seconds} on two cores...")
                 told = {"format": "16 bit"}
                 if what == "vision encoder":
                     told["padding_tiles"] = "alike" if padding_tiles_are_alike(model) else "each"

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import openvino as ov
-import psutil
 from filelock import FileLock, Timeout
 from transformers import GenerationConfig, MllamaConfig
+
+from ov_mllama.machine import free_disk, free_memory
 
 # Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
 # Say in CHANGELOG.md what that costs; tests/test_convert.py notices a graph that changed without it.
@@ -41,15 +42,14 @@ def check_disk_and_memory(folder: Path, disk: float, memory: float, advice: str)
     Raises:
         OSError: too little disk (errno.ENOSPC); MemoryError: too little memory. Both say how much is missing.
     """
-    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(folder)
     if free < disk:
         raise OSError(
             errno.ENOSPC,
             f"{folder} will take {disk / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left, "
             f"{(disk - free) / 1e9:.1f} GB too little: make room there, or choose a folder on another disk",
         )
-    available = psutil.virtual_memory().available
+    available = free_memory()
     if available < memory:
         raise MemoryError(
             f"This will take {memory / 1e9:.1f} GB of memory at its peak and {available / 1e9:.1f} GB are free, "

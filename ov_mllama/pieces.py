@@ -17,7 +17,7 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino.properties.hint import inference_precision
 
-from ov_mllama.plan import PIECE_LAYERS
+from ov_mllama.costs import PIECE_LAYERS
 
 LAST_LINEAR = re.compile(r"__module\.vision_model\.((?:global_)?transformer)\.layers\.(\d+)\.mlp\.fc2/.*/Add")
 

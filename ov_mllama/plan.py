@@ -1,83 +1,200 @@
-"""What things cost: bytes of memory and disk, from a checkpoint's config alone. Pure arithmetic, nothing is looked up.
+"""What to do with a checkpoint on a machine: which IRs, and what each step takes. It only computes: `machine.py` looks,
+`costs.py` has the formulas."""
 
-Each formula is a sum of what was seen to be held at once, on random weights of the 11B's widths; benchmarks/README.md
-has the measurements, tests/test_compression.py compares them.
-"""
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from transformers import MllamaConfig
 
+from ov_mllama.costs import (
+    FOUR_TILES,
+    LIBRARIES,
+    ONE_TILE,
+    READ,
+    REPACKED,
+    Cost,
+    answering_memory,
+    compression_cost,
+    conversion_cost,
+    duration,
+    gigabytes,
+    vision_cost,
+    weights,
+)
+from ov_mllama.machine import Machine
+from ov_mllama.precision import vision_option
+from ov_mllama.settings import Settings
 from ov_mllama.shapes import MllamaShapes
 
-LIBRARIES = 0.7e9  # OpenVINO, torch and NNCF, imported
-CONVERSION_MEMORY = 1.2e9  # of a checkpoint of any size, whose weights stay on disk; the 11B's vision encoder: 0.7e9
-
-# Of weight compression, bytes for each weight
-SCALES = 1.02  # an 8-bit weight with its share of scales and zero points
-SAVED_BY_INT4 = 0.47  # of that, by 4 bit with a scale for 64 weights
-HEAD_IN_WORK = 10.5  # of the head while it is compressed: in float32, its integers, and what is between
-AWQ_COPY = 4  # the two larger matrices of each MLP, scaled, in 16 bit
-PACKED = 2.3  # of each layer where NNCF runs the uncompressed model: 16 bit, packed by the plugin
-
-PIECE_LAYERS = 4  # of the vision encoder are quantised at a time, at most
-
-# Of that, bytes
-PIECE_IN_WORK = 11.6  # for each byte of a piece's 16-bit weights: copies in float32, and activations of one tile
-QUANTIZED = 0.75  # for each byte of all layers' 16-bit weights: the pieces that are done, in 8 bit
-
-# Of a prompt, bytes
-MLP_ROW = 28  # for each token and intermediate channel
-SCORES = 48  # for each pair of tokens: causal mask and attention of one layer
-IMAGE_SCORES = 16  # for each token, head and image row
+SYSTEM = 4e9  # bytes of a machine's memory that its system and a browser take
 
 
-def compression_cost(settings, config: MllamaConfig) -> tuple[float, float]:
-    """Bytes of disk that a compressed language model takes, and of memory (beside mapped files) while it is made.
+@dataclass(frozen=True)
+class Step:
+    """One step, and what it takes. As text, a sentence to say before it."""
+
+    what: str
+    cost: Cost
+    longest: float = 0
+
+    @property
+    def time(self) -> str:
+        """What its seconds are; those of the longest case beside them."""
+        return duration(self.cost.seconds) + f" to {duration(self.longest)}" * bool(self.longest)
+
+    def on(self, cores: int) -> "Step":
+        """The same on so many cores; more than two count as two, of which there are measurements."""
+        slower = 2 / min(cores, 2)
+        return Step(self.what, self.cost._replace(seconds=slower * self.cost.seconds), slower * self.longest)
+
+    def __str__(self) -> str:
+        takes = f"about {self.time}"
+        takes += f", {gigabytes(self.cost.memory)} of memory" * bool(self.cost.memory)
+        return f"{self.what}: {takes}{f', {gigabytes(self.cost.disk)} of disk' * bool(self.cost.disk)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a checkpoint on a machine.
+
+    Attributes:
+        machine: for which.
+        write_16_bit: whether to write the language model in 16 bit too. Where it could not be run, it would only take
+            disk: `compress(..., checkpoint=...)` makes the same smaller IR without it.
+        vision: option for the vision encoder.
+        compare_with_pytorch: whether the original fits in float32, and after it the 16-bit IRs computed in float32.
+        steps: by name, in order.
+    """
+
+    machine: Machine
+    write_16_bit: bool
+    vision: str
+    compare_with_pytorch: bool
+    steps: dict[str, Step]
+
+    @property
+    def disk(self) -> float:
+        """Bytes that all steps write."""
+        return sum(step.cost.disk for step in self.steps.values())
+
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """Sentences that say what this machine has too little of; none where all fits."""
+        return tuple(lacks(self))
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                step.what,
+                step.time if step.cost.seconds else "",
+                gigabytes(step.cost.memory) if step.cost.memory else "",
+                gigabytes(step.cost.disk) if step.cost.disk else "",
+            )
+            for step in self.steps.values()
+        ]
+        cores = "one core" if self.machine.cores == 1 else "two cores"  # more were not measured
+        return markdown(("step", f"time on {cores}", "memory", "disk"), rows)
+
+
+def plan(
+    config: MllamaConfig,
+    machine: Machine,
+    settings: Settings,
+    downloaded: bool = True,
+    vision: str | None = None,
+    pictures: int = 8,
+) -> Plan:
+    """What to do with a checkpoint on a machine.
 
     Args:
-        settings: `ov_mllama.compress.Settings`.
+        settings: of the language model's compression.
+        downloaded: whether the checkpoint is on this disk already.
+        vision: option for the vision encoder; default what suits the CPU and fits.
+        pictures: to calibrate the vision encoder with, where that is done.
     """
-    text = config.text_config
-    mlp = text.num_hidden_layers * text.intermediate_size * text.hidden_size  # weights in one of its three matrices
-    heads = text.num_attention_heads
-    attention = 2 * text.num_hidden_layers * text.hidden_size**2 * (heads + text.num_key_value_heads) // heads
-    embedding = text.vocab_size * text.hidden_size  # as large as the head
-    layers = 3 * mlp + attention
-    in_4_bit = settings.ratio * (layers + 2 * embedding * settings.all_layers) if settings.is_int4 else 0
-    disk = SCALES * (layers + 2 * embedding - SAVED_BY_INT4 * in_4_bit)
-    memory = LIBRARIES + max(disk, HEAD_IN_WORK * embedding)
-    if settings.awq:
-        memory += AWQ_COPY * mlp
-    if settings.dataset_size:
-        memory = max(memory, LIBRARIES + PACKED * layers + 2 * embedding + vision_bytes(config))
-    return disk, memory
+    size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
+    original = 2 * (size.language + size.vision)
+    small = compression_cost(settings, config)
+    if vision is None:
+        suits = vision_option("CPU", machine.cpu)
+        fits = vision_cost(suits, config, pictures).memory <= machine.memory
+        vision = suits if fits else "INT8 weights compression"
+    smaller = vision_cost(vision, config, pictures)
+    download = 0 if downloaded else original
+    whole = conversion_cost(config)
+    write_16_bit = (
+        answering_memory(config, original) <= machine.memory
+        and download + whole.disk + small.disk + smaller.disk <= machine.disk
+    )
+    answering = answering_memory(config, small.disk + smaller.disk)
+    both = "vision encoder and language model" if write_16_bit else "vision encoder"
+    steps = {
+        "convert": Step(f"convert the {both}, 16 bit", conversion_cost(config, write_16_bit)),
+        "compress": Step(f"compress the language model, {settings.algo} in groups of {settings.group_size}", small),
+        "vision": Step(f"make the vision encoder smaller, {vision}", smaller),
+        "load": loading(config, small.disk + smaller.disk),
+        "picture": Step(
+            "look at a picture of one to four tiles",
+            Cost(memory=answering, seconds=ONE_TILE * size.tower * rows),
+            FOUR_TILES * size.tower * rows,
+        ),
+        "token": Step("write a token", Cost(memory=answering, seconds=READ * (small.disk - size.embedding))),
+    }
+    if not downloaded:
+        steps = {"download": Step("download the checkpoint", Cost(disk=original)), **steps}
+    float32 = LIBRARIES + 2 * original + answering_memory(config, 0)
+    steps = {name: step.on(machine.cores) for name, step in steps.items()}
+    return Plan(machine, write_16_bit, vision, write_16_bit and float32 <= machine.memory, steps)
 
 
-def vision_bytes(config: MllamaConfig) -> float:
-    """Size of the vision encoder's linear layers in 16 bit."""
-    vision = config.vision_config
-    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    return 2 * layer * (vision.num_hidden_layers + vision.num_global_layers)
-
-
-def quantization_memory(config: MllamaConfig) -> float:
-    """Bytes at the peak of quantising the vision encoder in pieces (`pieces.quantize_in_pieces`), with one tile of each
-    picture: of the last pieces, beside which all others are held quantised."""
-    vision, shapes = config.vision_config, MllamaShapes.from_config(config)
-    layers = vision.num_hidden_layers + vision.num_global_layers
-    longest = min(PIECE_LAYERS, max(vision.num_hidden_layers, vision.num_global_layers))
-    key_value = 2 * len(shapes.cross_layers) * shapes.num_kv_heads * shapes.head_dim
-    last = 2 * config.text_config.hidden_size * (vision.vision_output_dim + key_value)  # projector and K/V projections
-    piece = max(vision_bytes(config) * longest / layers, last)
-    return LIBRARIES + PIECE_IN_WORK * piece + QUANTIZED * vision_bytes(config)
-
-
-def prompt_memory(config: MllamaConfig, batch: int, tokens: int, new: int, rows: int) -> float:
-    """Bytes that a prompt takes while it is computed.
+def loading(config: MllamaConfig, weight_bytes: float) -> Step:
+    """Of reading both IRs and repacking their weights; the memory is what answering takes.
 
     Args:
-        tokens: of the whole prompt; `new` of them are not in the KV cache yet.
-        rows: K/V rows of its images.
+        weight_bytes: of both.
     """
-    text = getattr(config, "text_config", config)
-    of_text = batch * new * (MLP_ROW * text.intermediate_size + SCORES * tokens)
-    return of_text + new * IMAGE_SCORES * text.num_attention_heads * rows
+    return Step("load both", Cost(0, answering_memory(config, weight_bytes), 1 + REPACKED * weight_bytes))
+
+
+def lacks(made: Plan) -> Iterable[str]:
+    """Sentences that say what the machine of a plan has too little of."""
+    if made.disk > made.machine.disk:
+        yield (
+            f"All steps write {gigabytes(made.disk)} and {gigabytes(made.machine.disk)} of disk are free: make room, "
+            "or choose a folder on another disk."
+        )
+    most = max(made.steps.values(), key=lambda step: step.cost.memory)
+    if most.cost.memory > made.machine.memory:
+        yield (
+            f"To {most.what} takes {gigabytes(most.cost.memory)} of memory and {gigabytes(made.machine.memory)} are "
+            "free: close other programs, or take a machine with more."
+        )
+
+
+def by_memory(config: MllamaConfig, settings: Settings, sizes: Iterable[int] = (16, 24, 32, 64)) -> str:
+    """A table in Markdown of what a machine of so many GB does with a checkpoint, given enough disk.
+
+    Args:
+        settings: as for `plan`.
+    """
+    rows = []
+    for size in sizes:
+        made = plan(config, Machine(size * 2**30 - SYSTEM, float("inf")), settings, downloaded=False)
+        making, answering = (
+            max(made.steps[name].cost.memory for name in names)
+            for names in (("convert", "compress", "vision"), ("picture", "token"))
+        )
+        also = ["the 16-bit model beside it"] * made.write_16_bit
+        also += ["a comparison with PyTorch in float32"] * made.compare_with_pytorch
+        first = "nothing: too little memory" if made.lacking else f"{settings.algo}, vision encoder: {made.vision}"
+        rows.append(
+            (f"{size} GB", first, gigabytes(making), gigabytes(answering), gigabytes(made.disk), ", ".join(also) or "–")
+        )
+    header = ("memory of the machine", "what runs", "to make it", "to answer", "disk, all in all", "there is room for")
+    return markdown(header, rows)
+
+
+def markdown(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -5,40 +5,9 @@ behind the exceptions: `python -m benchmarks.precision`; benchmarks/README.md, "
 `ov_config` goes before all of them.
 """
 
-import os
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import openvino as ov
-import torch
-
-
-@dataclass(frozen=True)
-class Cpu:
-    """What of a CPU decides how fast it multiplies.
-
-    Attributes:
-        amx: tiles (Xeons from 2023 on), for products of 8 bit and of bf16.
-        bf16: vectors of bf16. On AMD's CPUs (Zen 4) faster than f32, on an Intel Xeon without AMX slower.
-        vnni: vectors of 8 bit.
-        amd: whose it is.
-    """
-
-    amx: bool = False
-    bf16: bool = False
-    vnni: bool = False
-    amd: bool = False
-
-    @classmethod
-    def here(cls) -> "Cpu":
-        """This machine's, as far as oneDNN may use it (its variable ONEDNN_MAX_CPU_ISA can forbid AMX)."""
-        has, core = torch.cpu.get_capabilities(), ov.Core()
-        return cls(
-            amx=bool(has.get("amx_bf16")) and "AMX" in os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX").upper(),
-            bf16="BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-            vnni=bool(has.get("avx512_vnni") or has.get("avx_vnni")),
-            amd="AMD" in core.get_property("CPU", "FULL_DEVICE_NAME"),
-        )
+from ov_mllama.machine import Cpu
 
 
 class Chosen(NamedTuple):

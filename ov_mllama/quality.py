@@ -1,10 +1,13 @@
-"""What each variant of a model costs and what it loses: size, memory, speed, and answers beside PyTorch in float32.
+"""What each variant of a model costs and what it loses, beside the original in PyTorch.
 
-Every variant is measured in a process of its own, so that none sees another's memory.
+Where right answers are known, variants are asked (`measure`); those of a model that answers in its own words are
+compared by how likely they find a given caption's tokens (`diverge`). Every variant is measured in a process of its
+own: none sees another's memory, and one is in memory at a time.
 """
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -17,33 +20,37 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from ov_mllama.conversation import first_questions
+from ov_mllama.convert import checkpoint_folder, load_checkpoint
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 
 BATCH = 50
 TIMED = 20  # questions asked one by one for the waits
 GREEDY = {"do_sample": False, "max_new_tokens": 60}
-ORIGINAL = "PyTorch f32"
+ORIGINAL = {True: "PyTorch f32", False: "PyTorch 16 bit"}  # whether right answers are known
 
 
 def price_list(
     checkpoint: str | Path, model_dir: Path, variants: dict[str, tuple[str, str]], samples: list[dict]
 ) -> list[dict]:
-    """One row for each variant, the first being the original in PyTorch, float32.
+    """One row for each variant, the first being the original in PyTorch.
 
     Args:
-        checkpoint: folder of the original.
+        checkpoint: folder or hub id of the original.
         model_dir: folder of the IRs.
         variants: name -> file names of language model and image encoder.
         samples: questions to ask, {"image": PIL picture, "question", "answer" (the right one), "task"}, such as
-            `demo_model.evaluate.heldout_samples`.
+            `demo_model.evaluate.heldout_samples`; or with a "caption" instead, such as `photographs.photographs`.
     Returns:
-        dicts of "variant" and what `measure` returns.
+        dicts of "variant" and what `measure` returns, or `diverge`.
     """
     rows, reference = [], None
-    bar = tqdm({ORIGINAL: None, **variants}.items(), desc="Price list", unit="variant", leave=False)
+    known = all("answer" in sample for sample in samples)
+    measured: Callable[..., tuple] = measure if known else diverge
+    checkpoint = checkpoint_folder(checkpoint)
+    bar = tqdm({ORIGINAL[known]: None, **variants}.items(), desc="Price list", unit="variant", leave=False)
     for name, files in bar:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            row, answers = process.submit(measure, checkpoint, model_dir, files, samples, reference).result()
+            row, answers = process.submit(measured, checkpoint, model_dir, files, samples, reference).result()
         reference = reference or answers
         rows.append({"variant": name, **row})
     return rows
@@ -91,6 +98,46 @@ def measure(
         "first_divergence": float(np.mean([agreed(*pair) for pair in zip(expected["tokens"], tokens, strict=True)])),
     }
     return row, {"tokens": tokens, "log_probs": log_probs}
+
+
+def diverge(
+    checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, samples: list[dict], reference: list | None
+) -> tuple[dict, list[np.ndarray]]:
+    """Compares one variant by its next-token probabilities along given captions; None for `files` is the original, in
+    the 16 bit that it has: its weights stay in their files, and it is computed in bf16 or float16, whose rounding is in
+    all that is compared with it.
+
+    Returns:
+        a row: size_gb on disk; memory_gb, anonymous, at the end; picture_s, median seconds for a picture (of IRs); kl,
+        mean Kullback-Leibler divergence in nats of the reference's distributions to this variant's; kl_error, its
+        standard error; same, the percentage of tokens for which both find the same one the likeliest;
+        and log-probabilities f32 [tokens, vocab] for each sample: the reference for other variants.
+    """
+    transformers.logging.disable_progress_bar()
+    processor, seconds, log_probs = AutoProcessor.from_pretrained(model_dir), [], []
+    if files:
+        model = OVMLlamaForConditionalGeneration(
+            model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False, image_cache_bytes=0
+        )
+        weights = [(model_dir / name).with_suffix(".bin") for name in files]
+    else:
+        model, weights = load_checkpoint(checkpoint), list(checkpoint.glob("*.safetensors"))
+    for sample in samples:
+        caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]
+        log_probs += score(model, processor, [sample], [caption])
+        seconds += model.stats.image_s if files else []
+    expected = np.concatenate(reference or log_probs)
+    actual, memory = np.concatenate(log_probs), psutil.Process().memory_info()
+    kl = (np.exp(expected) * (expected - actual)).sum(-1)
+    row = {
+        "size_gb": sum(path.stat().st_size for path in weights) / 1e9,
+        "memory_gb": (memory.rss - getattr(memory, "shared", 0)) / 1e9,
+        "picture_s": float(np.median(seconds)) if seconds else None,
+        "kl": float(kl.mean()),
+        "kl_error": float(kl.std() / len(kl) ** 0.5),
+        "same": 100 * float((expected.argmax(-1) == actual.argmax(-1)).mean()),
+    }
+    return row, log_probs
 
 
 def batches(items: list) -> list[list]:

@@ -91,9 +91,10 @@ def make_room(
     reused = session.reusable(prompt)
     if not reused:
         session.reset()
+    asked = config, prompt, reused, rows, session.model.column_bytes
     try:
-        check_prompt_fits(config, prompt, reused, rows)
+        check_prompt_fits(*asked)
     except MemoryError:
         sessions.forget()
         encoder.forget()
-        check_prompt_fits(config, prompt, reused, rows)
+        check_prompt_fits(*asked)

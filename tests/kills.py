@@ -3,7 +3,7 @@
 import contextlib
 import io
 
-from data_preprocessing import SAMPLES
+from demo_model import SAMPLES
 from ov_mllama.convert import convert_mllama
 from ov_mllama_compression import compress, optimize_vision_encoder
 

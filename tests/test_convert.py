@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import ROOT
-from ov_mllama import convert, files
+from ov_mllama import convert, files, machine
 from ov_mllama.convert import convert_mllama
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
@@ -194,7 +194,7 @@ def test_full_disk_keeps_what_was_there(pair, copy, monkeypatch):
 def test_too_little_room_is_said_before_anything_is_written(
     pair, tmp_path, monkeypatch, module, function, answer, error
 ):
-    monkeypatch.setattr(getattr(files, module), function, lambda *_: answer)
+    monkeypatch.setattr(getattr(machine, module), function, lambda *_: answer)
     with pytest.raises(error, match="GB too little"):
         convert_mllama(pair.checkpoint, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -18,11 +18,11 @@ HELPERS = ("data_preprocessing", "gradio_helper", "notebook_utils", "ov_mllama_c
 
 # Who may import whom, in order: each may import those before it. The command line wires everything together.
 ORDER = (
-    *("shapes", "stats", "images", "likeness"),
-    *("files", "graphs", "inference", "kept", "plan", "precision", "tracing"),
+    *("shapes", "settings", "stats", "images", "likeness", "machine", "photographs"),
+    *("costs", "files", "graphs", "inference", "kept", "precision", "tracing"),
     *("vision", "cross_attention"),
     *("cache", "convert", "device", "language", "checks", "sessions"),
-    *("pieces", "compress", "drafts", "golden"),
+    *("pieces", "compress", "drafts", "golden", "plan", "prepare"),
     "model",
     *("conversation", "quality"),
     "__main__",
@@ -33,6 +33,9 @@ INFERENCE = (
     "shapes",
     "stats",
     "images",
+    "settings",
+    "machine",
+    "costs",
     "files",
     "inference",
     "kept",
@@ -140,8 +143,8 @@ def test_what_is_pointed_to_exists(folder):
         for package, module, name in re.findall(r"`(?:(\w+)\.)?(\w+)\.(\w+)", text):
             code = ROOT / (package or "ov_mllama") / f"{module}.py"
             if name not in ("py", "md") and code.is_file() and package in ("", "ov_mllama", "benchmarks", "demo_model"):
-                defined = re.search(rf"\b(?:def|class) {name}\b|^{name}\b.* =", code.read_text(encoding="utf-8"), re.M)
-                assert defined, f"{path.name}: {module}.{name}"
+                definition = rf"\b(?:def|class) {name}\b|^ *{name}\b.* ="
+                assert re.search(definition, code.read_text(encoding="utf-8"), re.M), f"{path.name}: {module}.{name}"
             assert package not in ("benchmarks", "demo_model") or code.is_file(), f"{path.name}: {package}.{module}"
 
 

@@ -1,4 +1,5 @@
-"""The notebook as people get it: run from top to bottom on the demo checkpoint, and read as it is committed."""
+"""The notebook as people get it: run from top to bottom on the demo checkpoint, and on one that is nothing like it as a
+machine of 16 GB would run the 11B; and read as it is committed."""
 
 import ast
 import os
@@ -11,7 +12,10 @@ import nbformat
 import pytest
 
 import notebook_utils
+from benchmarks.make_checkpoint import make_checkpoint
 from conftest import ROOT, demo_samples
+from ov_mllama.files import LANGUAGE_MODEL_NAME
+from ov_mllama.photographs import photographs
 
 NOTEBOOK = ROOT / "mllama-3.2.ipynb"
 HELPERS = [
@@ -32,8 +36,29 @@ def committed():
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The real file, run by the function that `make notebook` calls, into a folder of its own."""
-    path = notebook_utils.execute(NOTEBOOK, tmp_path_factory.mktemp("notebook"))
+    path = notebook_utils.execute(NOTEBOOK, tmp_path_factory.mktemp("notebook"), QUESTIONS=50)
     return nbformat.read(path, as_version=4)
+
+
+AS_WITH_16_GB = """import dataclasses
+
+plan = dataclasses.replace(plan, write_16_bit=False, compare_with_pytorch=False)"""
+
+
+@pytest.fixture(scope="module")
+def on_a_small_machine(tmp_path_factory):
+    """The notebook in a folder of its own, on a random checkpoint with the 11B's vocabulary and tiles; one line in it
+    plans as for a model that hardly fits. Returns the folder and what was executed."""
+    folder = tmp_path_factory.mktemp("small")
+    for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "demo_model"]:
+        (folder / path.name).symlink_to(path)
+    make_checkpoint(folder / "random", "small")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    index = notebook.cells.index(cell_with(notebook, "plan_here("))
+    notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(AS_WITH_16_GB))
+    nbformat.write(notebook, folder / NOTEBOOK.name)
+    path = notebook_utils.execute(folder / NOTEBOOK.name, folder / "build", MODEL_ID="random", MAX_NEW_TOKENS=20)
+    return folder, nbformat.read(path, as_version=4)
 
 
 def code_cells(notebook):
@@ -64,7 +89,8 @@ def test_all_samples_are_answered_right(executed):
 
 
 def test_openvino_is_the_same_model(executed):
-    exact, default = printed(cell_with(executed, "COMPARE_WITH_PYTORCH:")).splitlines()
+    cells = (cell_with(executed, f'show_difference("{name}"') for name in ("float32", "default"))
+    exact, default = (printed(cell).strip() for cell in cells)
     pattern = r"{}: logits up to ([\d.]+) differ by at most ([\d.e+-]+), same answer: True"
     largest, difference = map(float, re.fullmatch(pattern.format("float32"), exact).groups())
     assert difference < 1e-3 < largest
@@ -76,6 +102,36 @@ def test_follow_up_and_text_only(executed):
     assert lines[1].removeprefix("assistant: ") == demo_samples()[2]["answer"]
     assert re.fullmatch(r"assistant: There (is one shape|are \w+ shapes)\.", lines[3])
     assert lines[-1] == "Without a picture: I describe shapes, count them and read digits."
+
+
+def test_any_model_is_asked_about_photographs_and_judged_by_nobody(on_a_small_machine):
+    _, notebook = on_a_small_machine
+    first = photographs()[0]
+    assert printed(cell_with(notebook, "questions_about(")).strip() == first["question"]
+    question, answer, *_ = printed(cell_with(notebook, "streamer =")).splitlines()
+    assert (question, len(answer.split(" word"))) == (f"Question: {first['question']}", 21)
+    assert printed(cell_with(notebook, "show_answers(")) == ""
+    assert "shape" not in "".join(map(printed, code_cells(notebook)))
+    for cell in code_cells(notebook):
+        assert not any(output.get("name") == "stderr" for output in cell.outputs), cell
+
+
+def test_where_memory_is_short_nothing_large_is_written_or_loaded(on_a_small_machine):
+    folder, notebook = on_a_small_machine
+    assert not (folder / "models/random" / LANGUAGE_MODEL_NAME).exists()
+    assert "too little memory for it here" in printed(cell_with(notebook, "dtype=torch.float32"))
+    assert not printed(cell_with(notebook, 'show_difference("default"'))
+
+
+def test_variants_of_any_model_are_priced_by_divergence(on_a_small_machine):
+    _, notebook = on_a_small_machine
+    table = cell_with(notebook, "show_price_list(price_list(").outputs[0].data["text/plain"]
+    rows = {line[:22].strip(): line.split()[-3:] for line in table.splitlines()[2:]}
+    assert list(rows) == ["PyTorch 16 bit", "smaller language model", "both smaller"]
+    assert rows["PyTorch 16 bit"] == ["0.0000", "0.0000", "100.0"]
+    language, both = (float(rows[name][0]) for name in ("smaller language model", "both smaller"))
+    assert 0.001 < language < 0.5
+    assert 0.001 < both < 0.5
 
 
 def test_html_holds_the_answers(executed, tmp_path):
@@ -132,7 +188,8 @@ def test_settings_have_the_types_of_their_defaults(committed):
 
 def test_make_notebook_passes_every_setting(committed):
     source = cell_with(committed, "MODEL_ID = ").source
-    given = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+    defaults = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+    given = defaults | {"CALIBRATION_DATA": "some pictures"}
     words = [f"{name}={value}" for name, value in given.items()]
     make = ["make", "--no-print-directory", "-n", "-o", ".venv/.run", "notebook", *words]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoProcessor
 
 import ov_mllama.compress
 from conftest import DEMO, F32
-from data_preprocessing import SAMPLES, prepare_dataset_vision
+from data_preprocessing import prepare_dataset_vision
+from demo_model import SAMPLES
 from ov_mllama import pieces
 from ov_mllama.compress import quantize_vision_encoder
 from ov_mllama.convert import convert_mllama

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from gradio_helper import answered, remark, to_messages
-from ov_mllama.compress import GROUP_SIZES, INT4, Settings
 from ov_mllama.conversation import plain
 from ov_mllama.cross_attention import restrict, take_tiles, tiles_seen
+from ov_mllama.settings import GROUP_SIZES, INT4, Settings
 from ov_mllama.shapes import MASKED, MllamaShapes
 from ov_mllama.vision import Encoded
 from ov_mllama_helper import OVMLlamaForConditionalGeneration

@@ -1,0 +1,201 @@
+"""What a plan says is what was measured, what it decides fits, and what it is asked on is seen as it is."""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from transformers import AutoConfig
+
+from benchmarks.make_checkpoint import SHAPES, make_config
+from conftest import DEMO, ROOT
+from ov_mllama import costs, files, machine
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.machine import Cpu, Machine, group_memory
+from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.plan import SYSTEM, by_memory, plan
+from ov_mllama.prepare import plan_here, prepare
+from ov_mllama.settings import Settings
+
+PLAIN = Settings()
+MUCH = float("inf")
+MEASURED = json.loads((ROOT / "benchmarks/results/11b-without-amx.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return make_config(**SHAPES["11b"])
+
+
+# ---- Figures ----
+
+
+def test_seconds_and_bytes_of_the_11b_are_what_was_measured(config):
+    steps = plan(config, Machine(13e9, MUCH), PLAIN).steps
+    conversion, variant = MEASURED["conversion"], MEASURED["variants"]["int4-int8-weights"]
+    for key, name in (("convert_s", "convert"), ("compress_s", "compress"), ("vision_int8_weights_s", "vision")):
+        assert steps[name].cost.seconds == pytest.approx(conversion[key], rel=0.25), name
+        assert conversion["peak_anon_gb"][key] < steps[name].cost.memory / 1e9 < 2 * conversion["peak_anon_gb"][key]
+    load = variant["load_s"] + variant["first_infer_s"]
+    assert steps["load"].cost.seconds == pytest.approx(load, rel=0.1)
+    assert steps["picture"].cost.seconds == pytest.approx(variant["vision_s"]["1"], rel=0.05)
+    assert steps["picture"].longest == pytest.approx(variant["vision_s"]["4"], rel=0.05)
+    assert steps["token"].cost.seconds * 1000 == pytest.approx(variant["decode_ms"], rel=0.05)
+    assert variant["anon_gb"] < steps["token"].cost.memory / 1e9 < 1.1 * variant["anon_gb"]
+    made = steps["compress"].cost.disk + steps["vision"].cost.disk
+    assert made / 1e9 == pytest.approx(variant["disk_gb"], rel=0.02)
+
+
+def test_memory_of_the_11b_is_what_was_measured():
+    """RssAnon at its peak in GB, random weights of the 11B shape; with data 5 and 10 of the 40 layers."""
+    for layers, arguments, measured in [
+        (40, {}, 6.35),
+        (5, {}, 6.1),
+        (5, {"awq": True}, 7.3),
+        (5, {"awq": True, "dataset_size": 4}, 8.0),
+        (10, {"awq": True, "dataset_size": 4}, 9.3),
+    ]:
+        disk, memory, _ = costs.compression_cost(Settings(**arguments), make_config(layers, 4, 1, 128256))
+        assert measured * 0.9 < memory / 1e9 < measured * 1.2
+        assert layers < 40 or 5.5 < disk / 1e9 < 5.9
+
+
+def test_memory_of_quantizing_the_vision_encoder_is_what_was_measured():
+    """RssAnon at its peak in GB: the 11B's; with K/V for 5 of its 40 text layers; and 4 + 1 of its 32 + 8 layers."""
+    for text_layers, layers, global_layers, measured in [(40, 32, 8, 3.86), (5, 32, 8, 3.5), (5, 4, 1, 2.47)]:
+        memory = costs.quantization_memory(make_config(text_layers, layers, global_layers, 128256))
+        assert measured * 0.98 < memory / 1e9 < measured * 1.1
+
+
+def test_disk_of_16_bit_is_what_is_written(tmp_path):
+    made = prepare(DEMO, tmp_path / "ov")
+    written = sum(
+        (made / name).with_suffix(".bin").stat().st_size for name in (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)
+    )
+    assert costs.conversion_cost(AutoConfig.from_pretrained(made)).disk == pytest.approx(written, rel=0.15)
+
+
+# ---- Decisions ----
+
+
+@pytest.mark.parametrize(("size", "write_16_bit", "compare"), [(16, 0, 0), (24, 0, 0), (32, 1, 0), (64, 1, 1)])
+def test_a_machine_of_so_much_memory_is_refused_nothing_by_default(config, size, write_16_bit, compare):
+    made = plan(config, Machine(size * 2**30 - SYSTEM, 60e9), PLAIN)
+    assert (made.write_16_bit, made.compare_with_pytorch, made.lacking) == (bool(write_16_bit), bool(compare), ())
+    assert all(step.cost.memory <= made.machine.memory for step in made.steps.values())
+    assert made.disk <= made.machine.disk
+
+
+def test_a_small_disk_gets_no_16_bit_language_model(config):
+    roomy, tight = (plan(config, Machine(60e9, disk), PLAIN) for disk in (30e9, 10e9))
+    assert roomy.write_16_bit
+    assert (tight.write_16_bit, tight.compare_with_pytorch, tight.lacking) == (False, False, ())
+    none = plan(config, Machine(60e9, 10e9), PLAIN, downloaded=False)
+    assert re.search(r"write 29\.\d GB and 10\.0 GB of disk are free: make room", " ".join(none.lacking))
+
+
+def test_one_core_takes_twice_as_long_as_two(config):
+    one, two, eight = (plan(config, Machine(13e9, MUCH, cores), PLAIN) for cores in (1, 2, 8))
+    for name, step in two.steps.items():
+        assert one.steps[name].cost.seconds == 2 * step.cost.seconds == 2 * eight.steps[name].cost.seconds
+    assert "time on one core " in str(one)
+    assert "time on two cores " in str(eight)
+
+
+def test_what_does_not_fit_is_said(config):
+    (sentence,) = plan(config, Machine(8 * 2**30 - SYSTEM, 60e9), PLAIN).lacking
+    assert re.search(r"takes 11\.\d GB of memory and 4\.6 GB are free: close other programs", sentence)
+    assert "too little memory" in by_memory(config, PLAIN, [8])
+
+
+def test_the_vision_encoder_follows_the_cpu_as_far_as_memory_goes(config):
+    amx = Cpu(amx=True, bf16=True, vnni=True)
+    options = {
+        "INT8 quantization": Machine(13e9, MUCH, 2, amx),
+        "INT8 weights compression": Machine(3e9, MUCH, 2, amx),
+    }
+    for option, here in options.items():
+        assert plan(config, here, PLAIN).vision == option
+    assert plan(config, Machine(13e9, MUCH), PLAIN).vision == "INT8 weights compression"
+    assert plan(config, Machine(13e9, MUCH, 2, amx), PLAIN, vision="FP16").vision == "FP16"
+
+
+@pytest.mark.parametrize("document", ["README.md", "mllama-3.2.ipynb"])
+def test_the_table_by_memory_is_the_plans(config, document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for line in by_memory(config, PLAIN).splitlines():
+        assert line in text, f"{document} lacks: {line}"
+
+
+# ---- Carried out ----
+
+
+def test_a_plan_is_carried_out_in_the_memory_that_it_names(tmp_path, monkeypatch):
+    made = plan_here(DEMO, tmp_path / "ov")
+    most = max(step.cost.memory for step in made.steps.values())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=most))
+    monkeypatch.setattr(machine, "group_memory", lambda: MUCH)
+    again = plan_here(DEMO, tmp_path / "ov")
+    assert again.machine.memory == most
+    assert not again.lacking
+    folder = prepare(DEMO, tmp_path / "ov")
+    assert newest(folder, LANGUAGE_MODEL_NAME) == PLAIN.file_name
+    assert newest(folder, VISION_ENCODER_NAME) == "openvino_vision_encoder_int8_wc.xml"
+
+
+def test_where_disk_is_short_the_16_bit_language_model_is_never_written(tmp_path, monkeypatch, capsys):
+    needed = plan_here(DEMO, tmp_path).disk
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed * 0.9))
+    folder = prepare(DEMO, tmp_path / "ov")
+    assert not (folder / LANGUAGE_MODEL_NAME).exists()
+    assert "convert the vision encoder, 16 bit" in capsys.readouterr().out
+    names = newest(folder, LANGUAGE_MODEL_NAME), newest(folder, VISION_ENCODER_NAME)
+    model = OVMLlamaForConditionalGeneration(folder, language_model_name=names[0], image_encoder_name=names[1])
+    assert model.shapes.vocab_size == 512
+    stamps = {name: files.ir_stamp(folder / name) for name in names}
+    prepare(DEMO, folder)  # nothing is made twice
+    assert {name: files.ir_stamp(folder / name) for name in names} == stamps
+
+
+def test_the_command_says_what_this_machine_does():
+    command = [sys.executable, "-m", "ov_mllama", "plan", str(DEMO)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
+    steps = plan_here(DEMO, ROOT).steps.values()
+    assert [step.what in done.stdout for step in steps] == [True] * 6
+
+
+# ---- The machine ----
+
+
+def group(folder, names, limit, usage, cached, shared):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, number in zip(names, (limit, usage), strict=False):
+        (folder / name).write_text(f"{number}\n")
+    (folder / "memory.stat").write_text(f"other 5\n{names[2]} {cached}\n{names[3]} {shared}\n")
+
+
+@pytest.mark.parametrize(("controllers", "names"), machine.GROUP_FILES.items(), ids=["v2", "v1"])
+def test_memory_is_what_the_control_groups_leave(tmp_path, controllers, names):
+    top, own = tmp_path / "groups" / controllers, tmp_path / "own"
+    own.write_text(f"5:cpu:/elsewhere\n3:{controllers}:/outer/inner\n")
+    assert group_memory(tmp_path / "groups", own) == MUCH
+    group(top / "outer", names, 1000, 700, 300, 50)  # cached files can go, shared memory cannot
+    group(top / "outer/inner", names, "max" if not controllers else 2**63 - 1, 600, 200, 0)
+    assert group_memory(tmp_path / "groups", own) == 1000 - 700 + 250
+    group(top / "outer/inner", names, 650, 600, 0, 0)
+    assert group_memory(tmp_path / "groups", own) == 50
+    # in a container the path is the host's
+    own.write_text(f"3:{controllers}:/docker/abc\n")
+    group(top, names, 900, 100, 0, 0)
+    assert group_memory(tmp_path / "groups", own) == 800
+    assert group_memory(tmp_path / "groups", tmp_path / "missing") == MUCH
+
+
+def test_the_tighter_of_machine_and_group_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5e9))
+    for of_group, free in ((3e9, 3e9), (MUCH, 5e9)):
+        monkeypatch.setattr(machine, "group_memory", lambda size=of_group: size)
+        assert Machine.here(tmp_path / "not/there/yet").memory == free
