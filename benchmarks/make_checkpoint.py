@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoProcessor, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+)
 
 from demo_model.checkpoint import clear_padding_embeddings
 
@@ -56,6 +63,8 @@ SHAPES = {
         vision_layers=32,
         global_layers=8,
     ),
+    # Llama-3.2-1B, the draft model for both: text only
+    "1b": dict(text_layers=16, hidden_size=2048, intermediate_size=8192, heads=32),
     # nothing like a checkpoint that anybody has: the 11B's vocabulary and tiles on the least behind them
     "small": dict(
         text_layers=5, hidden_size=128, intermediate_size=256, heads=8, vision_size=64, vision_layers=4, global_layers=1
@@ -127,6 +136,23 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
+def make_llama_config(text_layers: int, hidden_size: int, intermediate_size: int, heads: int) -> LlamaConfig:
+    """The 1B's configuration, without its scaled rotary embedding."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=text_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        bos_token_id=SPECIAL_TOKENS["<|begin_of_text|>"],
+        eos_token_id=SPECIAL_TOKENS["<|eot_id|>"],
+        dtype="bfloat16",
+    )
+
+
 def random_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """bf16 values that keep activations finite, from a generator that only `name` and `seed` decide."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
@@ -157,7 +183,8 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], config: MllamaCon
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {name: random_tensor(name, shapes[name], seed) for name in names}
-            clear_padding_embeddings(tensors, config)
+            if isinstance(config, MllamaConfig):
+                clear_padding_embeddings(tensors, config)
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(names, file))
             bar.update(2 * sum(tensor.numel() for tensor in tensors.values()))
@@ -176,14 +203,16 @@ def make_checkpoint(folder: Path, shape: str = "11b", seed: int = 0, **layers: i
     folder.mkdir(parents=True, exist_ok=True)
     processor = AutoProcessor.from_pretrained(DEMO)
     processor.image_processor.size = {"height": 560, "width": 560}
-    config = make_config(**{**SHAPES[shape], **layers})
+    is_llama = shape == "1b"
+    config = (make_llama_config if is_llama else make_config)(**{**SHAPES[shape], **layers})
     with torch.device("meta"):
-        model = MllamaForConditionalGeneration(config)
-    write_weights(folder, {name: tensor.shape for name, tensor in model.state_dict().items()}, config, seed)
+        model = (LlamaForCausalLM if is_llama else MllamaForConditionalGeneration)(config)
+    names = {name: tensor.shape for name, tensor in model.state_dict().items() if not (is_llama and "lm_head" in name)}
+    write_weights(folder, names, config, seed)
     processor.save_pretrained(folder)
     write_tokenizer(folder)
     GenerationConfig(eos_token_id=[128001, 128008, 128009], pad_token_id=128004).save_pretrained(folder)
-    config.architectures = ["MllamaForConditionalGeneration"]
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
 
 

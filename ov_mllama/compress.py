@@ -14,11 +14,12 @@ import numpy as np
 import openvino as ov
 from nncf import CompressWeightsMode, SensitivityMetric
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_language_model, load_checkpoint
 from ov_mllama.costs import Cost, compression_cost, duration, vision_cost
 from ov_mllama.files import (
+    DRAFT_MODEL_NAME,
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
     check_disk_and_memory,
@@ -26,6 +27,7 @@ from ov_mllama.files import (
     is_current,
     origin,
     save_ir,
+    whole,
     writing,
 )
 from ov_mllama.pieces import quantize_in_pieces
@@ -75,13 +77,50 @@ def compress_language_model(
 
     def make() -> ov.Model:
         dataset = nncf.Dataset(samples()) if samples and settings.dataset_size else None
-        model = convert_language_model(load_checkpoint(source)) if checkpoint else ov.Core().read_model(source)
-        return compress_weights(model, settings, dataset)
+        with quiet_nncf():
+            model = convert_language_model(load_checkpoint(source)) if checkpoint else ov.Core().read_model(source)
+            return compress_weights(model, settings, dataset)
 
     less = "leave out the calibration data (dataset_size=0)" if settings.dataset_size else ""
     less = less or ("set awq=False" if settings.awq else "close other programs")
     cost = compression_cost(settings, config)
     return make_ir("Compressed model", model_dir / settings.file_name, stamp, cost, less, make, force)
+
+
+def make_draft_model(
+    checkpoint: str | Path, out_dir: str | Path, settings: Settings | None = None, force: bool = False
+) -> Path:
+    """Converts and compresses a Llama for text in one go, to guess tokens for a larger model with the same tokenizer.
+
+    Args:
+        checkpoint: hub id or local folder, such as meta-llama/Llama-3.2-1B-Instruct for the 11B and the 90B.
+        out_dir: a folder of its own, for `openvino_draft_model.xml` (and .bin), config and tokenizer.
+        settings: without calibration data; default INT4.
+        force: make it anew.
+    Returns:
+        out_dir as a Path, for `ov_mllama.draft_model.OVDraftModel`.
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, and settings that do not go together.
+        OSError, MemoryError: too little room.
+    """
+    out_dir, settings = Path(out_dir), settings or Settings()
+    source = checkpoint_folder(checkpoint, wanted="llama")
+    config = AutoConfig.from_pretrained(source)
+    settings.check(config)
+    stamp = checkpoint_stamp(source) | {"format": settings.algo, "group_size": str(settings.group_size)}
+
+    def make() -> ov.Model:
+        with quiet_nncf():
+            model = load_checkpoint(source, LlamaForCausalLM)
+            with whole(out_dir) as folder:
+                model.config.save_pretrained(folder)
+                model.generation_config.save_pretrained(folder)
+                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            return compress_weights(convert_language_model(model), settings)
+
+    cost = compression_cost(settings, config)
+    make_ir("Draft model", out_dir / DRAFT_MODEL_NAME, stamp, cost, "close other programs", make, force)
+    return out_dir
 
 
 def make_ir(
@@ -113,10 +152,9 @@ def make_ir(
 
 def compress_weights(model: ov.Model, settings: Settings, dataset: nncf.Dataset | None = None) -> ov.Model:
     """The language model with compressed weights. NNCF leaves ignored layers in 16 bit: a second pass gives them 8."""
-    with quiet_nncf():
-        model = nncf.compress_weights(model, dataset=dataset, **nncf_arguments(settings))
-        if settings.int8_layers:
-            model = nncf.compress_weights(model, mode=CompressWeightsMode.INT8_ASYM)
+    model = nncf.compress_weights(model, dataset=dataset, **nncf_arguments(settings))
+    if settings.int8_layers:
+        model = nncf.compress_weights(model, mode=CompressWeightsMode.INT8_ASYM)
     return model
 
 
@@ -145,7 +183,7 @@ def nncf_arguments(settings: Settings) -> dict:
 
 @contextlib.contextmanager
 def quiet_nncf():
-    """NNCF's progress bars stay; its log, and torch's word on CUDA that NNCF's first use brings up, do not."""
+    """NNCF's progress bars stay; its log, and torch's word on CUDA that it brings up, do not."""
     loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -6,6 +6,7 @@ This file knows checkpoints and what goes with them. It does not know how the IR
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import openvino as ov
 import torch
@@ -130,13 +131,21 @@ def convert_language_model(model: MllamaForConditionalGeneration | LlamaForCausa
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_folder(model_id: str | Path, weights: bool = True) -> Path:
+TAKEN = {  # model_type: what this converter makes of it, and an example
+    "mllama": "this converter takes Llama 3.2 Vision ones (model_type 'mllama'), such as "
+    "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama": "a draft model is a Llama for text (model_type 'llama'), such as meta-llama/Llama-3.2-1B-Instruct",
+}
+
+
+def checkpoint_folder(model_id: str | Path, weights: bool = True, wanted: str = "mllama") -> Path:
     """The local folder of a checkpoint: itself, or the hub's cached download.
 
     Args:
         weights: False fetches its config alone.
+        wanted: its `model_type`, of TAKEN.
     Raises:
-        ValueError: not a Mllama checkpoint, or its folder holds no safetensors.
+        ValueError: not such a checkpoint, or its folder holds no safetensors.
         FileNotFoundError: no such folder or repository, or no network to fetch it.
         PermissionError: the repository is gated and the token at hand has no access.
     """
@@ -146,11 +155,8 @@ def checkpoint_folder(model_id: str | Path, weights: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint or a hub id.")
     model_type = AutoConfig.from_pretrained(folder).model_type
-    if model_type != "mllama":
-        raise ValueError(
-            f"{model_id} is a '{model_type}' checkpoint; this converter takes Llama 3.2 Vision ones (model_type "
-            "'mllama'), such as meta-llama/Llama-3.2-11B-Vision-Instruct."
-        )
+    if model_type != wanted:
+        raise ValueError(f"{model_id} is a '{model_type}' checkpoint; {TAKEN[wanted]}.")
     if weights and not list(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} has a config but no *.safetensors weights: download it completely, or save the model with "
@@ -231,11 +237,15 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
     return out_dir
 
 
-def load_checkpoint(folder: Path) -> MllamaForConditionalGeneration:
-    """The checkpoint in 16 bit on the CPU, its weights memory-mapped from the safetensors files."""
+def load_checkpoint(folder: Path, kind: Any = MllamaForConditionalGeneration):
+    """The checkpoint in 16 bit on the CPU, its weights memory-mapped from the safetensors files.
+
+    Args:
+        kind: its class, LlamaForCausalLM for a draft model.
+    """
     dtype = AutoConfig.from_pretrained(folder).dtype
     dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float16
-    return MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
+    return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
 
 
 def save_companions(source: Path, model: MllamaForConditionalGeneration, out_dir: Path) -> None:

@@ -7,7 +7,7 @@ benchmarks/README.md has the measurements, tests/test_plan.py compares them.
 
 from typing import NamedTuple
 
-from transformers import MllamaConfig
+from transformers import LlamaConfig, MllamaConfig
 
 from ov_mllama.settings import Settings
 from ov_mllama.shapes import MllamaShapes
@@ -94,19 +94,19 @@ class Weights(NamedTuple):
         return self.tower + self.projections
 
 
-def weights(config: MllamaConfig) -> Weights:
-    """Of a checkpoint, norms and other small things left out."""
-    text, vision = config.text_config, config.vision_config
+def weights(config: MllamaConfig | LlamaConfig) -> Weights:
+    """Of a checkpoint, norms and other small things left out; of a Llama for text too."""
+    text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
     heads, hidden = text.num_attention_heads, text.hidden_size
-    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size if vision else 0
     key_value = hidden * hidden * text.num_key_value_heads // heads
     cross = len(MllamaShapes.from_config(config).cross_layers)
     return Weights(
         mlp=text.num_hidden_layers * text.intermediate_size * hidden,
         attention=2 * text.num_hidden_layers * hidden**2 + 2 * (text.num_hidden_layers - cross) * key_value,
         embedding=text.vocab_size * hidden,
-        tower=layer * (vision.num_hidden_layers + vision.num_global_layers),
-        projections=hidden * vision.vision_output_dim + 2 * cross * key_value,
+        tower=layer * (vision.num_hidden_layers + vision.num_global_layers) if vision else 0,
+        projections=hidden * vision.vision_output_dim + 2 * cross * key_value if vision else 0,
     )
 
 
@@ -125,7 +125,7 @@ def conversion_seconds(size: float) -> float:
     return BEGUN + COPIED * size
 
 
-def compression_cost(settings: Settings, config: MllamaConfig) -> Cost:
+def compression_cost(settings: Settings, config: MllamaConfig | LlamaConfig) -> Cost:
     """Of compressing the language model's weights."""
     size = weights(config)
     in_4_bit = settings.ratio * (size.layers + 2 * size.embedding * settings.all_layers) if settings.is_int4 else 0

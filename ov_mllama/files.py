@@ -25,6 +25,7 @@ CONVERTER_VERSION = "4"
 
 VISION_ENCODER_NAME = "openvino_vision_encoder.xml"
 LANGUAGE_MODEL_NAME = "openvino_language_model.xml"
+DRAFT_MODEL_NAME = "openvino_draft_model.xml"
 
 NO_FINGERPRINT = "0" * 16
 

@@ -41,6 +41,7 @@ from ov_mllama.checks import (
     warn_of_double_bos,
 )
 from ov_mllama.cross_attention import tiles_seen
+from ov_mllama.draft_model import ModelDrafts, OVDraftModel
 from ov_mllama.drafts import InVocabularyDrafts, InVocabularyProcessor, in_vocabulary
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, generation_config
 from ov_mllama.golden import check_golden_answer
@@ -326,6 +327,8 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
 
     def _get_candidate_generator(self, model_kwargs, assistant_model=None, **kwargs) -> CandidateGenerator:
         """Drafts come from text alone: an assistant model knows no images."""
+        if isinstance(assistant_model, OVDraftModel):
+            return ModelDrafts(assistant_model, self.shapes.vocab_size, kwargs["generation_config"], self)
         text_kwargs = {name: value for name, value in model_kwargs.items() if name not in ImageInputs._fields}
         drafts = super()._get_candidate_generator(model_kwargs=text_kwargs, assistant_model=assistant_model, **kwargs)
         return InVocabularyDrafts(drafts, self.shapes.vocab_size, back_off=assistant_model is None)

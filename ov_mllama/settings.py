@@ -5,7 +5,7 @@ No NNCF here: plans are made from settings before anything is traced, and NNCF, 
 
 from dataclasses import dataclass, fields
 
-from transformers import MllamaConfig
+from transformers import LlamaConfig, MllamaConfig
 
 INT4, INT8 = ("int4_asym", "int4_sym"), ("int8_asym", "int8_sym")
 GROUP_SIZES = (32, 64, 128, -1)
@@ -85,7 +85,7 @@ class Settings:
         parts += [f"int8_{name}" for name in self.int8_layers]
         return "_".join(parts) + ".xml"
 
-    def check(self, config: MllamaConfig) -> None:
+    def check(self, config: MllamaConfig | LlamaConfig) -> None:
         """Refuses what NNCF would refuse, some of it only after minutes.
 
         Raises:
@@ -117,7 +117,7 @@ class Settings:
             )
         if self.gptq and self.lora:
             raise ValueError("gptq and lora exclude each other: set one of them to False.")
-        text = config.text_config
+        text = getattr(config, "text_config", config)
         channels = (text.hidden_size, text.intermediate_size)
         if self.group_size != -1 and (self.group_size < 1 or any(channel % self.group_size for channel in channels)):
             fitting = [size for size in GROUP_SIZES if size == -1 or not any(c % size for c in channels)]

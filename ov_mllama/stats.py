@@ -21,6 +21,7 @@ class GenerationStats:
         prefill_s: seconds of the language model on the rest of the prompt.
         step_s: seconds of each of its later steps.
         drafted_tokens, rejected_tokens: with assisted decoding, tokens guessed and guessed wrong.
+        draft_s: seconds that a draft model took to guess them.
     """
 
     load_s: float = 0.0
@@ -33,6 +34,7 @@ class GenerationStats:
     step_s: list[float] = field(default_factory=list)
     drafted_tokens: int = 0
     rejected_tokens: int = 0
+    draft_s: float = 0.0
 
     @property
     def images(self) -> int:
@@ -62,7 +64,7 @@ class GenerationStats:
     @property
     def token_s(self) -> float:
         """Seconds per token after the first; 0 before there is one."""
-        return sum(self.step_s) / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
+        return (sum(self.step_s) + self.draft_s) / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
 
     @property
     def tokens_per_s(self) -> float:

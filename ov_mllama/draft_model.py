@@ -1,0 +1,162 @@
+"""A draft model: a small Llama with the same tokenizer, whose guesses the large model checks several at a time.
+
+    text so far -> OVDraftModel -> a few guessed tokens -> one step of the large model -> those that are right, and one
+
+What it guesses changes no token of an answer, only how many come of a step (speculative decoding,
+https://arxiv.org/abs/2211.17192). It knows text only: the picture is the large model's to look at.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, GenerationConfig
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from ov_mllama.cache import Prompt
+from ov_mllama.files import DRAFT_MODEL_NAME, check_model_dir, generation_config
+from ov_mllama.language import OVLanguageModel
+from ov_mllama.shapes import MllamaShapes
+
+# A step of so many tokens beside a step of one: the 11B in INT4, `step_ms` in benchmarks/results/11b-without-amx.json
+TOKENS, STEP = (1, 2, 4, 8, 16), (1.0, 1.23, 1.41, 1.65, 2.19)
+
+
+class Schedule:
+    """How many tokens to draft next: as many as pay, by what was right of late and what a draft costs.
+
+    Attributes:
+        right: share of the guesses that were right, the latest counting most.
+        cost: seconds for a guess beside those of the large model's step of one token.
+    """
+
+    MOST, PAUSES, RATE = 8, (4, 64), 0.15
+
+    def __init__(self):
+        self.right, self.cost = 0.5, 0.2
+        self.pause = self.remaining = 0
+
+    def count(self) -> int:
+        """Tokens to draft before the next step; while they do not pay 0, but for a try after 4, 8, ..., 64 steps."""
+        if self.remaining:
+            self.remaining -= 1
+            return 0
+        return max(range(1, self.MOST + 1), key=self.gain)
+
+    def gain(self, drafts: int) -> float:
+        """Tokens a second beside a step of one token, if so many are drafted."""
+        tokens = sum(self.right**number for number in range(drafts + 1))
+        return tokens / (np.interp(drafts + 1, TOKENS, STEP) + drafts * self.cost)
+
+    def note(self, drafted: int, accepted: int, seconds: float, step_seconds: float) -> None:
+        """What came of a draft.
+
+        Args:
+            seconds: it took; step_seconds: of the large model's step that checked it.
+        """
+        for hit in [1] * accepted + [0] * (accepted < drafted):  # guesses behind a wrong one say nothing
+            self.right += self.RATE * (hit - self.right)
+        of_one = step_seconds / np.interp(drafted + 1, TOKENS, STEP)
+        self.cost += self.RATE * (seconds / drafted / of_one - self.cost)
+        pays = max(map(self.gain, range(1, self.MOST + 1))) > 1
+        self.pause = 0 if pays else min(max(2 * self.pause, self.PAUSES[0]), self.PAUSES[1])
+        self.remaining = self.pause
+
+
+class OVDraftModel:
+    """For `generate(..., assistant_model=OVDraftModel(folder))`. It keeps what it knows of the conversation and of how
+    often it was right from one call to the next.
+
+    Args:
+        model_dir: folder of `ov_mllama.compress.make_draft_model`.
+        device, ov_config: as for `OVMLlamaForConditionalGeneration`.
+        drafts: how many tokens to guess at a time; default as many as pay, see `Schedule`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_model_dir`.
+    """
+
+    def __init__(
+        self, model_dir: str | Path, device: str = "CPU", ov_config: dict | None = None, drafts: int | None = None
+    ):
+        model_dir = Path(model_dir)
+        stamps = check_model_dir(model_dir, (DRAFT_MODEL_NAME,))
+        self.config = AutoConfig.from_pretrained(model_dir)
+        self.generation_config = generation_config(model_dir, self.config)
+        shapes = MllamaShapes.from_config(self.config)
+        self.vocab_size = shapes.vocab_size
+        self.language_model = OVLanguageModel(
+            model_dir / DRAFT_MODEL_NAME, shapes, device, ov_config, stamps[DRAFT_MODEL_NAME]
+        )
+        self.session = self.language_model.session()
+        self.schedule, self.drafts = Schedule(), drafts
+
+    def guess(self, tokens: np.ndarray, count: int, ends: frozenset[int] = frozenset()) -> list[int]:
+        """The `count` likeliest tokens, one after another, fewer where one of `ends` comes.
+
+        Args:
+            tokens: i64 [query], the text so far. What of it began the call before is not computed again.
+        """
+        guessed = [self.likeliest(self.session.prefill(Prompt(tokens[None])), len(tokens))]
+        while len(guessed) < count and guessed[-1] not in ends:
+            logits = self.session.decode(np.array([guessed[-1:]]))
+            guessed.append(self.likeliest(logits, len(tokens) + len(guessed)))
+        return guessed
+
+    def likeliest(self, logits: np.ndarray, place: int) -> int:
+        """The id to guess.
+
+        Args:
+            logits: f32 [1, 1, vocab].
+            place: of the token in the text; for benchmarks, which know what comes there.
+        """
+        return int(logits[0, -1].argmax())
+
+
+class ModelDrafts(CandidateGenerator):
+    """The drafts of one call of `generate`.
+
+    Args:
+        draft: whose.
+        vocab_size: how many logits the large model has; other tokens, `<|image|>`, the draft model does not see.
+        settings: of the call (`generation_config`): where the answer ends.
+        model: the large one, for the times of its steps.
+
+    Raises:
+        ValueError: the vocabularies differ.
+    """
+
+    requires_model_outputs = False
+
+    def __init__(self, draft: OVDraftModel, vocab_size: int, settings: GenerationConfig, model):
+        if draft.vocab_size != vocab_size:
+            raise ValueError(
+                f"The draft model has a vocabulary of {draft.vocab_size} tokens and this model one of {vocab_size}: a "
+                "draft model needs the same tokenizer, such as Llama-3.2-1B-Instruct's for the 11B and the 90B."
+            )
+        self.draft, self.vocab_size, self.model = draft, vocab_size, model
+        self.max_length = settings.max_length
+        ends = settings.eos_token_id
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self.drafted, self.seconds, self.total = 0, 0.0, 0.0
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs):
+        text = input_ids[0].numpy()
+        text, self.drafted = text[text < self.vocab_size], 0
+        room = self.max_length - input_ids.shape[1] - 1  # a step gives one token more than it checks
+        room = min(room, self.draft.language_model.shapes.max_positions - len(text))
+        count = min(self.draft.drafts or self.draft.schedule.count(), room)
+        if count < 1:
+            return input_ids, None
+        started = time.perf_counter()
+        guessed = self.draft.guess(text, count, self.ends)
+        self.drafted, self.seconds = len(guessed), time.perf_counter() - started
+        self.total += self.seconds
+        return torch.cat([input_ids, torch.tensor([guessed])], dim=1), None
+
+    def update_candidate_strategy(self, input_ids, scores, num_matches) -> None:
+        stats = self.model.stats
+        stats.draft_s = self.total
+        if self.drafted and stats.step_s:  # the first checks the prompt too: its time says nothing
+            self.draft.schedule.note(self.drafted, int(num_matches), self.seconds, stats.step_s[-1])

@@ -1,0 +1,192 @@
+"""A draft model changes no token of an answer, guesses as transformers would, and is asked only while that pays."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ov_mllama.compress
+from conftest import CASES, F32
+from ov_mllama.compress import make_draft_model
+from ov_mllama.draft_model import STEP, TOKENS, OVDraftModel, Schedule
+from ov_mllama.settings import Settings
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
+
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+SINGLE = [case for case in CASES if "batch" not in case and "padded" not in case]
+
+
+def save_llama(folder, tokenizer, vocab_size, seed=0):
+    """A random text-only Llama in 16 bit, its head tied to its embedding as the real 1B's is."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).half().eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pair, tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama") / "small", pair.processor.tokenizer, pair.ov.shapes.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def draft_dir(checkpoint):
+    return make_draft_model(checkpoint, checkpoint.parent / "draft")
+
+
+@pytest.fixture
+def draft(draft_dir):
+    """One that has seen nothing yet."""
+    return OVDraftModel(draft_dir, ov_config=F32)
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_no_token_changes(any_pair, draft_dir, case):
+    inputs = any_pair.inputs(case)
+    expected = any_pair.hf.generate(**inputs, **GREEDY)
+    helper = OVDraftModel(draft_dir, ov_config=F32)
+    for drafts in (3, 3, None):  # the second time it has something to go on with
+        helper.drafts = drafts
+        actual = any_pair.ov.generate(**inputs, **GREEDY, assistant_model=helper)
+        assert actual.tolist() == expected.tolist()
+        assert any_pair.ov.stats.drafted_tokens > 0 or drafts is None
+        assert any_pair.ov.stats.new_tokens == 12
+
+
+def test_it_guesses_as_transformers_does(checkpoint, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(ov_mllama.compress, "compress_weights", lambda model, _: model)
+    exact = OVDraftModel(make_draft_model(checkpoint, tmp_path / "exact"), ov_config=F32)
+    original = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    rng = np.random.default_rng(0)
+    text = rng.integers(60, 200, 9)
+    for _ in range(6):  # as after steps in which some guesses were right, some not
+        expected = original.generate(torch.tensor(text[None]), do_sample=False, max_new_tokens=4, eos_token_id=None)
+        assert exact.guess(text, 4) == expected[0, len(text) :].tolist()
+        right = int(rng.integers(0, 4))
+        text = np.array([*expected[0, : len(text) + right].tolist(), int(rng.integers(60, 200))])
+    assert exact.session.cache.stats.reused_tokens > 0
+
+
+class Knowing(OVDraftModel):
+    """Knows the answer and gives it, or never does."""
+
+    def knows(self, answer, right=True):
+        self.answer, self.right = answer[0].numpy(), right
+        return self
+
+    def guess(self, tokens, count, ends=frozenset()):
+        guessed = self.answer[len(tokens) :][:count]
+        return list(guessed if self.right else (guessed + 1) % self.vocab_size)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_how_many_are_drafted_follows_what_was_right(pair, draft_dir, right, monkeypatch):
+    inputs, kwargs = pair.inputs("text only"), dict(GREEDY, max_new_tokens=60)
+    expected = pair.hf.generate(**inputs, **kwargs)
+    helper = Knowing(draft_dir).knows(expected, right)
+    # the tiny model's own times say nothing: as on the 11B, a guess costs a fifth of a step
+    note = helper.schedule.note
+    monkeypatch.setattr(
+        helper.schedule, "note", lambda drafted, accepted, *_: note(drafted, accepted, drafted / 5, 1.0)
+    )
+    assert pair.ov.generate(**inputs, **kwargs, assistant_model=helper).tolist() == expected.tolist()
+    stats = pair.ov.stats
+    if right:
+        assert stats.rejected_tokens == 0
+        assert len(stats.step_s) < 60 / 3
+    else:
+        assert stats.accepted_tokens == 0
+        assert stats.drafted_tokens <= 6
+        assert helper.schedule.pause >= 32
+
+
+def test_a_draft_that_never_hits_costs_a_twentieth():
+    schedule, extra, steps = Schedule(), 0.0, 0
+    for limit in (32, 200):
+        while steps < limit:
+            drafted = schedule.count()
+            steps += 1
+            if drafted:
+                step = np.interp(drafted + 1, TOKENS, STEP)
+                extra += step - 1 + 0.155 * drafted  # a guess of a 1B beside a step of the 11B, both in INT4
+                schedule.note(drafted, 0, 0.155 * drafted, step)
+        assert extra / steps <= 0.05, steps
+
+
+def test_more_are_drafted_the_more_are_right():
+    schedule, counts = Schedule(), []
+    for right in (0.3, 0.6, 0.9, 0.99):
+        schedule.right, schedule.cost = right, 0.155
+        counts.append(schedule.count())
+    assert counts == sorted(counts)
+    assert counts[0] == 1
+    assert counts[-1] == Schedule.MOST
+
+
+def test_a_slow_draft_is_not_asked(draft):
+    schedule = draft.schedule
+    for _ in range(150):
+        drafted = schedule.count()
+        if drafted:
+            schedule.note(drafted, drafted, seconds=2.0 * drafted, step_seconds=1.0)  # slower than the large model
+    assert schedule.pause == 64
+
+
+def test_answers_end_where_they_would_end(pair, draft):
+    inputs = pair.inputs("chat")
+    plain = pair.hf.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
+    end = int(plain[0, -5])
+    for kwargs in (dict(max_new_tokens=1), dict(max_new_tokens=2), dict(max_new_tokens=12, eos_token_id=end)):
+        kwargs = {"do_sample": False, "eos_token_id": None, **kwargs}
+        expected = pair.hf.generate(**inputs, **kwargs)
+        assert pair.ov.generate(**inputs, **kwargs, assistant_model=draft).tolist() == expected.tolist()
+
+
+def test_sampling_goes_on_with_a_draft_model(pair, draft):
+    inputs = pair.inputs("one tile")
+    torch.manual_seed(0)
+    output = pair.ov.generate(**inputs, do_sample=True, max_new_tokens=12, eos_token_id=None, assistant_model=draft)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 12
+
+
+def test_another_vocabulary_is_refused(pair, tmp_path):
+    other = save_llama(tmp_path / "other", pair.processor.tokenizer, pair.ov.shapes.vocab_size + 8)
+    helper = OVDraftModel(make_draft_model(other, tmp_path / "draft"))
+    with pytest.raises(ValueError, match="needs the same tokenizer"):
+        pair.ov.generate(**pair.inputs("one tile"), **GREEDY, assistant_model=helper)
+
+
+def test_only_a_llama_is_taken(pair, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="is a 'mllama' checkpoint; a draft model is a Llama for text"):
+        make_draft_model(pair.checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="needs? calibration|need calibration"):
+        make_draft_model(checkpoint, tmp_path, Settings(scale_estimation=True))
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        OVDraftModel(pair.model_dir)
+
+
+def test_it_is_made_once(draft_dir, checkpoint, capsys):
+    before = (draft_dir / "openvino_draft_model.bin").stat()
+    make_draft_model(checkpoint, draft_dir)
+    assert (draft_dir / "openvino_draft_model.bin").stat().st_mtime_ns == before.st_mtime_ns
+    assert "already exists" in capsys.readouterr().out
+
+
+def test_the_large_model_alone_goes_on_as_before(pair, draft):
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    inputs = pair.inputs("wide")
+    expected = pair.hf.generate(**inputs, **GREEDY)
+    for kwargs in ({"assistant_model": draft}, {}, {"prompt_lookup_num_tokens": 3}):
+        assert model.generate(**inputs, **GREEDY, **kwargs).tolist() == expected.tolist()
