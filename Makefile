@@ -4,7 +4,8 @@
 #   make quick      a minute of it: parity on one checkpoint, sessions, the layout
 #   make torture    hostile pictures and prompts, faults and kills, long; says what was tried and what went wrong
 #   make lab        open the notebook in JupyterLab
-#   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on MODEL_DIR=<converted>
+#   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on
+#                   MODEL_DIR=<converted>; DRAFT=<hub id or folder> guesses ahead
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb, types of the package, spelling
 # MODEL_ID=<hub id or folder> runs the notebook on another checkpoint; its other settings go the same way, such as
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 MODEL_DIR ?=
+DRAFT ?=
 SETTINGS := MODEL_ID CALIBRATION_DATA MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -27,7 +29,7 @@ lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
 
 chat: .venv/.run
-	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)')
+	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)')
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json

@@ -119,10 +119,14 @@ def remark(title: str) -> dict:
 
 
 class Chat:
-    """A model that answers one question at a time, whoever asks: the others wait for its `turn`."""
+    """A model that answers one question at a time, whoever asks: the others wait for its `turn`.
 
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
+    Args:
+        options: of `generate`, for every question.
+    """
+
+    def __init__(self, model, processor, **options):
+        self.model, self.processor, self.options = model, processor, options
 
     async def respond(
         self,
@@ -148,7 +152,7 @@ class Chat:
             inputs, remarks = await asyncio.to_thread(
                 prompt_tensors, self.model, self.processor, messages, pictures, limit
             )
-            arguments = {**inputs, **sampling(temperature, top_p), "max_new_tokens": limit}
+            arguments = {**inputs, **self.options, **sampling(temperature, top_p), "max_new_tokens": limit}
             costs: list = []
             async for piece in stream_words(self.model, self.processor, costs.append, **arguments):
                 text += piece
@@ -204,7 +208,7 @@ class EditableChat(gr.ChatInterface):
         return super().launch(*args, **{**LAUNCH, **options})
 
 
-def make_demo(ov_model, processor) -> gr.ChatInterface:
+def make_demo(ov_model, processor, **options) -> gr.ChatInterface:
     """The chat page; `make_demo(model, processor).launch()` opens it.
 
     To ask for a name and a password, add `auth=("name", "password")`; to be reached from other machines,
@@ -213,8 +217,9 @@ def make_demo(ov_model, processor) -> gr.ChatInterface:
     Args:
         ov_model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate`, `turn`, `config` and `stats`.
         processor: its processor, with a chat template.
+        options: of `generate`, for every question, such as `assistant_model=OVDraftModel(folder)`.
     """
-    chat = Chat(ov_model, processor)
+    chat = Chat(ov_model, processor, **options)
     return EditableChat(
         chat.respond,
         multimodal=True,

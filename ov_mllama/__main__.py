@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoProcessor
 
 from ov_mllama.costs import gigabytes
+from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.machine import free_memory
 from ov_mllama.model import OVMLlamaForConditionalGeneration
@@ -55,13 +56,23 @@ def run_chat(options: argparse.Namespace) -> None:
     model = OVMLlamaForConditionalGeneration(
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
-    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir))
+    draft = {"assistant_model": draft_model(options)} if options.draft else {}
+    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir), **draft)
     auth = tuple(options.auth) if options.auth else None
     _, url, _ = demo.launch(server_port=options.port, auth=auth, prevent_thread_lock=True)
     # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
     threading.Thread(target=model.language_model.warm_up, daemon=True).start()
     print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
     demo.block_thread()
+
+
+def draft_model(options: argparse.Namespace) -> OVDraftModel:
+    """A draft model, made first if need be."""
+    from ov_mllama.compress import make_draft_model
+
+    draft = OVDraftModel(make_draft_model(options.draft, default_folder(options.draft)), options.device)
+    draft.language_model.warm_up()
+    return draft
 
 
 def main() -> None:
@@ -84,6 +95,7 @@ def main() -> None:
     page.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<checkpoint's name>")
     page.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
     page.add_argument("--image-encoder", help="its .xml; default likewise")
+    page.add_argument("--draft", help="hub id or folder of a small Llama with the same tokenizer, to guess ahead")
     page.add_argument("--device", default="CPU")
     page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))

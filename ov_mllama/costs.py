@@ -172,9 +172,19 @@ def answering_memory(config: MllamaConfig, weight_bytes: float) -> float:
         weight_bytes: of both IRs. The plugin's repacked copy of them is about as large, and in memory.
     """
     shapes = MllamaShapes.from_config(config)
-    rows = shapes.max_num_tiles * shapes.patches_per_tile
-    kept = min(KEPT, 4 * shapes.cross_kv_bytes(rows))
-    return LIBRARIES + weight_bytes + VISION_ROW * rows * config.vision_config.hidden_size + kept
+    largest = picture_memory(shapes, shapes.max_num_tiles)
+    kept = min(KEPT, 4 * shapes.cross_kv_bytes(shapes.max_num_tiles * shapes.patches_per_tile))
+    return LIBRARIES + weight_bytes + largest + kept
+
+
+def picture_memory(shapes: MllamaShapes, tiles: int) -> float:
+    """Bytes that a picture takes while it is encoded, its K/V among them.
+
+    Args:
+        tiles: of it that are computed.
+    """
+    rows = tiles * shapes.patches_per_tile
+    return VISION_ROW * rows * shapes.vision_size + shapes.cross_kv_bytes(rows)
 
 
 def prompt_memory(config: MllamaConfig, batch: int, tokens: int, new: int, rows: int) -> float:

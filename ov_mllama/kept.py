@@ -42,6 +42,11 @@ class KeptImages:
                 self._images.move_to_end(key)
             return self._images.get(key)
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether an image is kept; it is not used by being asked about."""
+        with self._turn:
+            return key in self._images
+
     def put(self, key: bytes, image: EncodedImage) -> None:
         """Keeps an image; it goes at once if it is larger than all the room."""
         with self._turn:

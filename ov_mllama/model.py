@@ -266,15 +266,16 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         Args:
             drafts: how many tokens at its end are guessed.
         """
-        rows = 0
+        rows, picture_bytes = 0, 0.0
         if images:
             check_images(images, prompt.input_ids.shape, self.image_encoder.pixels_shape, self.config)
             prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
             prompt.image_keys = image_keys(images)
             rows = self.image_encoder.rows_read(images, prompt.seen)
+            picture_bytes = self.image_encoder.memory_for(images, prompt.image_keys)
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt, rows)
-        make_room(prompt, session, self.sessions, self.image_encoder, self.config, rows)
+        make_room(prompt, session, self.sessions, self.image_encoder, self.config, rows, picture_bytes)
         encoded = self.image_encoder.encode(images, prompt.image_keys, self._stop) if images else None
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,

@@ -5,6 +5,7 @@ from transformers import MllamaConfig
 from ov_mllama.cache import Prompt
 from ov_mllama.checks import check_prompt_fits
 from ov_mllama.language import OVLanguageModel, Session
+from ov_mllama.machine import free_memory
 from ov_mllama.vision import OVImageEncoder
 
 
@@ -81,10 +82,13 @@ def make_room(
     encoder: OVImageEncoder,
     config: MllamaConfig,
     rows: int,
+    picture_bytes: float = 0,
 ) -> None:
     """Before a prompt's images are encoded: what its session held goes, if it is of no use to the prompt, and where
     memory is short all that is only kept.
 
+    Args:
+        picture_bytes: of the prompt's largest image that is not encoded yet, see `OVImageEncoder.memory_for`.
     Raises:
         ValueError, MemoryError: as `check_prompt_fits`.
     """
@@ -94,6 +98,8 @@ def make_room(
     asked = config, prompt, reused, rows, session.model.column_bytes
     try:
         check_prompt_fits(*asked)
+        if free_memory() < picture_bytes:
+            sessions.forget()  # of the images that are kept, the encoder sees to it
     except MemoryError:
         sessions.forget()
         encoder.forget()

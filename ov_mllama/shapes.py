@@ -18,6 +18,7 @@ class MllamaShapes:
         max_num_tiles: tiles of an image, real or padding.
         canvas_tiles: of them, those of the canvas that each aspect ratio id stands for; id 0 is no image.
         tile_size: pixels along a tile's edge.
+        vision_size: channels of the vision tower.
         patches_per_tile: K/V rows of one tile: its patches and the class token (1601 for 560/14 pixels).
         num_heads, num_kv_heads, head_dim: of the language model's attention.
         self_layers, cross_layers: indices of its self- and cross-attention layers.
@@ -38,6 +39,7 @@ class MllamaShapes:
     max_positions: int
     canvas_tiles: tuple[int, ...] = ()
     tile_size: int = 0
+    vision_size: int = 0
 
     @classmethod
     def from_config(cls, config) -> "MllamaShapes":
@@ -58,6 +60,7 @@ class MllamaShapes:
             max_positions=text.max_position_embeddings,
             canvas_tiles=(1, *(high * wide for high, wide in vision.supported_aspect_ratios)) if vision else (),
             tile_size=vision.image_size if vision else 0,
+            vision_size=vision.hidden_size if vision else 0,
         )
 
     # ---- Cross-attention keys and values: outputs of the vision IR, inputs of the language IR ----

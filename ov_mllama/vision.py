@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import openvino as ov
 
+from ov_mllama.costs import picture_memory
 from ov_mllama.files import ir_stamp
 from ov_mllama.inference import LOOK_EVERY_S, check_stop, run, turn_of
 from ov_mllama.kept import EncodedImage, KeptImages
+from ov_mllama.machine import free_memory
 from ov_mllama.precision import choose
 from ov_mllama.shapes import MllamaShapes, rows_axis
 
@@ -167,6 +169,7 @@ class OVImageEncoder:
         Raises:
             Stopped: `stop` was set; the images that were done are kept.
             FloatingPointError: K/V that are not finite.
+            MemoryError: too little for one of them.
         """
         keys = keys or image_keys(images)
         encoded, image_s, kept = {}, [], 0
@@ -195,7 +198,7 @@ class OVImageEncoder:
         Returns:
             seconds for each different image, next to nothing for those kept already.
         Raises:
-            Stopped, FloatingPointError: as `encode`.
+            Stopped, FloatingPointError, MemoryError: as `encode`.
         """
         image_s = []
         for key, part in different(images, image_keys(images)).items():
@@ -216,9 +219,36 @@ class OVImageEncoder:
             image = self.kept.get(key)
             if image:
                 return image, True
-            image = self._infer(part, stop)
+            inputs = self._inputs(part)
+            self._check_room(inputs)
+            image = self._infer(inputs, stop)
             self.kept.put(key, image)
             return image, False
+
+    def memory_for(self, images: ImageInputs, keys: list[tuple[bytes, ...]]) -> float:
+        """Bytes for the largest of those that are not kept, while it is encoded (`costs.picture_memory`)."""
+        new = [part for key, part in different(images, keys).items() if key not in self.kept]
+        return max((self._memory(self._inputs(part)) for part in new), default=0.0)
+
+    def _memory(self, inputs: dict[str, np.ndarray]) -> float:
+        return picture_memory(self.shapes, len(inputs["tile_counts"]))
+
+    def _check_room(self, inputs: dict[str, np.ndarray]) -> None:
+        """Where memory is short, other images are no longer kept.
+
+        Raises:
+            MemoryError: that is not enough.
+        """
+        needed = self._memory(inputs)
+        if free_memory() < needed:
+            self.forget()
+        free = free_memory()
+        if free < needed:
+            raise MemoryError(
+                f"A picture of {int(inputs['real_tiles'])} tiles takes {needed / 1e9:.1f} GB of memory while it is "
+                f"looked at and {free / 1e9:.1f} GB are free, {(needed - free) / 1e9:.1f} GB too little: close other "
+                "programs, or shrink it into one tile (`images.at_detail`)."
+            )
 
     def rows_read(self, images: ImageInputs, seen: np.ndarray) -> int:
         """At most how many K/V rows a prompt reads: tokens that see no image read the padding tiles' too (`restrict`).
@@ -230,12 +260,14 @@ class OVImageEncoder:
         every = np.minimum(real + 1, tiles) if self.padding_alike else np.full_like(real, tiles)
         return int((real if seen.any(-1).all() else every).sum()) * self.shapes.patches_per_tile
 
-    def _infer(self, part: tuple, stop) -> EncodedImage:
+    def _inputs(self, part: tuple) -> dict[str, np.ndarray]:
         pixels, aspect_ratio_id, tile_mask = part
         real = int(tile_mask.sum())
         # only then are the padding tiles alike to the last bit: no canvas tile among them, and no pixel in them
         alike = self.padding_alike and real >= self.shapes.canvas_tiles[aspect_ratio_id] and not pixels[real:].any()
-        inputs = image_inputs(pixels, aspect_ratio_id, tile_mask, alike)
+        return image_inputs(pixels, aspect_ratio_id, tile_mask, alike)
+
+    def _infer(self, inputs: dict[str, np.ndarray], stop) -> EncodedImage:
         rows = len(inputs["tile_counts"]) * self.shapes.patches_per_tile
         # taken out while it computes: one that fails or is interrupted is compiled anew, see `OVLanguageModel.infer`
         request, self._request = self._request or self._compile(), None

@@ -11,16 +11,19 @@ import pytest
 from transformers import AutoConfig
 
 from benchmarks.make_checkpoint import SHAPES, make_config
-from conftest import DEMO, ROOT
+from conftest import DEMO, F32, ROOT
 from ov_mllama import costs, files, machine
+from ov_mllama.checks import image_arrays
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.machine import Cpu, Machine, group_memory
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.plan import SYSTEM, by_memory, plan
 from ov_mllama.prepare import plan_here, prepare
 from ov_mllama.settings import Settings
+from ov_mllama.vision import ImageInputs, image_keys
 
 PLAIN = Settings()
+GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=None)
 MUCH = float("inf")
 MEASURED = json.loads((ROOT / "benchmarks/results/11b-without-amx.json").read_text(encoding="utf-8"))
 
@@ -165,6 +168,37 @@ def test_the_command_says_what_this_machine_does():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
     steps = plan_here(DEMO, ROOT).steps.values()
     assert [step.what in done.stdout for step in steps] == [True] * 6
+
+
+# ---- While answering ----
+
+
+def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encoded(pair, monkeypatch):
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    first, second = pair.inputs("large"), pair.inputs("wide")
+    expected = pair.hf.generate(**second, **GREEDY)
+    model.generate(**first, **GREEDY)
+    images = image_arrays(*(second[name] for name in ImageInputs._fields))
+    needed = model.image_encoder.memory_for(images, image_keys(images))
+    assert needed == costs.picture_memory(model.shapes, 3)  # two tiles, and one that stands for the empty ones
+    kept, held = model.image_encoder.kept, model.sessions
+    assert kept.nbytes > 0 < held.held_bytes
+    freed = needed - 1 + kept.nbytes
+
+    def free():
+        return freed - kept.nbytes
+
+    for module in ("sessions", "vision", "checks"):
+        monkeypatch.setattr(f"ov_mllama.{module}.free_memory", free)
+    monkeypatch.setattr("ov_mllama.checks.check_prompt_fits", lambda *_: None)
+    assert model.generate(**second, **GREEDY).tolist() == expected.tolist()
+    assert len(held) == 1
+    assert model.image_encoder.memory_for(images, image_keys(images)) == 0  # the new one is kept
+    freed = needed - 1e5
+    monkeypatch.setattr("ov_mllama.vision.free_memory", lambda: freed)
+    model.image_encoder.forget()
+    with pytest.raises(MemoryError, match=r"A picture of 2 tiles takes .* too little: close other programs"):
+        model.generate(**second, **GREEDY)
 
 
 # ---- The machine ----
