@@ -9,14 +9,14 @@
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb, types of the package, spelling
 # MODEL_ID=<hub id or folder> runs the notebook on another checkpoint; its other settings go the same way, such as
-# CALIBRATION_DATA=lmms-lab/flickr30k COMPARE_WITH_PYTORCH=False.
+# CALIBRATION_DATA=photographs QUESTIONS=0.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch from there (0.2 GB) instead of PyPI (5 GB).
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 MODEL_DIR ?=
 DRAFT ?=
-SETTINGS := MODEL_ID CALIBRATION_DATA MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
+SETTINGS := MODEL_ID CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

@@ -1,6 +1,6 @@
-"""How many of prompt lookup's drafts the demo checkpoint accepts, where an answer repeats the prompt and where not.
+"""How many drafts the demo checkpoint accepts: of prompt lookup, and of a draft model.
 
-    python -m benchmarks.drafts [--model-dir models/demo_model] [--questions 100]
+    python -m benchmarks.drafts [--model-dir DIR] [--questions 100] [--draft-model DIR/draft]
 
 The first question about a picture has nothing to copy from. Asked again in the same conversation, its answer is there.
 """
@@ -12,17 +12,22 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from demo_model.evaluate import heldout_samples
+from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.stats import GenerationStats
 
 GREEDY = {"do_sample": False, "max_new_tokens": 60}
 
 
-def ask(model, processor, messages: list[dict], image, drafts: int) -> tuple[str, GenerationStats]:
-    """The answer to a conversation about one picture, and what it cost."""
+def ask(model, processor, messages: list[dict], image, **drafts) -> tuple[str, GenerationStats]:
+    """The answer to a conversation about one picture, and what it cost.
+
+    Args:
+        drafts: of `generate`, how to draft; nothing for plain decoding.
+    """
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=text, images=[image], add_special_tokens=False, return_tensors="pt")
-    output = model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=drafts or None)
+    output = model.generate(**inputs, **GREEDY, **drafts)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answer, model.stats
 
@@ -33,7 +38,11 @@ def main() -> None:
     parser.add_argument("--model-dir", type=Path, default=Path("models/demo_model"))
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--drafts", type=int, default=5)
+    parser.add_argument("--draft-model", type=Path, help="folder of make_draft_model; default: prompt lookup")
     options = parser.parse_args()
+    drafts = {"prompt_lookup_num_tokens": options.drafts}
+    if options.draft_model:
+        drafts = {"assistant_model": OVDraftModel(options.draft_model, drafts=options.drafts)}
     model = OVMLlamaForConditionalGeneration(options.model_dir, ov_config={"EXECUTION_MODE_HINT": "ACCURACY"})
     processor = AutoProcessor.from_pretrained(options.model_dir)
     costs, different = {"first question": [], "asked again": []}, 0
@@ -41,8 +50,8 @@ def main() -> None:
         question = [{"type": "text", "text": sample["question"]}]
         messages = [{"role": "user", "content": [{"type": "image"}, *question]}]
         for task in costs:
-            expected, _ = ask(model, processor, messages, sample["image"], 0)
-            answer, stats = ask(model, processor, messages, sample["image"], options.drafts)
+            expected, _ = ask(model, processor, messages, sample["image"])
+            answer, stats = ask(model, processor, messages, sample["image"], **drafts)
             different += answer != expected
             costs[task].append(stats)
             messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]

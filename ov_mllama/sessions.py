@@ -5,7 +5,7 @@ from transformers import MllamaConfig
 from ov_mllama.cache import Prompt
 from ov_mllama.checks import check_prompt_fits
 from ov_mllama.language import OVLanguageModel, Session
-from ov_mllama.machine import free_memory
+from ov_mllama.machine import free_memory, give_back
 from ov_mllama.vision import OVImageEncoder
 
 
@@ -73,6 +73,7 @@ class Sessions:
         for session in [session for session in self._sessions if id(session) not in self._in_use]:
             self._sessions.remove(session)
             session.reset()
+        give_back()
 
 
 def make_room(

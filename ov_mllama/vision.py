@@ -16,7 +16,7 @@ from ov_mllama.costs import picture_memory
 from ov_mllama.files import ir_stamp
 from ov_mllama.inference import LOOK_EVERY_S, check_stop, run, turn_of
 from ov_mllama.kept import EncodedImage, KeptImages
-from ov_mllama.machine import free_memory
+from ov_mllama.machine import free_memory, give_back
 from ov_mllama.precision import choose
 from ov_mllama.shapes import MllamaShapes, rows_axis
 
@@ -278,6 +278,7 @@ class OVImageEncoder:
             request.set_tensor(name, ov.Tensor(array, shared_memory=True))
         run(request, inputs, stop)
         request.get_compiled_model().release_memory()  # of what the layers held, while the language model answers
+        give_back()
         self._request = request
         for array in key_values.values():
             check_finite(array, "image's keys and values")
@@ -286,6 +287,7 @@ class OVImageEncoder:
     def forget(self) -> None:
         """Drops the images kept."""
         self.kept.clear()
+        give_back()
 
 
 def join_images(batch: list[list[EncodedImage]], shapes: MllamaShapes) -> tuple[dict[str, np.ndarray], np.ndarray]:
