@@ -1,5 +1,6 @@
 """Checkpoint -> the IRs that suit this machine, as `plan.py` has it: what the notebook does in cells, in one call."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -26,7 +27,9 @@ def plan_here(checkpoint: str | Path, model_dir: str | Path, vision: str | None 
     index = "model.safetensors.index.json"
     downloaded = Path(checkpoint).is_dir() or isinstance(try_to_load_from_cache(str(checkpoint), index), str)
     config = AutoConfig.from_pretrained(checkpoint_folder(checkpoint, weights=False))
-    return plan(config, Machine.here(model_dir), Settings(), downloaded, vision)
+    here = Machine.here(model_dir)
+    made = sum(path.stat().st_size for path in Path(model_dir).glob("*.bin"))  # its room counts as free
+    return plan(config, replace(here, disk=here.disk + made), Settings(), downloaded, vision)
 
 
 def prepare(checkpoint: str | Path, model_dir: str | Path) -> Path:

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 import ov_mllama.compress
-from conftest import CASES, F32
+from conftest import CASES, DEMO, F32
+from demo_model.evaluate import heldout_samples
 from ov_mllama.compress import make_draft_model
+from ov_mllama.conversation import first_questions
 from ov_mllama.draft_model import STEP, TOKENS, OVDraftModel, Schedule
 from ov_mllama.settings import Settings
-from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
 SINGLE = [case for case in CASES if "batch" not in case and "padded" not in case]
@@ -190,3 +192,17 @@ def test_the_large_model_alone_goes_on_as_before(pair, draft):
     expected = pair.hf.generate(**inputs, **GREEDY)
     for kwargs in ({"assistant_model": draft}, {}, {"prompt_lookup_num_tokens": 3}):
         assert model.generate(**inputs, **GREEDY, **kwargs).tolist() == expected.tolist()
+
+
+def test_the_demos_own_is_mostly_right(tmp_path):
+    """On held-out first questions, whose answers repeat nothing."""
+    model_dir, drafted, accepted = convert_mllama(DEMO, tmp_path / "demo"), 0, 0
+    model, processor = OVMLlamaForConditionalGeneration(model_dir, ov_config=F32), AutoProcessor.from_pretrained(DEMO)
+    own = OVDraftModel(make_draft_model(DEMO / "draft", tmp_path / "draft"), ov_config=F32, drafts=3)
+    for sample in heldout_samples(40):
+        inputs = first_questions(processor, [sample])
+        plain = model.generate(**inputs, do_sample=False, max_new_tokens=60)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=60, assistant_model=own)
+        assert output.tolist() == plain.tolist()
+        drafted, accepted = drafted + model.stats.drafted_tokens, accepted + model.stats.accepted_tokens
+    assert accepted > 0.4 * drafted > 0
