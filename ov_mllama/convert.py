@@ -4,6 +4,7 @@ This file knows checkpoints and what goes with them. It does not know how the IR
 (`compress.py`).
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
 
     print("⌛ Load original model")
     model = load_checkpoint(source)
-    sizes = {what: 2 * sum(weight.numel() for weight in parts[what][1](model).parameters()) for what in parts}
+    sizes = {what: written_bytes(parts[what][1](model)) for what in parts}
     missing = sum(size for what, size in sizes.items() if not is_current(parts[what][0], stamp))
     check_disk_and_memory(out_dir, missing, CONVERSION_MEMORY, "close other programs")
     with writing(out_dir):
@@ -235,6 +236,14 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
                 print(f"✅ {what.capitalize()} successfully converted")
     print(f"✅ Model successfully converted and can be found in {out_dir}")
     return out_dir
+
+
+def written_bytes(part: torch.nn.Module) -> int:
+    """Of an IR in 16 bit. The vision encoder holds whole cross-attention layers, of which queries are not its own."""
+    names = dict(part.named_parameters())
+    return 2 * sum(
+        weight.numel() for name, weight in names.items() if not re.match(r"cross_attentions\.\d+\.[qo]_", name)
+    )
 
 
 def load_checkpoint(folder: Path, kind: Any = MllamaForConditionalGeneration):

@@ -40,7 +40,8 @@ class Step:
     @property
     def time(self) -> str:
         """What its seconds are; those of the longest case beside them."""
-        return duration(self.cost.seconds) + f" to {duration(self.longest)}" * bool(self.longest)
+        shortest, longest = duration(self.cost.seconds), duration(self.longest)
+        return shortest if not self.longest or longest == shortest else f"{shortest} to {longest}"
 
     def on(self, cores: int) -> "Step":
         """The same on so many cores; more than two count as two, of which there are measurements."""

@@ -166,8 +166,12 @@ def test_sampling_goes_on_with_a_draft_model(pair, draft):
 def test_another_vocabulary_is_refused(pair, tmp_path):
     other = save_llama(tmp_path / "other", pair.processor.tokenizer, pair.ov.shapes.vocab_size + 8)
     helper = OVDraftModel(make_draft_model(other, tmp_path / "draft"))
+    asked = {**pair.inputs("one tile"), **GREEDY, "assistant_model": helper}
+    with pytest.raises(ValueError, match="different tokenizers"):  # transformers' own, which advises to give both
+        pair.ov.generate(**asked)
+    asked |= dict.fromkeys(("tokenizer", "assistant_tokenizer"), pair.processor.tokenizer)
     with pytest.raises(ValueError, match="needs the same tokenizer"):
-        pair.ov.generate(**pair.inputs("one tile"), **GREEDY, assistant_model=helper)
+        pair.ov.generate(**asked)
 
 
 def test_only_a_llama_is_taken(pair, checkpoint, tmp_path):

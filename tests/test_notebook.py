@@ -126,7 +126,7 @@ def test_where_memory_is_short_nothing_large_is_written_or_loaded(on_a_small_mac
 def test_variants_of_any_model_are_priced_by_divergence(on_a_small_machine):
     _, notebook = on_a_small_machine
     table = cell_with(notebook, "show_price_list(price_list(").outputs[0].data["text/plain"]
-    rows = {line[:22].strip(): line.split()[-3:] for line in table.splitlines()[2:]}
+    rows = {re.split(r"\s{2,}", line)[0]: line.split()[-3:] for line in table.splitlines()[2:]}
     assert list(rows) == ["PyTorch 16 bit", "both smaller"]
     assert rows["PyTorch 16 bit"] == ["0.0000", "0.0000", "100.0"]
     assert 0.001 < float(rows["both smaller"][0]) < 0.5
@@ -187,7 +187,7 @@ def test_settings_have_the_types_of_their_defaults(committed):
 def test_make_notebook_passes_every_setting(committed):
     source = cell_with(committed, "MODEL_ID = ").source
     defaults = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
-    given = defaults | {"CALIBRATION_DATA": "some pictures"}
+    given = defaults | {"CALIBRATION_DATA": "some pictures", "DRAFT_MODEL": "a draft"}
     words = [f"{name}={value}" for name, value in given.items()]
     make = ["make", "--no-print-directory", "-n", "-o", ".venv/.run", "notebook", *words]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`

@@ -74,12 +74,14 @@ def test_memory_of_quantizing_the_vision_encoder_is_what_was_measured():
         assert measured * 0.98 < memory / 1e9 < measured * 1.1
 
 
-def test_disk_of_16_bit_is_what_is_written(tmp_path):
+def test_disk_of_16_bit_is_what_is_written(tmp_path, capsys):
     made = prepare(DEMO, tmp_path / "ov")
     written = sum(
         (made / name).with_suffix(".bin").stat().st_size for name in (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)
     )
     assert costs.conversion_cost(AutoConfig.from_pretrained(made)).disk == pytest.approx(written, rel=0.15)
+    said = [int(size) for size in re.findall(r"Convert .*, (\d+) MB", capsys.readouterr().out)]
+    assert sum(said) == pytest.approx(written / 1e6, abs=1)
 
 
 # ---- Decisions ----
