@@ -20,7 +20,7 @@ CONVERSION_MEMORY = 1.2e9  # of a checkpoint of any size, whose weights stay on 
 # Of weight compression, bytes for each weight
 SCALES = 1.02  # an 8-bit weight with its share of scales and zero points
 SAVED_BY_INT4 = 0.47  # of that, by 4 bit with a scale for 64 weights
-HEAD_IN_WORK = 10.5  # of the head while it is compressed: in float32, its integers, and what is between
+HEAD_IN_WORK = 10.9  # of the head while it is compressed: in float32, its integers, and what is between
 AWQ_COPY = 4  # the two larger matrices of each MLP, scaled, in 16 bit
 PACKED = 2.3  # of each layer where NNCF runs the uncompressed model: 16 bit, packed by the plugin
 

@@ -74,6 +74,25 @@ def test_memory_of_quantizing_the_vision_encoder_is_what_was_measured():
         assert measured * 0.98 < memory / 1e9 < measured * 1.1
 
 
+def test_the_90bs_widths_cost_what_was_measured():
+    """Five of its 100 text layers, converted and compressed as here (benchmarks/README.md)."""
+    slice_of_it = make_config(**{**SHAPES["90b"], "text_layers": 5})
+    steps = plan(slice_of_it, Machine(20e9, MUCH), PLAIN).steps
+    for name, seconds, peak in (("compress", 71.4, 12.08), ("vision", 22.7, 1.48)):
+        assert steps[name].cost.seconds == pytest.approx(seconds, rel=0.25)
+        assert peak < steps[name].cost.memory / 1e9 < 1.6 * peak
+    assert steps["compress"].cost.memory / 1e9 < 1.02 * 12.08
+
+
+def test_the_whole_90b_needs_a_machine_of_64_gb():
+    whole = make_config(**SHAPES["90b"])
+    fitting = [
+        size for size in (16, 24, 32, 64) if not plan(whole, Machine(size * 2**30 - SYSTEM, MUCH), PLAIN).lacking
+    ]
+    assert fitting == [64]
+    assert costs.conversion_cost(whole).disk / 1e9 == pytest.approx(177, abs=2)
+
+
 def test_disk_of_16_bit_is_what_is_written(tmp_path, capsys):
     made = prepare(DEMO, tmp_path / "ov")
     written = sum(
