@@ -57,7 +57,8 @@ def on_a_small_machine(tmp_path_factory):
     index = notebook.cells.index(cell_with(notebook, "plan_here("))
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(AS_WITH_16_GB))
     nbformat.write(notebook, folder / NOTEBOOK.name)
-    path = notebook_utils.execute(folder / NOTEBOOK.name, folder / "build", MODEL_ID="random", MAX_NEW_TOKENS=20)
+    settings = {"MODEL_ID": "random", "CALIBRATION_DATA": "photographs", "MAX_NEW_TOKENS": 20}
+    path = notebook_utils.execute(folder / NOTEBOOK.name, folder / "build", **settings)
     return folder, nbformat.read(path, as_version=4)
 
 
