@@ -3,8 +3,8 @@
     text so far -> OVDraftModel -> a few guessed tokens -> one step of the large model -> those that are right, and one
 
 What it guesses changes no greedy answer in f32, only how many tokens come of a step (speculative decoding,
-https://arxiv.org/abs/2211.17192); at other precisions a step of several tokens may round otherwise than steps of one. It
-knows text only: the picture is the large model's to look at.
+https://arxiv.org/abs/2211.17192); at other precisions a step of several tokens may round otherwise than steps of one.
+It knows text only: the picture is the large model's to look at.
 """
 
 import time
