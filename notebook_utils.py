@@ -171,15 +171,15 @@ def show_price_list(rows: list[dict]) -> None:
     table = pd.DataFrame(rows).set_index("variant")
     display(table.round({name: 4 if name.startswith("kl") else 1 for name in table}))
     figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    known = "all" in table
+    size, lost = ("size_mb", "all") if known else ("size_gb", "kl")
     for name, row in table.iterrows():
-        if "all" in table:
-            axis.scatter(row["size_mb"], row["all"], label=name)
-        else:
-            axis.errorbar(row["size_gb"], row["kl"], yerr=2 * row["kl_error"], fmt="o", capsize=3, label=name)
-    if "all" in table:
-        axis.set(xlabel="size on disk, MB", ylabel="exact match, %")
-    else:
-        axis.set(xlabel="size on disk, GB", ylabel="divergence, nats a token")
+        error = None if known else 2 * row["kl_error"]
+        axis.errorbar(row[size], row[lost], yerr=error, fmt="o", capsize=3, label=name)
+    axis.set(
+        xlabel=f"size on disk, {'MB' if known else 'GB'}",
+        ylabel="exact match, %" if known else "divergence, nats a token",
+    )
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     plt.show()

@@ -14,6 +14,9 @@ from ov_mllama.compress import DATA_METRICS, VISION_OPTIONS, compress_language_m
 from ov_mllama.precision import vision_option
 from ov_mllama.settings import DATA_METRIC, GROUP_SIZES, INT4, INT8, Settings
 
+# What an IR's stamp says of samples from no named source. (Once these could be drawings, and it said "None".)
+UNNAMED_SOURCE = "the hub's photographs or those of packages"
+
 __all__ = [
     "VISION_OPTIONS",
     "Settings",
@@ -47,7 +50,7 @@ def compress(
     """
     chosen = Settings.of(**settings)
     samples = partial(language_samples, model_dir, chosen.dataset_size, source)
-    name = f"{chosen.dataset_size} of {source}"
+    name = f"{chosen.dataset_size} of {source or UNNAMED_SOURCE}"
     return compress_language_model(model_dir, chosen, samples, name, checkpoint, force)
 
 
@@ -87,7 +90,8 @@ def optimize_vision_encoder(
         ValueError, FileNotFoundError, OSError, MemoryError: as `make_vision_encoder`, each with the fix.
     """
     samples = partial(image_samples, model_dir, dataset_size, source)
-    return make_vision_encoder(model_dir, option, dataset_size, samples, f"{dataset_size} of {source}", force)
+    name = f"{dataset_size} of {source or UNNAMED_SOURCE}"
+    return make_vision_encoder(model_dir, option, dataset_size, samples, name, force)
 
 
 def image_samples(model_dir: str | Path, count: int, source: str | Path | None):

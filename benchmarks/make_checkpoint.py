@@ -44,25 +44,10 @@ SHARD_BYTES = 500_000_000  # a tensor larger than that (embedding, head: 1.05 GB
 CHUNK = 1 << 24  # values drawn at a time, in float32
 
 
+TOWER = dict(vision_size=1280, vision_layers=32, global_layers=8)
 SHAPES = {
-    "11b": dict(
-        text_layers=40,
-        hidden_size=4096,
-        intermediate_size=14336,
-        heads=32,
-        vision_size=1280,
-        vision_layers=32,
-        global_layers=8,
-    ),
-    "90b": dict(
-        text_layers=100,
-        hidden_size=8192,
-        intermediate_size=28672,
-        heads=64,
-        vision_size=1280,
-        vision_layers=32,
-        global_layers=8,
-    ),
+    "11b": dict(text_layers=40, hidden_size=4096, intermediate_size=14336, heads=32, **TOWER),
+    "90b": dict(text_layers=100, hidden_size=8192, intermediate_size=28672, heads=64, **TOWER),
     # Llama-3.2-1B, the draft model for both: text only
     "1b": dict(text_layers=16, hidden_size=2048, intermediate_size=8192, heads=32),
     # nothing like a checkpoint that anybody has: the 11B's vocabulary and tiles on the least behind them
@@ -70,6 +55,34 @@ SHAPES = {
         text_layers=5, hidden_size=128, intermediate_size=256, heads=8, vision_size=64, vision_layers=4, global_layers=1
     ),
 }
+
+
+def text_settings(text_layers: int, hidden_size: int, intermediate_size: int, heads: int) -> dict:
+    """What the language models of all shapes have in common."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": text_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    }
+
+
+def make_llama_config(**widths: int) -> LlamaConfig:
+    """The 1B's configuration, without its scaled rotary embedding.
+
+    Args:
+        widths: of `text_settings`.
+    """
+    return LlamaConfig(
+        **text_settings(**widths),
+        tie_word_embeddings=True,
+        bos_token_id=SPECIAL_TOKENS["<|begin_of_text|>"],
+        eos_token_id=SPECIAL_TOKENS["<|eot_id|>"],
+        dtype="bfloat16",
+    )
 
 
 def make_config(
@@ -87,14 +100,8 @@ def make_config(
     indices = [i for i in (3, 7, 15, 23, 30) if i < vision_layers - 1] + [vision_layers - 1] * (vision_layers < 32)
     return MllamaConfig(
         text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": hidden_size,
-            "intermediate_size": intermediate_size,
-            "num_hidden_layers": text_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 8,
+            **text_settings(text_layers, hidden_size, intermediate_size, heads),
             "cross_attention_layers": list(range(3, text_layers, 5)),
-            "max_position_embeddings": 131072,
             "rope_parameters": {
                 "rope_type": "llama3",
                 "rope_theta": 500000.0,
@@ -134,23 +141,6 @@ def write_tokenizer(folder: Path) -> None:
     for token in tokenizer["post_processor"]["special_tokens"].values():
         token["ids"] = [SPECIAL_TOKENS[name] for name in token["tokens"]]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-
-
-def make_llama_config(text_layers: int, hidden_size: int, intermediate_size: int, heads: int) -> LlamaConfig:
-    """The 1B's configuration, without its scaled rotary embedding."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=text_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-        bos_token_id=SPECIAL_TOKENS["<|begin_of_text|>"],
-        eos_token_id=SPECIAL_TOKENS["<|eot_id|>"],
-        dtype="bfloat16",
-    )
 
 
 def random_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:

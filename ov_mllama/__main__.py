@@ -45,6 +45,7 @@ def run_chat(options: argparse.Namespace) -> None:
         options.checkpoint = options.checkpoint or DEMO
         options.model_dir = run_prepare(options)
     model_dir = options.model_dir
+    draft_dir = make_draft(options) if options.draft else None  # while nothing large is in memory
     language = options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME)
     vision = options.image_encoder or newest(model_dir, VISION_ENCODER_NAME)
     print(f"⌛ Loading {language} and {vision} from {model_dir}", flush=True)
@@ -56,23 +57,22 @@ def run_chat(options: argparse.Namespace) -> None:
     model = OVMLlamaForConditionalGeneration(
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
-    draft = {"assistant_model": draft_model(options)} if options.draft else {}
+    draft = {"assistant_model": OVDraftModel(draft_dir, options.device)} if draft_dir else {}
     demo = make_demo(model, AutoProcessor.from_pretrained(model_dir), **draft)
     auth = tuple(options.auth) if options.auth else None
     _, url, _ = demo.launch(server_port=options.port, auth=auth, prevent_thread_lock=True)
     # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
-    threading.Thread(target=model.language_model.warm_up, daemon=True).start()
+    parts: list = [model, *draft.values()]
+    threading.Thread(target=lambda: [part.language_model.warm_up() for part in parts], daemon=True).start()
     print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
     demo.block_thread()
 
 
-def draft_model(options: argparse.Namespace) -> OVDraftModel:
-    """A draft model, made first if need be."""
+def make_draft(options: argparse.Namespace) -> Path:
+    """The draft model's folder, as in the notebook; made where that is not done yet."""
     from ov_mllama.compress import make_draft_model
 
-    draft = OVDraftModel(make_draft_model(options.draft, default_folder(options.draft)), options.device)
-    draft.language_model.warm_up()
-    return draft
+    return make_draft_model(options.draft, options.model_dir / "draft")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from transformers import MllamaConfig
 from ov_mllama.cache import OVCache, Prompt
 from ov_mllama.costs import prompt_memory
 from ov_mllama.cross_attention import tiles_seen
-from ov_mllama.language import PREFILL_TOKENS, OVLanguageModel, Session
+from ov_mllama.language import OVLanguageModel, Session, prefill_step
 from ov_mllama.machine import free_memory
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.vision import ImageInputs, OVImageEncoder
@@ -255,8 +255,7 @@ def check_prompt_fits(config: MllamaConfig, prompt: Prompt, reused: int, rows: i
             + (advice if tokens else "write a question.")
         )
     new = tokens - reused
-    step = min(new, max(1, PREFILL_TOKENS // batch))  # computed at a time
-    memory = prompt_memory(config, batch, tokens, step, rows) + batch * new * column_bytes
+    memory = prompt_memory(config, batch, tokens, min(new, prefill_step(batch)), rows) + batch * new * column_bytes
     available = free_memory()
     if available < memory:
         raise MemoryError(

@@ -95,7 +95,7 @@ def make_draft_model(
     Args:
         checkpoint: hub id or local folder, such as meta-llama/Llama-3.2-1B-Instruct for the 11B and the 90B.
         out_dir: a folder of its own, for `openvino_draft_model.xml` (and .bin), config and tokenizer.
-        settings: without calibration data; default INT4.
+        settings: of these, none that need calibration data; default INT4.
         force: make it anew.
     Returns:
         out_dir as a Path, for `ov_mllama.draft_model.OVDraftModel`.
@@ -107,7 +107,10 @@ def make_draft_model(
     source = checkpoint_folder(checkpoint, wanted="llama")
     config = AutoConfig.from_pretrained(source)
     settings.check(config)
+    if settings.dataset_size:
+        raise ValueError("A draft model is compressed without data: leave dataset_size out.")
     stamp = checkpoint_stamp(source) | {"format": settings.algo, "group_size": str(settings.group_size)}
+    stamp["settings"] = settings.file_name
 
     def make() -> ov.Model:
         with quiet_nncf():

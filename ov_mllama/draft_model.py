@@ -140,24 +140,27 @@ class ModelDrafts(CandidateGenerator):
         self.max_length = settings.max_length
         ends = settings.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
-        self.drafted, self.seconds, self.total = 0, 0.0, 0.0
+        self.guessed: list[int] = []
+        self.seconds = self.total = 0.0
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs):
         text = input_ids[0].numpy()
-        text, self.drafted = text[text < self.vocab_size], 0
+        text, self.guessed = text[text < self.vocab_size], []
         room = self.max_length - input_ids.shape[1] - 1  # a step gives one token more than it checks
         room = min(room, self.draft.language_model.shapes.max_positions - len(text))
         count = min(self.draft.drafts or self.draft.schedule.count(), room)
-        if count < 1:
+        if count < 1 or not len(text):
             return input_ids, None
         started = time.perf_counter()
-        guessed = self.draft.guess(text, count, self.ends)
-        self.drafted, self.seconds = len(guessed), time.perf_counter() - started
+        self.guessed = self.draft.guess(text, count, self.ends)
+        self.seconds = time.perf_counter() - started
         self.total += self.seconds
-        return torch.cat([input_ids, torch.tensor([guessed])], dim=1), None
+        return torch.cat([input_ids, torch.tensor([self.guessed])], dim=1), None
 
     def update_candidate_strategy(self, input_ids, scores, num_matches) -> None:
-        stats = self.model.stats
+        stats, right = self.model.stats, int(num_matches)
         stats.draft_s = self.total
-        if self.drafted and stats.step_s:  # the first checks the prompt too: its time says nothing
-            self.draft.schedule.note(self.drafted, int(num_matches), self.seconds, stats.step_s[-1])
+        if self.guessed and stats.step_s:  # the first checks the prompt too: its time says nothing
+            # transformers does not count the answer's last token, be it guessed right
+            right += self.guessed[right : right + 1] == input_ids[0, -1:].tolist()
+            self.draft.schedule.note(len(self.guessed), right, self.seconds, stats.step_s[-1])

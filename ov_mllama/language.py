@@ -30,6 +30,11 @@ PREFILL_TOKENS = 128
 GONE = "There is nothing to go on with, or it was lost when a step failed: begin with prefill."
 
 
+def prefill_step(batch: int) -> int:
+    """Tokens of each row that are computed at once, see PREFILL_TOKENS."""
+    return max(1, PREFILL_TOKENS // batch)
+
+
 def language_inputs(
     input_ids: np.ndarray,
     cross_attention: CrossAttention | None = None,
@@ -211,7 +216,7 @@ class Session:
     def _in_chunks(self, cache: OVCache, prompt: Prompt, reused: int, view: CrossAttention | None, stop) -> np.ndarray:
         """A prompt's tokens after the `reused` ones, so many at a time that a person who stops it does not wait."""
         batch, length = prompt.input_ids.shape
-        step = max(1, PREFILL_TOKENS // batch)
+        step = prefill_step(batch)
         logits, seconds = [], 0.0
         for start in range(reused, length, step):
             check_stop(stop)

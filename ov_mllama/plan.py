@@ -8,7 +8,6 @@ from transformers import MllamaConfig
 
 from ov_mllama.costs import (
     FOUR_TILES,
-    LIBRARIES,
     ONE_TILE,
     READ,
     REPACKED,
@@ -81,7 +80,19 @@ class Plan:
     @property
     def lacking(self) -> tuple[str, ...]:
         """Sentences that say what this machine has too little of; none where all fits."""
-        return tuple(lacks(self))
+        disk, memory = self.machine.disk, self.machine.memory
+        most, lacking = max(self.steps.values(), key=lambda step: step.cost.memory), []
+        if self.disk > disk:
+            lacking.append(
+                f"All steps write {gigabytes(self.disk)} and {gigabytes(disk)} of disk are free: make room, or choose "
+                "a folder on another disk."
+            )
+        if most.cost.memory > memory:
+            lacking.append(
+                f"To {most.what} takes {gigabytes(most.cost.memory)} of memory and {gigabytes(memory)} are free: close "
+                "other programs, or take a machine with more."
+            )
+        return tuple(lacking)
 
     def __str__(self) -> str:
         rows = [
@@ -143,7 +154,7 @@ def plan(
     }
     if not downloaded:
         steps = {"download": Step("download the checkpoint", Cost(disk=original)), **steps}
-    float32 = LIBRARIES + 2 * original + answering_memory(config, 0)
+    float32 = answering_memory(config, 2 * original)
     steps = {name: step.on(machine.cores) for name, step in steps.items()}
     return Plan(machine, write_16_bit, vision, write_16_bit and float32 <= machine.memory, steps)
 
@@ -155,21 +166,6 @@ def loading(config: MllamaConfig, weight_bytes: float) -> Step:
         weight_bytes: of both.
     """
     return Step("load both", Cost(0, answering_memory(config, weight_bytes), 1 + REPACKED * weight_bytes))
-
-
-def lacks(made: Plan) -> Iterable[str]:
-    """Sentences that say what the machine of a plan has too little of."""
-    if made.disk > made.machine.disk:
-        yield (
-            f"All steps write {gigabytes(made.disk)} and {gigabytes(made.machine.disk)} of disk are free: make room, "
-            "or choose a folder on another disk."
-        )
-    most = max(made.steps.values(), key=lambda step: step.cost.memory)
-    if most.cost.memory > made.machine.memory:
-        yield (
-            f"To {most.what} takes {gigabytes(most.cost.memory)} of memory and {gigabytes(made.machine.memory)} are "
-            "free: close other programs, or take a machine with more."
-        )
 
 
 def by_memory(config: MllamaConfig, settings: Settings, sizes: Iterable[int] = (16, 24, 32, 64)) -> str:

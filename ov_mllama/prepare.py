@@ -24,9 +24,9 @@ def plan_here(checkpoint: str | Path, model_dir: str | Path, vision: str | None 
     Raises:
         ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix.
     """
+    config = AutoConfig.from_pretrained(checkpoint_folder(checkpoint, weights=False))  # refuses what is no name, too
     index = "model.safetensors.index.json"
     downloaded = Path(checkpoint).is_dir() or isinstance(try_to_load_from_cache(str(checkpoint), index), str)
-    config = AutoConfig.from_pretrained(checkpoint_folder(checkpoint, weights=False))
     here = Machine.here(model_dir)
     made = sum(path.stat().st_size for path in Path(model_dir).glob("*.bin"))  # its room counts as free
     return plan(config, replace(here, disk=here.disk + made), Settings(), downloaded, vision)

@@ -9,7 +9,9 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -57,7 +59,7 @@ def price_list(
 
 
 def measure(
-    checkpoint: str | Path, model_dir: Path, files: tuple[str, str] | None, samples: list[dict], reference: dict | None
+    checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, samples: list[dict], reference: dict | None
 ) -> tuple[dict, dict]:
     """Measures one variant; None for `files` is the original.
 
@@ -71,14 +73,8 @@ def measure(
     """
     transformers.logging.disable_progress_bar()
     processor, before = AutoProcessor.from_pretrained(model_dir), psutil.Process().memory_info().rss
-    if files:
-        model = OVMLlamaForConditionalGeneration(
-            model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False, image_cache_bytes=0
-        )
-        weights = [(model_dir / name).with_suffix(".bin") for name in files]
-    else:
-        model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        weights = list(Path(checkpoint).glob("*.safetensors"))
+    original = partial(MllamaForConditionalGeneration.from_pretrained, checkpoint, dtype=torch.float32)
+    model, size = opened(checkpoint, model_dir, files, original)
     tokens = [answer for batch in batches(samples) for answer in greedy(model, processor, batch)]
     memory = psutil.Process().memory_info().rss - before
 
@@ -90,7 +86,7 @@ def measure(
     ]
     pairs = zip(expected.get("log_probs", log_probs), log_probs, strict=True)
     row = {
-        "size_mb": sum(path.stat().st_size for path in weights) / 1e6,
+        "size_mb": size / 1e6,
         "memory_mb": memory / 1e6,
         **waits(model, processor, samples[:TIMED]),
         **exact_match(samples, processor.batch_decode(tokens, skip_special_tokens=True)),
@@ -98,6 +94,16 @@ def measure(
         "first_divergence": float(np.mean([agreed(*pair) for pair in zip(expected["tokens"], tokens, strict=True)])),
     }
     return row, {"tokens": tokens, "log_probs": log_probs}
+
+
+def opened(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, original: Callable[[], Any]):
+    """A variant's model, or the `original`; and the bytes of its weights on disk."""
+    if files is None:
+        return original().eval(), sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    model = OVMLlamaForConditionalGeneration(
+        model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False, image_cache_bytes=0
+    )
+    return model, sum((model_dir / name).with_suffix(".bin").stat().st_size for name in files)
 
 
 def diverge(
@@ -115,13 +121,7 @@ def diverge(
     """
     transformers.logging.disable_progress_bar()
     processor, seconds, log_probs = AutoProcessor.from_pretrained(model_dir), [], []
-    if files:
-        model = OVMLlamaForConditionalGeneration(
-            model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False, image_cache_bytes=0
-        )
-        weights = [(model_dir / name).with_suffix(".bin") for name in files]
-    else:
-        model, weights = load_checkpoint(checkpoint), list(checkpoint.glob("*.safetensors"))
+    model, size = opened(checkpoint, model_dir, files, partial(load_checkpoint, checkpoint))
     for sample in samples:
         caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]
         log_probs += score(model, processor, [sample], [caption])
@@ -130,7 +130,7 @@ def diverge(
     actual, memory = np.concatenate(log_probs), psutil.Process().memory_info()
     kl = (np.exp(expected) * (expected - actual)).sum(-1)
     row = {
-        "size_gb": sum(path.stat().st_size for path in weights) / 1e9,
+        "size_gb": size / 1e9,
         "memory_gb": (memory.rss - getattr(memory, "shared", 0)) / 1e9,
         "picture_s": float(np.median(seconds)) if seconds else None,
         "kl": float(kl.mean()),

@@ -227,11 +227,13 @@ class OVImageEncoder:
 
     def memory_for(self, images: ImageInputs, keys: list[tuple[bytes, ...]]) -> float:
         """Bytes for the largest of those that are not kept, while it is encoded (`costs.picture_memory`)."""
-        new = [part for key, part in different(images, keys).items() if key not in self.kept]
-        return max((self._memory(self._inputs(part)) for part in new), default=0.0)
+        new = [mask for key, (_, _, mask) in different(images, keys).items() if key not in self.kept]
+        return max((picture_memory(self.shapes, int(self._tiles(mask))) for mask in new), default=0.0)
 
-    def _memory(self, inputs: dict[str, np.ndarray]) -> float:
-        return picture_memory(self.shapes, len(inputs["tile_counts"]))
+    def _tiles(self, tile_mask: np.ndarray) -> np.ndarray:
+        """How many tiles of each image are computed, [...] for masks [..., tiles]; else, rarely, all."""
+        real, tiles = tile_mask.sum(-1), tile_mask.shape[-1]
+        return np.minimum(real + 1, tiles) if self.padding_alike else np.full_like(real, tiles)
 
     def _check_room(self, inputs: dict[str, np.ndarray]) -> None:
         """Where memory is short, other images are no longer kept.
@@ -239,7 +241,7 @@ class OVImageEncoder:
         Raises:
             MemoryError: that is not enough.
         """
-        needed = self._memory(inputs)
+        needed = picture_memory(self.shapes, len(inputs["tile_counts"]))
         if free_memory() < needed:
             self.forget()
         free = free_memory()
@@ -256,9 +258,9 @@ class OVImageEncoder:
         Args:
             seen: bool [batch, query, images * tiles].
         """
-        real, tiles = images.aspect_ratio_mask.sum(-1), images.aspect_ratio_mask.shape[-1]
-        every = np.minimum(real + 1, tiles) if self.padding_alike else np.full_like(real, tiles)
-        return int((real if seen.any(-1).all() else every).sum()) * self.shapes.patches_per_tile
+        mask = images.aspect_ratio_mask
+        tiles = mask.sum(-1) if seen.any(-1).all() else self._tiles(mask)
+        return int(tiles.sum()) * self.shapes.patches_per_tile
 
     def _inputs(self, part: tuple) -> dict[str, np.ndarray]:
         pixels, aspect_ratio_id, tile_mask = part

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, LlamaForCausalLM
 
 import ov_mllama.compress
 from conftest import CASES, DEMO, F32
@@ -13,6 +13,7 @@ from ov_mllama.conversation import first_questions
 from ov_mllama.draft_model import STEP, TOKENS, OVDraftModel, Schedule
 from ov_mllama.settings import Settings
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
+from tiny_mllama import make_llama
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
 SINGLE = [case for case in CASES if "batch" not in case and "padded" not in case]
@@ -20,19 +21,8 @@ SINGLE = [case for case in CASES if "batch" not in case and "padded" not in case
 
 def save_llama(folder, tokenizer, vocab_size, seed=0):
     """A random text-only Llama in 16 bit, its head tied to its embedding as the real 1B's is."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).half().eval()
+    settings = {"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3}
+    model = make_llama(vocab_size, seed, tie_word_embeddings=True, **settings).half()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -154,6 +144,39 @@ def test_answers_end_where_they_would_end(pair, draft):
         kwargs = {"do_sample": False, "eos_token_id": None, **kwargs}
         expected = pair.hf.generate(**inputs, **kwargs)
         assert pair.ov.generate(**inputs, **kwargs, assistant_model=draft).tolist() == expected.tolist()
+
+
+def test_an_end_that_is_guessed_right_counts_as_right(pair, draft_dir):
+    inputs = pair.inputs("text only")
+    plain = pair.hf.generate(**inputs, do_sample=False, max_new_tokens=40, eos_token_id=None)
+    asked, new = inputs["input_ids"].shape[1], plain[0, inputs["input_ids"].shape[1] :].tolist()
+    ends_at = next(i for i in range(5, 40) if new[i] not in new[:i])
+    helper, noted = Knowing(draft_dir).knows(plain), []
+    helper.drafts = 3
+    helper.schedule.note = lambda drafted, right, *_: noted.append((drafted, right))
+    output = pair.ov.generate(
+        **inputs, do_sample=False, max_new_tokens=40, eos_token_id=new[ends_at], assistant_model=helper
+    )
+    assert output.shape[1] == asked + ends_at + 1
+    last = (ends_at + 1) % 4  # of four tokens a step, the answer's last step has so many
+    assert noted[-1][1] == (last or 3)
+    assert all(right == drafted for drafted, right in noted[:-1])
+
+
+def test_nothing_but_a_picture_is_no_text_to_go_on_with(pair, draft):
+    inputs = pair.processor(
+        text="<|image|>", images=[pair.picture(1, 1)], add_special_tokens=False, return_tensors="pt"
+    )
+    expected = pair.hf.generate(**inputs, **GREEDY)
+    assert pair.ov.generate(**inputs, **GREEDY, assistant_model=draft).tolist() == expected.tolist()
+
+
+def test_other_settings_make_another(checkpoint, tmp_path, capsys):
+    for settings in (Settings(), Settings(ratio=0.5), Settings(ratio=0.5)):
+        make_draft_model(checkpoint, tmp_path / "draft", settings)
+    assert capsys.readouterr().out.count("already exists") == 1
+    with pytest.raises(ValueError, match="without data"):
+        make_draft_model(checkpoint, tmp_path / "draft", Settings(dataset_size=2, sm="max_activation_variance"))
 
 
 def test_sampling_goes_on_with_a_draft_model(pair, draft):

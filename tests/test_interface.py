@@ -11,8 +11,6 @@ from behaviours import GREEDY, assert_same, forward, generate, of_pair
 from transformers import (
     GenerationConfig,
     GenerationMixin,
-    LlamaConfig,
-    LlamaForCausalLM,
     MllamaForConditionalGeneration,
     WatermarkingConfig,
 )
@@ -20,6 +18,7 @@ from transformers import (
 from conftest import F32
 from ov_mllama.drafts import in_vocabulary
 from ov_mllama.model import OVMLlamaForConditionalGeneration
+from tiny_mllama import make_llama
 
 SAMPLE = dict(do_sample=True, max_new_tokens=10, eos_token_id=None)
 
@@ -30,9 +29,7 @@ def cast(**types):
 
 @of_pair
 def assistant(pair):
-    torch.manual_seed(0)
-    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=pair.ov.shapes.vocab_size, **size)).eval()
+    return make_llama(pair.ov.shapes.vocab_size)
 
 
 @of_pair

@@ -215,7 +215,7 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
 
     for module in ("sessions", "vision", "checks"):
         monkeypatch.setattr(f"ov_mllama.{module}.free_memory", free)
-    monkeypatch.setattr("ov_mllama.checks.check_prompt_fits", lambda *_: None)
+    monkeypatch.setattr("ov_mllama.sessions.check_prompt_fits", lambda *_: None)
     assert model.generate(**second, **GREEDY).tolist() == expected.tolist()
     assert len(held) == 1
     assert model.image_encoder.memory_for(images, image_keys(images)) == 0  # the new one is kept

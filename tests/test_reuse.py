@@ -7,13 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from conftest import CASES, F32
 from ov_mllama.cache import OVCache
 from ov_mllama.drafts import InVocabularyDrafts
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from tiny_mllama import make_llama
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
 SINGLE = [case for case in CASES if "batch" not in case and "padded" not in case]
@@ -206,20 +206,11 @@ def test_a_conversation_with_drafts(pair, model):
     assert model.stats.reused_tokens > 0
 
 
-def assistant(vocab_size, seed=0):
-    """A random text-only Llama with the language model's vocabulary, without `<|image|>`."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("case", ["one tile", "two images", "text only"])
 def test_assistant_model_gives_greedys_tokens(pair, model, case):
     inputs = pair.inputs(case)
     expected = pair.hf.generate(**inputs, **GREEDY)
-    helper = assistant(model.shapes.vocab_size)
+    helper = make_llama(model.shapes.vocab_size)
     assert model.generate(**inputs, **GREEDY, assistant_model=helper).tolist() == expected.tolist()
     assert model.stats.drafted_tokens > 0
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import F32
 from ov_mllama.cache import Prompt
@@ -13,6 +12,7 @@ from ov_mllama.language import OVLanguageModel
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.sessions import Sessions
 from ov_mllama.shapes import MllamaShapes
+from tiny_mllama import make_llama
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
 
@@ -195,20 +195,10 @@ def test_many_small_conversations_are_few_sessions(pair, model):
 
 
 def test_without_cross_attention_layers_it_is_a_llama(tmp_path):
-    """A draft model will be that: traced, saved and run by the same code."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    llama = LlamaForCausalLM(config).eval()
+    """A draft model is that: traced, saved and run by the same code."""
+    llama = make_llama(100, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, initializer_range=0.2)
     save_ir(convert_language_model(llama), tmp_path / "llama.xml", {"format": "16 bit"})
-    shapes = MllamaShapes.from_config(config)
+    shapes = MllamaShapes.from_config(llama.config)
     assert (shapes.cross_layers, shapes.self_layers, shapes.cross_kv_names) == ((), (0, 1, 2), [])
     session = OVLanguageModel(tmp_path / "llama.xml", shapes, ov_config=F32).session()
     ids = torch.randint(100, (1, 20))

@@ -6,6 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MllamaConfig,
     MllamaForConditionalGeneration,
     MllamaImageProcessor,
@@ -103,6 +105,17 @@ def make_checkpoint(
     images = MllamaImageProcessor(size={"height": image_size, "width": image_size}, max_image_tiles=tiles)
     MllamaProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
     return folder
+
+
+def make_llama(vocab_size: int, seed: int = 0, **settings) -> LlamaForCausalLM:
+    """A random Llama for text.
+
+    Args:
+        settings: others of `LlamaConfig` than these.
+    """
+    torch.manual_seed(seed)
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**widths, **settings})).eval()
 
 
 def open_gates(model: MllamaForConditionalGeneration) -> None:
