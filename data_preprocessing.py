@@ -9,12 +9,14 @@ one sample.
 
 import functools
 import io
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import httpx
 import numpy as np
 import PIL.Image
 from datasets import IterableDataset, get_dataset_split_names, load_dataset
@@ -59,7 +61,7 @@ def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDat
             data = load_dataset("imagefolder", data_dir=str(source), split="train", streaming=True)
         else:
             data = load_dataset(str(source), split=get_dataset_split_names(str(source))[0], streaming=True)
-    except (OSError, ConnectionError) as error:
+    except (OSError, ConnectionError, httpx.HTTPError) as error:
         raise FileNotFoundError(
             f"'{source}' is neither a folder of pictures here nor a data set that can be reached on the Hugging Face "
             f"hub ({type(error).__name__}): check the spelling and the network, or give "
@@ -91,14 +93,22 @@ def own_samples(checkpoint: str | Path) -> Path | None:
 
 
 def questions_about(checkpoint: str | Path) -> list[dict]:
-    """What to ask a checkpoint: its own samples, {"image", "question", "answer"}; else photographs and questions, whose
-    right answers nobody has written down (`photographs.photographs`).
+    """What to ask a checkpoint: its own samples, {"image", "question", "answer"}, if they have questions; in the folder
+    of a converted one, its golden question; else photographs and questions, whose right answers nobody has written down
+    (`photographs.photographs`).
 
     Raises:
         FileNotFoundError: a package that brings the photographs is not installed.
     """
-    folder = own_samples(checkpoint)
-    return list(load_dataset("imagefolder", data_dir=str(folder), split="train")) if folder else photographs()
+    folder, golden = own_samples(checkpoint), Path(checkpoint) / "golden.json"
+    if folder:
+        samples = load_dataset("imagefolder", data_dir=str(folder), split="train")
+        if "question" in samples.column_names:
+            return list(samples)
+    elif golden.is_file():
+        asked = json.loads(golden.read_text(encoding="utf-8"))
+        return [{**asked, "image": open_picture(golden.with_name(asked["picture"]))}]
+    return photographs()
 
 
 def columns(data: IterableDataset) -> tuple[str, str]:

@@ -11,17 +11,12 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
 
-from demo_model import SAMPLES
 from ov_mllama.conversation import plain, prompt_tensors, sampling, stream_words
 
 logger = logging.getLogger(__name__)
-
-EXAMPLES = [
-    ("What is unusual on this image?", "00-unusual-224x224.png"),
-    ("Describe this image.", "02-describe-224x112.png"),
-    ("What can you do?", None),
-]
 
 SAID_PLAINLY = (ValueError, MemoryError, FloatingPointError)  # the model's refusals are sentences already
 
@@ -208,7 +203,20 @@ class EditableChat(gr.ChatInterface):
         return super().launch(*args, **{**LAUNCH, **options})
 
 
-def make_demo(ov_model, processor, **options) -> gr.ChatInterface:
+def written(examples: Iterable[dict]) -> list[list[dict]]:
+    """Examples as Gradio takes them: their pictures are files, in the folder that it serves.
+
+    Args:
+        examples: as for `make_demo`.
+    """
+    shown = [
+        {"text": each["question"], "files": [save_pil_to_cache(each["image"], get_upload_folder(), format="png")]}
+        for each in examples
+    ]
+    return [[example] for example in [*shown, {"text": "What can you do?", "files": []}]]
+
+
+def make_demo(ov_model, processor, examples: Iterable[dict] = (), **options) -> gr.ChatInterface:
     """The chat page; `make_demo(model, processor).launch()` opens it.
 
     To ask for a name and a password, add `auth=("name", "password")`; to be reached from other machines,
@@ -217,6 +225,8 @@ def make_demo(ov_model, processor, **options) -> gr.ChatInterface:
     Args:
         ov_model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate`, `turn`, `config` and `stats`.
         processor: its processor, with a chat template.
+        examples: what to ask to begin with, {"image": PIL picture, "question"}, such as
+            `data_preprocessing.questions_about(checkpoint)[:3]`.
         options: of `generate`, for every question, such as `assistant_model=OVDraftModel(folder)`.
     """
     chat = Chat(ov_model, processor, **options)
@@ -245,7 +255,7 @@ def make_demo(ov_model, processor, **options) -> gr.ChatInterface:
             gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p (only with a temperature)"),
         ],
         additional_inputs_accordion=gr.Accordion("Settings", open=False),
-        examples=[[{"text": text, "files": [str(SAMPLES / name)] if name else []}] for text, name in EXAMPLES],
+        examples=written(examples),
         save_history=True,
         flagging_mode="never",
         analytics_enabled=False,

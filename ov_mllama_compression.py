@@ -10,9 +10,9 @@ from pathlib import Path
 
 import ipywidgets
 
-from ov_mllama.compress import DATA_METRICS, VISION_OPTIONS, compress_language_model, make_vision_encoder
+from ov_mllama.compress import DATA_METRICS, compress_language_model, make_vision_encoder
 from ov_mllama.precision import vision_option
-from ov_mllama.settings import DATA_METRIC, GROUP_SIZES, INT4, INT8, Settings
+from ov_mllama.settings import DATA_METRIC, GROUP_SIZES, INT4, INT8, VISION_OPTIONS, Settings
 
 # What an IR's stamp says of samples from no named source. (Once these could be drawings, and it said "None".)
 UNNAMED_SOURCE = "the hub's photographs or those of packages"
@@ -106,9 +106,15 @@ def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
 # ---- Widgets --------------------------------------------------------------------------------------------------------
 
 
-def vision_encoder_selection_widget(device: str = "CPU") -> ipywidgets.Dropdown:
-    """A drop-down of VISION_OPTIONS, at first what suits the device (`precision.vision_option`)."""
-    return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=vision_option(device), description="Vision Encoder")
+def vision_encoder_selection_widget(device: str = "CPU", planned: str | None = None) -> ipywidgets.Dropdown:
+    """A drop-down of VISION_OPTIONS.
+
+    Args:
+        device: what suits it is chosen at first (`precision.vision_option`).
+        planned: on a CPU, what is chosen at first instead: `Plan.vision`, which knows what fits.
+    """
+    chosen = planned if planned and device == "CPU" else vision_option(device)
+    return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=chosen, description="Vision Encoder")
 
 
 def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.Widget]]:

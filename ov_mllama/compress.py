@@ -31,10 +31,9 @@ from ov_mllama.files import (
     writing,
 )
 from ov_mllama.pieces import quantize_in_pieces
-from ov_mllama.settings import DATA_FREE_METRIC, INT8, Settings
+from ov_mllama.settings import DATA_FREE_METRIC, INT8, NEEDS_NO_PICTURES, VISION_OPTIONS, Settings
 
 DATA_METRICS = tuple(metric.value for metric in SensitivityMetric if metric.value != DATA_FREE_METRIC)
-VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compression": "_int8_wc"}
 
 Samples = Callable[[], Iterable[dict]]  # opens calibration samples, each an IR's inputs by port name
 
@@ -213,15 +212,22 @@ def make_vision_encoder(
 
     Args:
         option: one of VISION_OPTIONS.
-        dataset_size, samples, samples_name: images to calibrate "INT8 quantization" with, as the vision IR's inputs.
+        dataset_size, samples, samples_name: images to calibrate "INT8 quantization" with, as the vision IR's inputs;
+            the others need none.
     Returns:
         path of the .xml in `model_dir`.
     Raises:
-        ValueError: unknown option; FileNotFoundError: no images; OSError, MemoryError: too little room.
+        ValueError: unknown option, or one that needs images and gets none; FileNotFoundError: no images to be had;
+            OSError, MemoryError: too little room.
     """
     model_dir = Path(model_dir)
     if option not in VISION_OPTIONS:
         raise ValueError(f"'{option}' is none of {', '.join(VISION_OPTIONS)}.")
+    if option == "INT8 quantization" and not (samples and dataset_size):
+        raise ValueError(
+            f"{option} needs pictures: give samples and their number, as `optimize_vision_encoder` of "
+            f'ov_mllama_compression does, or choose "{NEEDS_NO_PICTURES}".'
+        )
     original = model_dir / VISION_ENCODER_NAME
     path = original.with_stem(original.stem + VISION_OPTIONS[option])
     check_model_dir(model_dir, (VISION_ENCODER_NAME,))
@@ -235,12 +241,12 @@ def make_vision_encoder(
     def make() -> ov.Model:
         model = ov.Core().read_model(original)
         with quiet_nncf():
-            if quantized and samples:
+            if samples and quantized:
                 return quantize_vision_encoder(model, samples(), dataset_size, model_dir)
             return nncf.compress_weights(model, mode=CompressWeightsMode.INT8_ASYM)
 
     cost = vision_cost(option, config, dataset_size)
-    less = 'choose "INT8 weights compression", which needs no calibration' if quantized else "close other programs"
+    less = f'choose "{NEEDS_NO_PICTURES}", which needs no calibration' if quantized else "close other programs"
     return make_ir(f"Vision encoder, {option}", path, stamp, cost, less, make, force)
 
 

@@ -204,12 +204,15 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
     Returns:
         out_dir as a Path.
     Raises:
-        ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix.
+        ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix; ValueError too if
+            out_dir is the checkpoint's own folder.
         OSError, MemoryError: too little room (`check_disk_and_memory`); parts that are done are kept, a rerun does the
             rest.
     """
     out_dir = Path(out_dir)
     source = checkpoint_folder(model_id)
+    if source.resolve() == out_dir.resolve():  # the config that is written beside IRs would replace the checkpoint's
+        raise ValueError(f"{out_dir} is the checkpoint itself: choose another folder for its IRs.")
     stamp = checkpoint_stamp(source)
     parts = {"vision encoder": (out_dir / VISION_ENCODER_NAME, VisionEncoder, convert_vision_encoder)}
     if language_model:
@@ -264,6 +267,9 @@ def save_companions(source: Path, model: MllamaForConditionalGeneration, out_dir
         model.config.save_pretrained(folder)
         if (source / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(source).save_pretrained(folder)
-        AutoProcessor.from_pretrained(source).save_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(source)
+        processor.save_pretrained(folder)
+        if not processor.chat_template:
+            print("⚠️ No chat template: this is a model to continue text, which cannot be asked; take an -Instruct one")
         for path in source.glob("golden.*"):
             shutil.copy(path, folder)

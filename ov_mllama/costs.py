@@ -71,13 +71,14 @@ class Cost(NamedTuple):
 
 class Weights(NamedTuple):
     """How many weights a model has: in one of the three matrices of all MLPs of the language model; in its attention;
-    in its embedding, as large as its head; in the layers of the vision tower; and behind these, in the projector and
-    the K/V projections of the cross-attention layers.
+    in its embedding; in its head, none where that is the embedding once more; in the layers of the vision tower; and
+    behind these, in the projector and the K/V projections of the cross-attention layers.
     """
 
     mlp: float
     attention: float
     embedding: float
+    head: float
     tower: float
     projections: float
 
@@ -87,7 +88,7 @@ class Weights(NamedTuple):
 
     @property
     def language(self) -> float:
-        return self.layers + 2 * self.embedding
+        return self.layers + self.embedding + self.head
 
     @property
     def vision(self) -> float:
@@ -105,6 +106,7 @@ def weights(config: MllamaConfig | LlamaConfig) -> Weights:
         mlp=text.num_hidden_layers * text.intermediate_size * hidden,
         attention=2 * text.num_hidden_layers * hidden**2 + 2 * (text.num_hidden_layers - cross) * key_value,
         embedding=text.vocab_size * hidden,
+        head=0 if text.tie_word_embeddings else text.vocab_size * hidden,
         tower=layer * (vision.num_hidden_layers + vision.num_global_layers) if vision else 0,
         projections=hidden * vision.vision_output_dim + 2 * cross * key_value if vision else 0,
     )
@@ -113,11 +115,11 @@ def weights(config: MllamaConfig | LlamaConfig) -> Weights:
 # ---- Costs ----------------------------------------------------------------------------------------------------------
 
 
-def conversion_cost(config: MllamaConfig, language_model: bool = True) -> Cost:
-    """Of `convert_mllama`."""
+def conversion_cost(config: MllamaConfig, vision_encoder: bool = True, language_model: bool = True) -> Cost:
+    """Of `convert_mllama`, of the parts that it has to write."""
     size = weights(config)
-    disk = 2 * (size.vision + size.language * language_model)
-    return Cost(disk, CONVERSION_MEMORY, conversion_seconds(disk))
+    disk = 2 * (size.vision * vision_encoder + size.language * language_model)
+    return Cost(disk, CONVERSION_MEMORY, conversion_seconds(disk)) if disk else Cost()
 
 
 def conversion_seconds(size: float) -> float:
@@ -128,14 +130,17 @@ def conversion_seconds(size: float) -> float:
 def compression_cost(settings: Settings, config: MllamaConfig | LlamaConfig) -> Cost:
     """Of compressing the language model's weights."""
     size = weights(config)
-    in_4_bit = settings.ratio * (size.layers + 2 * size.embedding * settings.all_layers) if settings.is_int4 else 0
+    in_4_bit = size.language if settings.all_layers else size.layers
+    in_4_bit *= settings.ratio * settings.is_int4
     disk = SCALES * (size.language - SAVED_BY_INT4 * in_4_bit)
     memory = LIBRARIES + max(disk, HEAD_IN_WORK * size.embedding)
     seconds = BEGUN + INT4_WEIGHT * size.language * (AWQ_TIMES if settings.awq else 1)
     if settings.awq:
         memory += AWQ_COPY * size.mlp
     if settings.dataset_size:
-        memory = max(memory, LIBRARIES + PACKED * size.layers + 2 * size.embedding + 2 * size.tower)
+        shapes = MllamaShapes.from_config(config)
+        encoder = 2 * size.tower + picture_memory(shapes, shapes.max_num_tiles)  # which encodes the samples' pictures
+        memory = max(memory, LIBRARIES + PACKED * size.layers + size.embedding + size.head + encoder)
         seconds += SAMPLE_WEIGHT * size.language * settings.dataset_size * (1 + settings.scale_estimation)
     return Cost(disk, memory, seconds)
 
@@ -144,7 +149,7 @@ def vision_cost(option: str, config: MllamaConfig, pictures: int) -> Cost:
     """Of making the vision encoder smaller.
 
     Args:
-        option: of `ov_mllama.compress.VISION_OPTIONS`.
+        option: of `ov_mllama.settings.VISION_OPTIONS`.
         pictures: to calibrate "INT8 quantization" with.
     """
     size = weights(config)

@@ -141,11 +141,11 @@ class ModelDrafts(CandidateGenerator):
         ends = settings.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self.guessed: list[int] = []
-        self.seconds = self.total = 0.0
+        self.seconds = 0.0
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs):
         text = input_ids[0].numpy()
-        text, self.guessed = text[text < self.vocab_size], []
+        text, self.guessed, self.seconds = text[text < self.vocab_size], [], 0.0
         room = self.max_length - input_ids.shape[1] - 1  # a step gives one token more than it checks
         room = min(room, self.draft.language_model.shapes.max_positions - len(text))
         count = min(self.draft.drafts or self.draft.schedule.count(), room)
@@ -154,13 +154,15 @@ class ModelDrafts(CandidateGenerator):
         started = time.perf_counter()
         self.guessed = self.draft.guess(text, count, self.ends)
         self.seconds = time.perf_counter() - started
-        self.total += self.seconds
         return torch.cat([input_ids, torch.tensor([self.guessed])], dim=1), None
 
     def update_candidate_strategy(self, input_ids, scores, num_matches) -> None:
         stats, right = self.model.stats, int(num_matches)
-        stats.draft_s = self.total
-        if self.guessed and stats.step_s:  # the first checks the prompt too: its time says nothing
+        if not stats.step_s:  # the first step checks the prompt too: its time says nothing
+            stats.draft_prompt_s = self.seconds
+            return
+        stats.draft_s += self.seconds
+        if self.guessed:
             # transformers does not count the answer's last token, be it guessed right
             right += self.guessed[right : right + 1] == input_ids[0, -1:].tolist()
             self.draft.schedule.note(len(self.guessed), right, self.seconds, stats.step_s[-1])

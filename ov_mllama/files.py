@@ -206,8 +206,12 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
     """
     for name in ("config.json", *names):
         if not (model_dir / name).is_file():
+            there = sorted(path.name for path in model_dir.glob("*.xml"))
+            maker = "make_draft_model" if DRAFT_MODEL_NAME in names else "convert_mllama"
             raise FileNotFoundError(
-                f"{model_dir / name} is missing: run convert_mllama(model_id, '{model_dir}') first."
+                f"{model_dir / name} is missing: run {maker}(model_id, '{model_dir}') first"
+                + f", or give one of those that are there: {', '.join(there)}" * bool(there)
+                + "."
             )
     stamps = {name: ir_stamp(model_dir / name) for name in names}
     for name in [name for name, stamp in stamps.items() if not stamp]:

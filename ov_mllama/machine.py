@@ -58,6 +58,7 @@ class Machine:
     Attributes:
         memory: bytes that are free, or can be had by dropping cached files.
         disk: bytes that are free where the model will be.
+        downloads: those where checkpoints are downloaded to; None where that is the same disk.
         cores: physical ones that this process may use.
     """
 
@@ -65,15 +66,18 @@ class Machine:
     disk: float
     cores: int = 2
     cpu: Cpu = Cpu(vnni=True)
+    downloads: float | None = None
 
     @classmethod
-    def here(cls, folder: str | Path) -> "Machine":
+    def here(cls, folder: str | Path, cache: str | Path | None = None) -> "Machine":
         """This machine now.
 
         Args:
             folder: where the model will be; it need not exist yet.
+            cache: where checkpoints are downloaded to, likewise; default there too.
         """
-        return cls(free_memory(), free_disk(folder), cores(), Cpu.here())
+        apart = cache is not None and existing(cache).stat().st_dev != existing(folder).stat().st_dev
+        return cls(free_memory(), free_disk(folder), cores(), Cpu.here(), free_disk(cache or folder) if apart else None)
 
 
 def cores() -> int:
@@ -82,11 +86,23 @@ def cores() -> int:
     return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
 
 
+def existing(folder: str | Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    return next(path for path in [Path(folder), *Path(folder).resolve().parents] if path.is_dir())
+
+
 def free_disk(folder: str | Path) -> float:
     """Bytes that are free on the disk of a folder, or of what will hold it."""
-    return shutil.disk_usage(
-        next(path for path in [Path(folder), *Path(folder).resolve().parents] if path.is_dir())
-    ).free
+    return shutil.disk_usage(existing(folder)).free
+
+
+def has_own_memory(device: str) -> bool:
+    """Whether an OpenVINO device computes in memory of its own, as a graphics card does: the machine's free memory then
+    says nothing about what fits. ("AUTO" does not tell.)"""
+    try:
+        return ov.Core().get_property(device, "DEVICE_TYPE") == ov.properties.device.Type.DISCRETE
+    except RuntimeError:
+        return False
 
 
 def free_memory() -> float:

@@ -1,10 +1,10 @@
 """What to do with a checkpoint on a machine: which IRs, and what each step takes. It only computes: `machine.py` looks,
 `costs.py` has the formulas."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from transformers import MllamaConfig
+from transformers import LlamaConfig, MllamaConfig
 
 from ov_mllama.costs import (
     FOUR_TILES,
@@ -20,9 +20,10 @@ from ov_mllama.costs import (
     vision_cost,
     weights,
 )
+from ov_mllama.files import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
 from ov_mllama.machine import Machine
 from ov_mllama.precision import vision_option
-from ov_mllama.settings import Settings
+from ov_mllama.settings import NEEDS_NO_PICTURES, VISION_OPTIONS, Settings
 from ov_mllama.shapes import MllamaShapes
 
 SYSTEM = 4e9  # bytes of a machine's memory that its system and a browser take
@@ -74,19 +75,14 @@ class Plan:
 
     @property
     def disk(self) -> float:
-        """Bytes that all steps write."""
+        """Bytes that all steps write, the download among them."""
         return sum(step.cost.disk for step in self.steps.values())
 
     @property
     def lacking(self) -> tuple[str, ...]:
         """Sentences that say what this machine has too little of; none where all fits."""
-        disk, memory = self.machine.disk, self.machine.memory
-        most, lacking = max(self.steps.values(), key=lambda step: step.cost.memory), []
-        if self.disk > disk:
-            lacking.append(
-                f"All steps write {gigabytes(self.disk)} and {gigabytes(disk)} of disk are free: make room, or choose "
-                "a folder on another disk."
-            )
+        memory, lacking = self.machine.memory, lacking_disk(self.steps, self.machine)
+        most = max(self.steps.values(), key=lambda step: step.cost.memory)
         if most.cost.memory > memory:
             lacking.append(
                 f"To {most.what} takes {gigabytes(most.cost.memory)} of memory and {gigabytes(memory)} are free: close "
@@ -98,7 +94,7 @@ class Plan:
         rows = [
             (
                 step.what,
-                step.time if step.cost.seconds else "",
+                (step.time if step.cost.seconds else "") if any(step.cost) else "done already",
                 gigabytes(step.cost.memory) if step.cost.memory else "",
                 gigabytes(step.cost.disk) if step.cost.disk else "",
             )
@@ -113,7 +109,9 @@ def plan(
     machine: Machine,
     settings: Settings,
     downloaded: bool = True,
-    vision: str | None = None,
+    made: Collection[str] = (),
+    draft: LlamaConfig | None = None,
+    for_chat: bool = False,
     pictures: int = 8,
 ) -> Plan:
     """What to do with a checkpoint on a machine.
@@ -121,30 +119,42 @@ def plan(
     Args:
         settings: of the language model's compression.
         downloaded: whether the checkpoint is on this disk already.
-        vision: option for the vision encoder; default what suits the CPU and fits.
+        made: file names of the IRs that are there already; they are not made again.
+        draft: config of the draft model, if there is to be one.
+        for_chat: only what a chat needs: no language model in 16 bit, no calibration with pictures.
         pictures: to calibrate the vision encoder with, where that is done.
     """
     size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
     original = 2 * (size.language + size.vision)
-    small = compression_cost(settings, config)
-    if vision is None:
-        suits = vision_option("CPU", machine.cpu)
-        fits = vision_cost(suits, config, pictures).memory <= machine.memory
-        vision = suits if fits else "INT8 weights compression"
-    smaller = vision_cost(vision, config, pictures)
-    download = 0 if downloaded else original
-    whole = conversion_cost(config)
-    write_16_bit = (
-        answering_memory(config, original) <= machine.memory
-        and download + whole.disk + small.disk + smaller.disk <= machine.disk
-    )
-    answering = answering_memory(config, small.disk + smaller.disk)
-    both = "vision encoder and language model" if write_16_bit else "vision encoder"
+    vision = NEEDS_NO_PICTURES if for_chat else vision_option("CPU", machine.cpu)
+    if vision_cost(vision, config, pictures).memory > machine.memory:
+        vision = NEEDS_NO_PICTURES
+    vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[vision]}.xml")
+    small, smaller = compression_cost(settings, config), vision_cost(vision, config, pictures)
+    guessing = compression_cost(Settings(), draft) if draft else Cost()
+    loaded = small.disk + smaller.disk + guessing.disk
+
+    def making(write_16_bit: bool) -> dict[str, Step]:
+        both = "vision encoder and language model" if write_16_bit else "vision encoder"
+        missing = VISION_ENCODER_NAME not in made, write_16_bit and LANGUAGE_MODEL_NAME not in made
+        to_compress = f"compress the language model, {settings.algo} in groups of {settings.group_size}"
+        steps = {
+            "download": Step("download the checkpoint", Cost(disk=original)),
+            "convert": Step(f"convert the {both}, 16 bit", conversion_cost(config, *missing)),
+            "compress": Step(to_compress, Cost() if settings.file_name in made else small),
+            "draft": Step("compress the draft model", Cost() if DRAFT_MODEL_NAME in made else guessing),
+            "vision": Step(f"make the vision encoder smaller, {vision}", Cost() if vision_name in made else smaller),
+        }
+        left_out = {"download": downloaded, "draft": not draft}
+        return {name: step for name, step in steps.items() if not left_out.get(name)}
+
+    write_16_bit = not for_chat and answering_memory(config, original) <= machine.memory
+    if write_16_bit and lacking_disk(making(True), machine):
+        write_16_bit = False
+    answering = answering_memory(config, loaded)
     steps = {
-        "convert": Step(f"convert the {both}, 16 bit", conversion_cost(config, write_16_bit)),
-        "compress": Step(f"compress the language model, {settings.algo} in groups of {settings.group_size}", small),
-        "vision": Step(f"make the vision encoder smaller, {vision}", smaller),
-        "load": loading(config, small.disk + smaller.disk),
+        **making(write_16_bit),
+        "load": loading(config, loaded),
         "picture": Step(
             "look at a picture of one to four tiles",
             Cost(memory=answering, seconds=ONE_TILE * size.tower * rows),
@@ -152,11 +162,29 @@ def plan(
         ),
         "token": Step("write a token", Cost(memory=answering, seconds=READ * (small.disk - size.embedding))),
     }
-    if not downloaded:
-        steps = {"download": Step("download the checkpoint", Cost(disk=original)), **steps}
     float32 = answering_memory(config, 2 * original)
     steps = {name: step.on(machine.cores) for name, step in steps.items()}
     return Plan(machine, write_16_bit, vision, write_16_bit and float32 <= machine.memory, steps)
+
+
+def lacking_disk(steps: dict[str, Step], machine: Machine) -> list[str]:
+    """Sentences on the disks that are too small for what all steps write; none where there is room."""
+    download = steps["download"].cost.disk if "download" in steps else 0
+    writes = sum(step.cost.disk for step in steps.values())
+    lacking = []
+    if machine.downloads is not None:
+        writes -= download
+        if download > machine.downloads:
+            lacking.append(
+                f"The download takes {gigabytes(download)} and {gigabytes(machine.downloads)} are free on its disk: "
+                "make room, or let HF_HOME name a folder on another."
+            )
+    if writes > machine.disk:
+        lacking.append(
+            f"All steps write {gigabytes(writes)} and {gigabytes(machine.disk)} of disk are free: make room, or choose "
+            "a folder on another disk."
+        )
+    return lacking
 
 
 def loading(config: MllamaConfig, weight_bytes: float) -> Step:

@@ -76,7 +76,7 @@ def vision_precision(cpu: Cpu) -> tuple[str | None, str]:
 
 
 def vision_option(device: str = "CPU", cpu: Cpu | None = None) -> str:
-    """Which of `compress.VISION_OPTIONS` to take where nobody chooses. Compressed weights are twice as fast as 16 bit,
+    """Which of `settings.VISION_OPTIONS` to take where nobody chooses. Compressed weights are twice as fast as 16 bit,
     closer to it than the calibrated encoder, and need no pictures; with AMX they were not measured, and the calibrated
     one is faster than 16 bit there."""
     calibrated = device.split(".")[0] == "CPU" and (cpu or Cpu.here()).amx

@@ -1,52 +1,81 @@
 """Checkpoint -> the IRs that suit this machine, as `plan.py` has it: what the notebook does in cells, in one call."""
 
-from dataclasses import replace
+import json
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig
 
-from ov_mllama.convert import checkpoint_folder, convert_mllama
+from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_mllama
+from ov_mllama.files import CONVERTER_VERSION, is_current
 from ov_mllama.machine import Machine
 from ov_mllama.plan import Plan, plan
-from ov_mllama.settings import Settings
+from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
 
-NEEDS_NO_PICTURES = "INT8 weights compression"
+DRAFT_FOLDER = "draft"  # of a draft model, in the folder of the large one
 
 
-def plan_here(checkpoint: str | Path, model_dir: str | Path, vision: str | None = None) -> Plan:
+def default_folder(checkpoint: str | Path) -> Path:
+    """Where a checkpoint's IRs go: models/<its name>; if that is the checkpoint itself, <its name>-ov beside it."""
+    folder = Path("models") / Path(checkpoint).name
+    return folder.with_name(f"{folder.name}-ov") if folder.resolve() == Path(checkpoint).resolve() else folder
+
+
+def plan_here(
+    checkpoint: str | Path, model_dir: str | Path, draft: str | Path | None = None, for_chat: bool = False
+) -> Plan:
     """What to do with a checkpoint on this machine, as it is now.
 
     Args:
         checkpoint: hub id or local folder. Of one on the hub only the config is fetched, for a gated one after a login.
-        model_dir: where the converted model will be.
-        vision: option for the vision encoder; default what suits this CPU.
+        model_dir: where the converted model will be; what is there already is not counted.
+        draft: the draft model's hub id or folder, if there is to be one; its download is not counted.
+        for_chat: as for `plan`.
     Raises:
         ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix.
     """
-    config = AutoConfig.from_pretrained(checkpoint_folder(checkpoint, weights=False))  # refuses what is no name, too
-    index = "model.safetensors.index.json"
-    downloaded = Path(checkpoint).is_dir() or isinstance(try_to_load_from_cache(str(checkpoint), index), str)
-    here = Machine.here(model_dir)
-    made = sum(path.stat().st_size for path in Path(model_dir).glob("*.bin"))  # its room counts as free
-    return plan(config, replace(here, disk=here.disk + made), Settings(), downloaded, vision)
+    source = checkpoint_folder(checkpoint, weights=Path(checkpoint).is_dir())
+    config = AutoConfig.from_pretrained(source)
+    draft_config = (
+        AutoConfig.from_pretrained(checkpoint_folder(draft, weights=False, wanted="llama")) if draft else None
+    )
+    downloaded, model_dir = has_weights(source), Path(model_dir)
+    current = {"converter_version": CONVERTER_VERSION}
+    wanted = checkpoint_stamp(source) if downloaded else current
+    made = [path.name for path in model_dir.glob("*.xml") if is_current(path, wanted)]
+    made += [path.name for path in (model_dir / DRAFT_FOLDER).glob("*.xml") if is_current(path, current)]
+    here = Machine.here(model_dir, HF_HUB_CACHE)
+    return plan(config, here, Settings(), downloaded, made, draft_config, for_chat)
 
 
-def prepare(checkpoint: str | Path, model_dir: str | Path) -> Path:
-    """Converts and compresses a checkpoint by data-free means as the plan for this machine says; whatever is there
-    already is kept.
+def has_weights(folder: Path) -> bool:
+    """Whether all of a checkpoint's weights are in a folder: a download may have been interrupted."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return all((folder / name).is_file() for name in set(files))
 
+
+def prepare(checkpoint: str | Path, model_dir: str | Path, draft: str | Path | None = None) -> Path:
+    """Converts and compresses a checkpoint by data-free means as the plan for this machine says, for a chat; whatever
+    is there already is kept.
+
+    Args:
+        checkpoint, model_dir, draft: as for `plan_here`; the draft model goes to DRAFT_FOLDER in model_dir.
     Returns:
         model_dir as a Path.
     Raises:
         ValueError, FileNotFoundError, PermissionError, OSError, MemoryError: as the steps, each naming the fix.
     """
-    made = plan_here(checkpoint, model_dir, NEEDS_NO_PICTURES)
+    made = plan_here(checkpoint, model_dir, draft, for_chat=True)
     print(made, *made.lacking, sep="\n")
-    model_dir = convert_mllama(checkpoint, model_dir, language_model=made.write_16_bit)
+    model_dir = convert_mllama(checkpoint, model_dir, language_model=False)
     # not before: NNCF, once imported, has a hand in what torch traces, and torch then says so
-    from ov_mllama.compress import compress_language_model, make_vision_encoder
+    from ov_mllama.compress import compress_language_model, make_draft_model, make_vision_encoder
 
-    compress_language_model(model_dir, Settings(), checkpoint=None if made.write_16_bit else checkpoint)
+    compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
+    if draft:
+        make_draft_model(draft, model_dir / DRAFT_FOLDER)
     make_vision_encoder(model_dir, NEEDS_NO_PICTURES)
     return model_dir

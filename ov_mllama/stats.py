@@ -21,7 +21,8 @@ class GenerationStats:
         prefill_s: seconds of the language model on the rest of the prompt.
         step_s: seconds of each of its later steps.
         drafted_tokens, rejected_tokens: with assisted decoding, tokens guessed and guessed wrong.
-        draft_s: seconds that a draft model took to guess them.
+        draft_prompt_s: seconds that a draft model took to read the prompt and guess for the first time.
+        draft_s: seconds that it took to guess after that.
     """
 
     load_s: float = 0.0
@@ -34,6 +35,7 @@ class GenerationStats:
     step_s: list[float] = field(default_factory=list)
     drafted_tokens: int = 0
     rejected_tokens: int = 0
+    draft_prompt_s: float = 0.0
     draft_s: float = 0.0
 
     @property
@@ -59,7 +61,7 @@ class GenerationStats:
     @property
     def first_token_s(self) -> float:
         """Seconds from the processor's tensors to the first token."""
-        return self.vision_s + self.prefill_s
+        return self.vision_s + self.draft_prompt_s + self.prefill_s
 
     @property
     def token_s(self) -> float:

@@ -16,7 +16,7 @@ from ov_mllama.costs import picture_memory
 from ov_mllama.files import ir_stamp
 from ov_mllama.inference import LOOK_EVERY_S, check_stop, run, turn_of
 from ov_mllama.kept import EncodedImage, KeptImages
-from ov_mllama.machine import free_memory, give_back
+from ov_mllama.machine import free_memory, give_back, has_own_memory
 from ov_mllama.precision import choose
 from ov_mllama.shapes import MllamaShapes, rows_axis
 
@@ -142,6 +142,7 @@ class OVImageEncoder:
         self.padding_alike = stamp.get("padding_tiles") == "alike"
         self.chosen = choose("vision", stamp, device, ov_config)
         self._ir = (path, device, self.chosen.properties)
+        self._own_memory = has_own_memory(device)
         self._request: ov.InferRequest | None = self._compile()
         self._turn = threading.Lock()
         self._wanted: list[bytes] = []  # images that prompts are waiting for
@@ -226,7 +227,9 @@ class OVImageEncoder:
             return image, False
 
     def memory_for(self, images: ImageInputs, keys: list[tuple[bytes, ...]]) -> float:
-        """Bytes for the largest of those that are not kept, while it is encoded (`costs.picture_memory`)."""
+        """Bytes of this machine for the largest that is not kept, while it is encoded (`costs.picture_memory`)."""
+        if self._own_memory:
+            return 0
         new = [mask for key, (_, _, mask) in different(images, keys).items() if key not in self.kept]
         return max((picture_memory(self.shapes, int(self._tiles(mask))) for mask in new), default=0.0)
 
@@ -242,6 +245,8 @@ class OVImageEncoder:
             MemoryError: that is not enough.
         """
         needed = picture_memory(self.shapes, len(inputs["tile_counts"]))
+        if self._own_memory:
+            return
         if free_memory() < needed:
             self.forget()
         free = free_memory()

@@ -12,10 +12,12 @@ import psutil
 import pytest
 import torch
 from gradio_client import Client, handle_file
+from PIL import Image, ImageChops
 from playwright.sync_api import expect, sync_playwright
 from transformers import AutoProcessor
 
 from conftest import DEMO, demo_samples
+from data_preprocessing import questions_about
 from gradio_helper import LAUNCH, Chat, answered, edited, make_demo, remark, to_messages
 from ov_mllama.conversation import plain
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
@@ -172,7 +174,7 @@ def as_message(sample) -> dict:
 
 @pytest.fixture(scope="module")
 def url(model, processor):
-    demo = make_demo(model, processor)
+    demo = make_demo(model, processor, questions_about(DEMO)[:2])
     _, address, _ = demo.launch(**LAUNCH, prevent_thread_lock=True)
     yield address
     demo.close()
@@ -187,6 +189,16 @@ def test_it_listens_on_this_machine_only_and_serves_no_other_files(url):
     assert listening == {"127.0.0.1"}
     for path in ("/etc/passwd", str(DEMO / "config.json"), "../../etc/passwd"):
         assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_examples_are_those_given(model, processor):
+    given = questions_about(DEMO)[:2]
+    demo = make_demo(model, processor, given)
+    shown = [example["text"] for (example,) in demo.examples]
+    assert shown == [*(sample["question"] for sample in given), "What can you do?"]
+    for (example,), sample in zip(demo.examples, given, strict=False):
+        assert ImageChops.difference(Image.open(example["files"][0]["path"]), sample["image"]).getbbox() is None
+    assert [example["text"] for (example,) in make_demo(model, processor).examples] == ["What can you do?"]
 
 
 def test_client_asks_by_name(url):
@@ -365,7 +377,8 @@ def test_saved_chat_is_reopened_and_gone_on_with(page):
     page.expect_answer(SAMPLES[2]["answer"])
     page.tab.get_by_role("button", name="New chat").click()
     expect(page.tab.locator("[data-testid=bot]")).to_have_count(0)
-    page.tab.locator("button", has_text="Describe this image.").first.click()
+    page.tab.get_by_text("Describe this image.").click()  # in the sidebar, nowhere else now
+    expect(page.tab.locator("[data-testid=bot]")).to_have_count(2)  # the answer and what it cost
     page.expect_answer(SAMPLES[2]["answer"])
     page.ask("How many shapes are there?")
     page.expect_answer("There are two shapes.")

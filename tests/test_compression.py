@@ -331,3 +331,5 @@ def test_vision_encoder_options(model_dir, monkeypatch):
     assert optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=4, source=SAMPLES) == quantized
     with pytest.raises(ValueError, match="FP16"):
         optimize_vision_encoder(model_dir, "INT2")
+    with pytest.raises(ValueError, match="INT8 quantization needs pictures: give samples"):
+        ov_mllama.compress.make_vision_encoder(model_dir, "INT8 quantization", force=True)

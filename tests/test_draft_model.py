@@ -1,5 +1,7 @@
 """A draft model changes no token of an answer, guesses as transformers would, and is asked only while that pays."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -163,10 +165,11 @@ def test_an_end_that_is_guessed_right_counts_as_right(pair, draft_dir):
     assert all(right == drafted for drafted, right in noted[:-1])
 
 
-def test_nothing_but_a_picture_is_no_text_to_go_on_with(pair, draft):
-    inputs = pair.processor(
-        text="<|image|>", images=[pair.picture(1, 1)], add_special_tokens=False, return_tensors="pt"
-    )
+def test_nothing_but_a_picture_is_no_text_to_go_on_with(pair, draft_dir):
+    draft, inputs = OVDraftModel(draft_dir, drafts=2), dict(pair.inputs("one tile"))
+    inputs["input_ids"] = torch.tensor([[pair.ov.config.image_token_index]])
+    inputs["attention_mask"] = inputs["attention_mask"][:, :1]
+    inputs["cross_attention_mask"] = inputs["cross_attention_mask"][:, -1:]
     expected = pair.hf.generate(**inputs, **GREEDY)
     assert pair.ov.generate(**inputs, **GREEDY, assistant_model=draft).tolist() == expected.tolist()
 
@@ -177,6 +180,24 @@ def test_other_settings_make_another(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.count("already exists") == 1
     with pytest.raises(ValueError, match="without data"):
         make_draft_model(checkpoint, tmp_path / "draft", Settings(dataset_size=2, sm="max_activation_variance"))
+
+
+def test_reading_the_prompt_counts_to_the_first_token(pair, draft_dir):
+    draft = OVDraftModel(draft_dir, drafts=2)
+    guess, slow = draft.guess, []
+
+    def guessing(*arguments):
+        slow.append(0.5 if not slow else 0.0)
+        time.sleep(slow[-1])
+        return guess(*arguments)
+
+    draft.guess = guessing
+    pair.ov.generate(**pair.inputs("one tile"), **GREEDY, assistant_model=draft)
+    stats = pair.ov.stats
+    assert stats.draft_prompt_s >= 0.5
+    assert stats.first_token_s == pytest.approx(stats.vision_s + stats.draft_prompt_s + stats.prefill_s)
+    assert 0 < stats.draft_s < 0.5
+    assert len(slow) > 2
 
 
 def test_sampling_goes_on_with_a_draft_model(pair, draft):

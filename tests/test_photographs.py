@@ -1,18 +1,29 @@
 """The photographs of installed packages are here, credited, of every shape, and what a model is calibrated with where
 there is no network, instead of the demo's drawings."""
 
+import json
 import socket
 from collections import Counter
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
 import data_preprocessing
-from conftest import DEMO, ROOT
-from data_preprocessing import HUB_SET, PHOTOGRAPHS, QUESTION, load_samples, own_samples, prepare_dataset_vision
+from conftest import DEMO, ROOT, demo_samples
+from data_preprocessing import (
+    HUB_SET,
+    PHOTOGRAPHS,
+    QUESTION,
+    load_samples,
+    own_samples,
+    prepare_dataset_vision,
+    questions_about,
+)
 from ov_mllama import photographs
+from ov_mllama.convert import convert_mllama
 from ov_mllama.photographs import CROPS, FILES, calibration_samples
 
 LICENCES = ("public domain", "CC0", "CC BY 2.0")
@@ -185,3 +196,30 @@ def test_a_checkpoints_own_samples(tmp_path):
 
 def test_calibration_data_know_nothing_of_the_demo():
     assert "demo_model" not in (ROOT / "data_preprocessing.py").read_text(encoding="utf-8")
+
+
+def test_what_a_model_is_asked_suits_it(pair, tmp_path):
+    asked = questions_about(DEMO)
+    assert [sample["answer"] for sample in asked] == [sample["answer"] for sample in demo_samples()]
+    converted = convert_mllama(DEMO, tmp_path / "ov", language_model=False)
+    (golden,) = questions_about(converted)
+    assert golden["answer"] == json.loads((DEMO / "golden.json").read_text(encoding="utf-8"))["answer"]
+    assert golden["image"].size == (224, 112)
+    names = [sample["name"] for sample in questions_about(pair.model_dir)]
+    assert names == [sample["name"] for sample in questions_about("meta-llama/Llama-3.2-11B-Vision-Instruct")]
+    assert names[:2] == ["astronaut", "patch"]
+    folder = tmp_path / "pictures/samples"  # of drawings with captions, nobody knows what to ask about them
+    folder.mkdir(parents=True)
+    golden["image"].save(folder / "a.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "Drawings."}')
+    assert own_samples(folder.parent) == folder
+    assert [sample["name"] for sample in questions_about(folder.parent)] == names
+
+
+def test_a_network_that_fails_otherwise_is_no_network_either(monkeypatch, capsys):
+    def fails(name):
+        raise httpx.RemoteProtocolError("Server disconnected")
+
+    monkeypatch.setattr(data_preprocessing, "get_dataset_split_names", fails)
+    assert next(load_samples(None, 1))["question"]
+    assert f"{HUB_SET} is out of reach" in capsys.readouterr().out

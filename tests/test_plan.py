@@ -1,27 +1,37 @@
 """What a plan says is what was measured, what it decides fits, and what it is asked on is seen as it is."""
 
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
+from openvino.properties.device import Type
 from transformers import AutoConfig
 
-from benchmarks.make_checkpoint import SHAPES, make_config
+from benchmarks.make_checkpoint import SHAPES, make_config, make_llama_config
 from conftest import DEMO, F32, ROOT
 from ov_mllama import costs, files, machine
-from ov_mllama.checks import image_arrays
+from ov_mllama.cache import Prompt
+from ov_mllama.checks import check_prompt_fits, image_arrays
+from ov_mllama.convert import convert_mllama
+from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.language import PREFILL_TOKENS
 from ov_mllama.machine import Cpu, Machine, group_memory
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.plan import SYSTEM, by_memory, plan
-from ov_mllama.prepare import plan_here, prepare
-from ov_mllama.settings import Settings
+from ov_mllama.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_here, prepare
+from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
 from ov_mllama.vision import ImageInputs, image_keys
+from ov_mllama_compression import vision_encoder_selection_widget
 
 PLAIN = Settings()
 GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=None)
@@ -94,7 +104,7 @@ def test_the_whole_90b_needs_a_machine_of_64_gb():
 
 
 def test_disk_of_16_bit_is_what_is_written(tmp_path, capsys):
-    made = prepare(DEMO, tmp_path / "ov")
+    made = convert_mllama(DEMO, tmp_path / "ov")
     written = sum(
         (made / name).with_suffix(".bin").stat().st_size for name in (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)
     )
@@ -122,6 +132,25 @@ def test_a_small_disk_gets_no_16_bit_language_model(config):
     assert re.search(r"write 29\.\d GB and 10\.0 GB of disk are free: make room", " ".join(none.lacking))
 
 
+def test_downloads_may_go_to_another_disk(config):
+    for downloads, lacking in [(30e9, ()), (10e9, ("The download takes 21.2 GB and 10.0 GB are free",))]:
+        made = plan(config, Machine(13e9, 10e9, downloads=downloads), PLAIN, downloaded=False)
+        assert len(made.lacking) == len(lacking)
+        assert all(words in sentence for words, sentence in zip(lacking, made.lacking, strict=True))
+
+
+def test_what_is_made_already_is_not_made_again(config):
+    done = [VISION_ENCODER_NAME, PLAIN.file_name, "openvino_vision_encoder_int8_wc.xml"]
+    made = plan(config, Machine(13e9, 1e6), PLAIN, made=done)
+    assert not made.lacking
+    assert made.disk == 0
+    assert [line.split(" | ")[1] for line in str(made).splitlines()[2:5]] == ["done already"] * 3
+    first = plan(config, Machine(13e9, MUCH), PLAIN)
+    assert made.steps["token"] == first.steps["token"]  # loaded it is as large
+    half = plan(config, Machine(60e9, MUCH), PLAIN, made=done)
+    assert half.steps["convert"].cost.disk == 2 * costs.weights(config).language
+
+
 def test_one_core_takes_twice_as_long_as_two(config):
     one, two, eight = (plan(config, Machine(13e9, MUCH, cores), PLAIN) for cores in (1, 2, 8))
     for name, step in two.steps.items():
@@ -144,8 +173,25 @@ def test_the_vision_encoder_follows_the_cpu_as_far_as_memory_goes(config):
     }
     for option, here in options.items():
         assert plan(config, here, PLAIN).vision == option
-    assert plan(config, Machine(13e9, MUCH), PLAIN).vision == "INT8 weights compression"
-    assert plan(config, Machine(13e9, MUCH, 2, amx), PLAIN, vision="FP16").vision == "FP16"
+    assert plan(config, Machine(13e9, MUCH), PLAIN).vision == NEEDS_NO_PICTURES
+    assert plan(config, Machine(13e9, MUCH, 2, amx), PLAIN, for_chat=True).vision == NEEDS_NO_PICTURES
+    for device, planned, chosen in [
+        ("CPU", "INT8 quantization", "INT8 quantization"),
+        ("CPU", NEEDS_NO_PICTURES, NEEDS_NO_PICTURES),
+        ("GPU", "INT8 quantization", NEEDS_NO_PICTURES),
+    ]:
+        assert vision_encoder_selection_widget(device, planned).value == chosen
+
+
+def test_a_draft_model_is_planned_too(config):
+    """Llama-3.2-1B's shape: its INT4 IR has 0.788 GB (`benchmarks.make_checkpoint --shape 1b`, `make_draft_model`)."""
+    draft = make_llama_config(**SHAPES["1b"])
+    without, made = plan(config, Machine(13e9, MUCH), PLAIN), plan(config, Machine(13e9, MUCH), PLAIN, draft=draft)
+    assert "draft" not in without.steps
+    assert made.steps["draft"].cost.disk / 1e9 == pytest.approx(0.788, rel=0.02)
+    more = made.steps["token"].cost.memory - without.steps["token"].cost.memory
+    assert more == pytest.approx(made.steps["draft"].cost.disk)
+    assert not made.lacking  # on a machine of 16 GB
 
 
 @pytest.mark.parametrize("document", ["README.md", "mllama-3.2.ipynb"])
@@ -171,27 +217,70 @@ def test_a_plan_is_carried_out_in_the_memory_that_it_names(tmp_path, monkeypatch
     assert newest(folder, VISION_ENCODER_NAME) == "openvino_vision_encoder_int8_wc.xml"
 
 
-def test_where_disk_is_short_the_16_bit_language_model_is_never_written(tmp_path, monkeypatch, capsys):
-    needed = plan_here(DEMO, tmp_path).disk
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed * 0.9))
-    folder = prepare(DEMO, tmp_path / "ov")
+def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, capsys):
+    assert plan_here(DEMO, tmp_path).write_16_bit  # the notebook, for which it is compared
+    folder = prepare(DEMO, tmp_path / "ov", DEMO / "draft")
     assert not (folder / LANGUAGE_MODEL_NAME).exists()
     assert "convert the vision encoder, 16 bit" in capsys.readouterr().out
     names = newest(folder, LANGUAGE_MODEL_NAME), newest(folder, VISION_ENCODER_NAME)
     model = OVMLlamaForConditionalGeneration(folder, language_model_name=names[0], image_encoder_name=names[1])
-    assert model.shapes.vocab_size == 512
+    assert model.shapes.vocab_size == OVDraftModel(folder / DRAFT_FOLDER).vocab_size == 512
     # when all is made the disk is as good as full, and that is no reason to complain
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed * 0.1))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e3))
     stamps = {name: files.ir_stamp(folder / name) for name in names}
-    assert not plan_here(DEMO, folder).lacking
-    prepare(DEMO, folder)  # nothing is made twice
+    assert not plan_here(DEMO, folder, DEMO / "draft", for_chat=True).lacking
+    assert plan_here(DEMO, folder / "elsewhere", for_chat=True).lacking
+    prepare(DEMO, folder, DEMO / "draft")
+    assert capsys.readouterr().out.count("done already") == 4
     assert {name: files.ir_stamp(folder / name) for name in names} == stamps
+
+
+def test_an_interrupted_download_is_none(tmp_path):
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1.safetensors").touch()
+    assert not has_weights(tmp_path)
+    (tmp_path / "model-2.safetensors").touch()
+    assert has_weights(tmp_path)
+    assert has_weights(DEMO)
+
+
+def test_a_checkpoint_is_never_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_folder("meta-llama/Llama-3.2-11B-Vision-Instruct") == Path("models/Llama-3.2-11B-Vision-Instruct")
+    assert default_folder("models/mine") == default_folder(tmp_path / "models/mine") == Path("models/mine-ov")
+    shutil.copytree(DEMO, "models/mine", ignore=shutil.ignore_patterns("draft", "samples", "*.py"))
+    before = {path: path.read_bytes() for path in Path("models/mine").iterdir()}
+    with pytest.raises(ValueError, match="is the checkpoint itself: choose another folder"):
+        convert_mllama("models/mine", tmp_path / "models/mine")
+    assert {path: path.read_bytes() for path in Path("models/mine").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plan", "no/where"], "no/where could not be fetched from the Hugging Face hub"),
+        (["chat", "--model-dir", "no/where"], "no/where holds no openvino_language_model.xml"),
+        (
+            ["chat", "--model-dir", "{}", "--language-model", "lm.xml"],
+            "lm.xml is missing: .* that are there: llm_",
+        ),
+    ],
+)
+def test_the_command_refuses_with_a_sentence(tmp_path, arguments, sentence):
+    if "{}" in arguments:
+        prepare(DEMO, tmp_path)
+    command = [sys.executable, "-m", "ov_mllama", *(argument.format(tmp_path) for argument in arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # noqa: S603
+    assert done.returncode == 1
+    assert re.search(f"^❌ .*{sentence}", done.stderr.strip().splitlines()[-1])
+    assert "Traceback" not in done.stderr
 
 
 def test_the_command_says_what_this_machine_does():
     command = [sys.executable, "-m", "ov_mllama", "plan", str(DEMO)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
-    steps = plan_here(DEMO, ROOT).steps.values()
+    steps = plan_here(DEMO, ROOT, for_chat=True).steps.values()
     assert [step.what in done.stdout for step in steps] == [True] * 6
 
 
@@ -224,6 +313,31 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
     model.image_encoder.forget()
     with pytest.raises(MemoryError, match=r"A picture of 2 tiles takes .* too little: close other programs"):
         model.generate(**second, **GREEDY)
+
+
+def test_a_long_prompt_takes_the_memory_of_the_tokens_computed_at_once(config, monkeypatch):
+    prompt = Prompt(np.zeros((1, 4000), np.int64))
+    needed = costs.prompt_memory(config, 1, 4000, PREFILL_TOKENS, 0) + 4000 * 1e4
+    monkeypatch.setattr("ov_mllama.checks.free_memory", lambda: needed)
+    check_prompt_fits(config, prompt, 0, 0, 1e4)
+    monkeypatch.setattr("ov_mllama.checks.free_memory", lambda: needed - 1)
+    with pytest.raises(MemoryError, match="A prompt of 4000 tokens takes"):
+        check_prompt_fits(config, prompt, 0, 0, 1e4)
+
+
+def test_a_graphics_card_has_memory_of_its_own(pair, monkeypatch):
+    devices = {"GPU.0": Type.INTEGRATED, "GPU.1": Type.DISCRETE}
+    stand_in = SimpleNamespace(get_property=lambda device, name: devices[device])
+    monkeypatch.setattr(machine.ov, "Core", lambda: stand_in)
+    assert [machine.has_own_memory(device) for device in devices] == [False, True]
+    monkeypatch.undo()
+    assert not machine.has_own_memory("CPU")
+    assert not machine.has_own_memory("AUTO")
+    inputs = pair.inputs("wide")
+    monkeypatch.setattr("ov_mllama.vision.has_own_memory", lambda device: True)
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    monkeypatch.setattr("ov_mllama.vision.free_memory", lambda: 0)
+    assert model.generate(**inputs, **GREEDY).tolist() == pair.hf.generate(**inputs, **GREEDY).tolist()
 
 
 # ---- The machine ----
