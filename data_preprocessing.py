@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
-import httpx
 import numpy as np
 import PIL.Image
 from datasets import IterableDataset, get_dataset_split_names, load_dataset
+from huggingface_hub.utils import httpx  # whichever it uses
 from tqdm.auto import tqdm
 
 from ov_mllama.cross_attention import restrict, tiles_seen

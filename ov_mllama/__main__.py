@@ -1,4 +1,4 @@
-"""The command line, in the project's folder: `python -m ov_mllama plan`, `prepare`, `chat`; what the notebook does."""
+"""The command line, in the project's folder: `python -m ov_mllama plan`, `prepare`, `chat`; what a chat needs."""
 
 import argparse
 import logging
@@ -6,22 +6,24 @@ import sys
 import threading
 from pathlib import Path
 
+import openvino as ov
 from transformers import AutoConfig, AutoProcessor
 
+from ov_mllama.checks import check_vocabulary
 from ov_mllama.costs import gigabytes
 from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.files import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
-from ov_mllama.machine import free_memory
+from ov_mllama.machine import free_memory, has_own_memory
 from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.plan import loading
-from ov_mllama.prepare import DRAFT_FOLDER, default_folder, plan_here, prepare
+from ov_mllama.prepare import DRAFT_FOLDER, default_folder, loading_here, plan_here, prepare
 
 DEMO = "demo_model"
+logger = logging.getLogger("ov_mllama")
 DRAFT_HELP = "hub id or folder of a small Llama with the same tokenizer, to guess ahead"
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    """Says what this machine would do with a checkpoint."""
+    """Says what this machine would do with a checkpoint, for a chat."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
     made = plan_here(options.checkpoint, model_dir, options.draft, for_chat=True)
     print(made, *made.lacking, sep="\n")
@@ -37,44 +39,61 @@ def run_chat(options: argparse.Namespace) -> None:
     from data_preprocessing import questions_about
     from gradio_helper import make_demo
 
+    check_device(options.device)
     if options.checkpoint or not options.model_dir:
         options.checkpoint = options.checkpoint or DEMO
         options.model_dir = run_prepare(options)
-    elif options.draft:
-        from ov_mllama.compress import make_draft_model
-
-        make_draft_model(options.draft, options.model_dir / DRAFT_FOLDER)  # while nothing large is in memory
     model_dir = options.model_dir
     language = options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME)
     vision = options.image_encoder or newest(model_dir, VISION_ENCODER_NAME)
     check_model_dir(model_dir, (language, vision))
+    draft = load_draft(options) if options.draft else None  # what it takes to make it, while nothing large is in memory
+    examples = questions_about(options.checkpoint or model_dir)[:3]
     print(f"⌛ Loading {language} and {vision} from {model_dir}", flush=True)
-    draft = {"assistant_model": OVDraftModel(model_dir / DRAFT_FOLDER, options.device)} if options.draft else {}
-    files = [model_dir / language, model_dir / vision, *[model_dir / DRAFT_FOLDER / DRAFT_MODEL_NAME] * len(draft)]
-    weights = sum(path.with_suffix(".bin").stat().st_size for path in files)
-    step, free = loading(AutoConfig.from_pretrained(model_dir), weights), free_memory()
+    step = loading_here(model_dir, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft))
     print(f"   about {step.time} on two cores; answers take up to {gigabytes(step.cost.memory)} of memory", flush=True)
-    if free < step.cost.memory:
+    free = free_memory()
+    if free < step.cost.memory and not has_own_memory(options.device):
         print(f"⚠️ Only {gigabytes(free)} are free: close other programs, or all of it will be slow", flush=True)
     model = OVMLlamaForConditionalGeneration(
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
-    examples = questions_about(options.checkpoint or model_dir)[:3]
-    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir), examples, **draft)
+    drafting = {"assistant_model": draft} if draft else {}
+    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir), examples, **drafting)
     auth = tuple(options.auth) if options.auth else None
     _, url, _ = demo.launch(server_port=options.port, auth=auth, prevent_thread_lock=True)
     # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
-    parts: list = [model, *draft.values()]
+    parts: list = [model, *drafting.values()]
     threading.Thread(target=lambda: [part.language_model.warm_up() for part in parts], daemon=True).start()
     print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
     demo.block_thread()
 
 
+def check_device(device: str) -> None:
+    """Refuses a device that OpenVINO does not find here; what is made of several ("AUTO:GPU,CPU") it looks at itself.
+
+    Raises:
+        ValueError: with those that it finds.
+    """
+    found = [*ov.Core().available_devices, "AUTO"]
+    if ":" not in device and device.split(".")[0] not in {name.split(".")[0] for name in found}:
+        raise ValueError(f"There is no device {device} here, only {', '.join(found)}.")
+
+
+def load_draft(options: argparse.Namespace) -> OVDraftModel:
+    """The draft model, made first where that is not done yet."""
+    from ov_mllama.compress import make_draft_model
+
+    draft = OVDraftModel(make_draft_model(options.draft, options.model_dir / DRAFT_FOLDER), options.device)
+    check_vocabulary(draft.vocab_size, AutoConfig.from_pretrained(options.model_dir).text_config.vocab_size)
+    return draft
+
+
 def main() -> None:
     """Reads the arguments and runs the command that they name."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("ov_mllama").setLevel(logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m ov_mllama", description="Llama 3.2 Vision on OpenVINO.")
+    parser.add_argument("--verbose", action="store_true", help="where something is refused or goes wrong, say where")
     commands = parser.add_subparsers(required=True)
     for name, run, says in (
         ("plan", run_plan, "says what this machine does with a checkpoint: minutes, memory, disk"),
@@ -96,11 +115,14 @@ def main() -> None:
     page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))
     options = parser.parse_args()
+    logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     try:
         options.run(options)
     except (OSError, ValueError, MemoryError) as refusal:  # a sentence that names the fix
-        logging.getLogger("ov_mllama").debug("Where it was refused", exc_info=True)
+        logger.debug("Refused, or gone wrong, here:", exc_info=True)
         sys.exit(f"❌ {refusal}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -236,6 +236,19 @@ def warn_of_double_bos(ids: np.ndarray, bos: int | None) -> None:
         )
 
 
+def check_vocabulary(draft: int, large: int) -> None:
+    """Refuses a draft model with another vocabulary than the large model's.
+
+    Raises:
+        ValueError: so many tokens it has, and so many it would need.
+    """
+    if draft != large:
+        raise ValueError(
+            f"The draft model has a vocabulary of {draft} tokens and this model one of {large}: a draft model needs "
+            "the same tokenizer, such as Llama-3.2-1B-Instruct's for the 11B and the 90B."
+        )
+
+
 def check_prompt_fits(config: MllamaConfig, prompt: Prompt, reused: int, rows: int, column_bytes: float) -> None:
     """Refuses a prompt that the context or this machine's memory cannot hold.
 

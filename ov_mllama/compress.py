@@ -16,7 +16,7 @@ from nncf import CompressWeightsMode, SensitivityMetric
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_language_model, load_checkpoint
+from ov_mllama.convert import check_apart, checkpoint_folder, checkpoint_stamp, convert_language_model, load_checkpoint
 from ov_mllama.costs import Cost, compression_cost, duration, vision_cost
 from ov_mllama.files import (
     DRAFT_MODEL_NAME,
@@ -66,6 +66,12 @@ def compress_language_model(
         OSError, MemoryError: too little room, with the settings that need less.
     """
     model_dir = Path(model_dir)
+    check_model_dir(model_dir, (VISION_ENCODER_NAME,))
+    if not checkpoint and not (model_dir / LANGUAGE_MODEL_NAME).is_file():
+        raise FileNotFoundError(
+            f"{model_dir / LANGUAGE_MODEL_NAME} is missing: give the checkpoint it was left out of, "
+            "compress(..., checkpoint=model_id), or have it written by convert_mllama."
+        )
     check_model_dir(model_dir, (VISION_ENCODER_NAME,) if checkpoint else (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME))
     config = AutoConfig.from_pretrained(model_dir)
     settings.check(config)
@@ -104,6 +110,7 @@ def make_draft_model(
     """
     out_dir, settings = Path(out_dir), settings or Settings()
     source = checkpoint_folder(checkpoint, wanted="llama")
+    check_apart(source, out_dir)
     config = AutoConfig.from_pretrained(source)
     settings.check(config)
     if settings.dataset_size:

@@ -4,6 +4,7 @@ This file knows checkpoints and what goes with them. It does not know how the IR
 (`compress.py`).
 """
 
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import openvino as ov
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx  # whichever it uses
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -158,6 +161,11 @@ def checkpoint_folder(model_id: str | Path, weights: bool = True, wanted: str = 
     model_type = AutoConfig.from_pretrained(folder).model_type
     if model_type != wanted:
         raise ValueError(f"{model_id} is a '{model_type}' checkpoint; {TAKEN[wanted]}.")
+    if weights and any(folder.glob("*.xml")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} is a converted model: give it as model_dir (make chat MODEL_DIR={folder}), or the checkpoint it "
+            "was made of."
+        )
     if weights and not list(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} has a config but no *.safetensors weights: download it completely, or save the model with "
@@ -179,11 +187,27 @@ def _download(model_id: str, files: list[str]) -> Path:
             f"'{model_id}' is neither a folder here nor a repository on the Hugging Face hub; check the spelling, and "
             "for a private repository log in with `huggingface_hub.login()`."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise OSError(
+                error.errno,
+                f"{model_id} could not be written to {HF_HUB_CACHE} ({error.strerror}): make room there, or let "
+                "HF_HOME name a folder on another disk",
+            ) from error
         raise FileNotFoundError(
             f"{model_id} could not be fetched from the Hugging Face hub ({type(error).__name__}) and is not in the "
             "local cache; check the network, or give the folder of a checkpoint on this disk."
         ) from error
+
+
+def check_apart(source: Path, out_dir: Path) -> None:
+    """Refuses to write IRs into the checkpoint's own folder: the config that goes beside them would replace its own.
+
+    Raises:
+        ValueError: it is that.
+    """
+    if source.resolve() == out_dir.resolve():
+        raise ValueError(f"{out_dir} is the checkpoint itself: choose another folder for its IRs.")
 
 
 def checkpoint_stamp(folder: Path) -> dict[str, str]:
@@ -211,8 +235,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
     """
     out_dir = Path(out_dir)
     source = checkpoint_folder(model_id)
-    if source.resolve() == out_dir.resolve():  # the config that is written beside IRs would replace the checkpoint's
-        raise ValueError(f"{out_dir} is the checkpoint itself: choose another folder for its IRs.")
+    check_apart(source, out_dir)
     stamp = checkpoint_stamp(source)
     parts = {"vision encoder": (out_dir / VISION_ENCODER_NAME, VisionEncoder, convert_vision_encoder)}
     if language_model:

@@ -174,7 +174,7 @@ def answering_memory(config: MllamaConfig, weight_bytes: float) -> float:
     """Bytes while pictures of all tiles are asked about.
 
     Args:
-        weight_bytes: of both IRs. The plugin's repacked copy of them is about as large, and in memory.
+        weight_bytes: of all IRs. The plugin's repacked copy of them is about as large, and in memory.
     """
     shapes = MllamaShapes.from_config(config)
     largest = picture_memory(shapes, shapes.max_num_tiles)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ov_mllama.cache import Prompt
+from ov_mllama.checks import check_vocabulary
 from ov_mllama.files import DRAFT_MODEL_NAME, check_model_dir, generation_config
 from ov_mllama.language import OVLanguageModel
 from ov_mllama.shapes import MllamaShapes
@@ -131,11 +132,7 @@ class ModelDrafts(CandidateGenerator):
     requires_model_outputs = False
 
     def __init__(self, draft: OVDraftModel, vocab_size: int, settings: GenerationConfig, model):
-        if draft.vocab_size != vocab_size:
-            raise ValueError(
-                f"The draft model has a vocabulary of {draft.vocab_size} tokens and this model one of {vocab_size}: a "
-                "draft model needs the same tokenizer, such as Llama-3.2-1B-Instruct's for the 11B and the 90B."
-            )
+        check_vocabulary(draft.vocab_size, vocab_size)
         self.draft, self.vocab_size, self.model = draft, vocab_size, model
         self.max_length = settings.max_length
         ends = settings.eos_token_id

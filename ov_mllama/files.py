@@ -206,13 +206,11 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
     """
     for name in ("config.json", *names):
         if not (model_dir / name).is_file():
-            there = sorted(path.name for path in model_dir.glob("*.xml"))
+            if name.startswith("llm_"):
+                made = ", ".join(sorted(path.name for path in model_dir.glob("llm_*.xml"))) or "none"
+                raise FileNotFoundError(f"{model_dir / name} is missing; compressed language models there: {made}.")
             maker = "make_draft_model" if DRAFT_MODEL_NAME in names else "convert_mllama"
-            raise FileNotFoundError(
-                f"{model_dir / name} is missing: run {maker}(model_id, '{model_dir}') first"
-                + f", or give one of those that are there: {', '.join(there)}" * bool(there)
-                + "."
-            )
+            raise FileNotFoundError(f"{model_dir / name} is missing: run {maker}(model_id, '{model_dir}') first.")
     stamps = {name: ir_stamp(model_dir / name) for name in names}
     for name in [name for name, stamp in stamps.items() if not stamp]:
         stamps[name] = foreign_stamp(model_dir / name)

@@ -1,6 +1,7 @@
 """What to do with a checkpoint on a machine: which IRs, and what each step takes. It only computes: `machine.py` looks,
 `costs.py` has the formulas."""
 
+import errno
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -90,6 +91,16 @@ class Plan:
             )
         return tuple(lacking)
 
+    def check_disk(self) -> None:
+        """Before an hour of downloads ends with a full disk.
+
+        Raises:
+            OSError: there is too little of it (errno.ENOSPC); the sentence says what to do.
+        """
+        lacking = lacking_disk(self.steps, self.machine)
+        if lacking:
+            raise OSError(errno.ENOSPC, " ".join(lacking))
+
     def __str__(self) -> str:
         rows = [
             (
@@ -111,6 +122,7 @@ def plan(
     downloaded: bool = True,
     made: Collection[str] = (),
     draft: LlamaConfig | None = None,
+    draft_downloaded: bool = True,
     for_chat: bool = False,
     pictures: int = 8,
 ) -> Plan:
@@ -121,6 +133,7 @@ def plan(
         downloaded: whether the checkpoint is on this disk already.
         made: file names of the IRs that are there already; they are not made again.
         draft: config of the draft model, if there is to be one.
+        draft_downloaded: as `downloaded`, of its checkpoint.
         for_chat: only what a chat needs: no language model in 16 bit, no calibration with pictures.
         pictures: to calibrate the vision encoder with, where that is done.
     """
@@ -132,6 +145,7 @@ def plan(
     vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[vision]}.xml")
     small, smaller = compression_cost(settings, config), vision_cost(vision, config, pictures)
     guessing = compression_cost(Settings(), draft) if draft else Cost()
+    download = original * (not downloaded) + (2 * weights(draft).language if draft and not draft_downloaded else 0)
     loaded = small.disk + smaller.disk + guessing.disk
 
     def making(write_16_bit: bool) -> dict[str, Step]:
@@ -139,13 +153,13 @@ def plan(
         missing = VISION_ENCODER_NAME not in made, write_16_bit and LANGUAGE_MODEL_NAME not in made
         to_compress = f"compress the language model, {settings.algo} in groups of {settings.group_size}"
         steps = {
-            "download": Step("download the checkpoint", Cost(disk=original)),
+            "download": Step("download", Cost(disk=download)),
             "convert": Step(f"convert the {both}, 16 bit", conversion_cost(config, *missing)),
             "compress": Step(to_compress, Cost() if settings.file_name in made else small),
             "draft": Step("compress the draft model", Cost() if DRAFT_MODEL_NAME in made else guessing),
             "vision": Step(f"make the vision encoder smaller, {vision}", Cost() if vision_name in made else smaller),
         }
-        left_out = {"download": downloaded, "draft": not draft}
+        left_out = {"download": not download, "draft": not draft}
         return {name: step for name, step in steps.items() if not left_out.get(name)}
 
     write_16_bit = not for_chat and answering_memory(config, original) <= machine.memory
@@ -188,12 +202,12 @@ def lacking_disk(steps: dict[str, Step], machine: Machine) -> list[str]:
 
 
 def loading(config: MllamaConfig, weight_bytes: float) -> Step:
-    """Of reading both IRs and repacking their weights; the memory is what answering takes.
+    """Of reading all IRs and repacking their weights; the memory is what answering takes.
 
     Args:
-        weight_bytes: of both.
+        weight_bytes: of all of them.
     """
-    return Step("load both", Cost(0, answering_memory(config, weight_bytes), 1 + REPACKED * weight_bytes))
+    return Step("load them", Cost(0, answering_memory(config, weight_bytes), 1 + REPACKED * weight_bytes))
 
 
 def by_memory(config: MllamaConfig, settings: Settings, sizes: Iterable[int] = (16, 24, 32, 64)) -> str:

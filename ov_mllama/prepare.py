@@ -1,4 +1,4 @@
-"""Checkpoint -> the IRs that suit this machine, as `plan.py` has it: what the notebook does in cells, in one call."""
+"""Checkpoint -> the IRs that suit this machine, as `plan.py` has it; what a chat needs of them also in one call."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig
 
+from ov_mllama.checks import check_vocabulary
 from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_mllama
 from ov_mllama.files import CONVERTER_VERSION, is_current
 from ov_mllama.machine import Machine
-from ov_mllama.plan import Plan, plan
-from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
+from ov_mllama.plan import Plan, Step, loading, plan
+from ov_mllama.settings import Settings
 
 DRAFT_FOLDER = "draft"  # of a draft model, in the folder of the large one
 
@@ -29,30 +30,42 @@ def plan_here(
     Args:
         checkpoint: hub id or local folder. Of one on the hub only the config is fetched, for a gated one after a login.
         model_dir: where the converted model will be; what is there already is not counted.
-        draft: the draft model's hub id or folder, if there is to be one; its download is not counted.
+        draft: the draft model's hub id or folder, if there is to be one.
         for_chat: as for `plan`.
     Raises:
-        ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix.
+        ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix; and ValueError: the
+            draft model has another vocabulary.
     """
     source = checkpoint_folder(checkpoint, weights=Path(checkpoint).is_dir())
-    config = AutoConfig.from_pretrained(source)
-    draft_config = (
-        AutoConfig.from_pretrained(checkpoint_folder(draft, weights=False, wanted="llama")) if draft else None
-    )
-    downloaded, model_dir = has_weights(source), Path(model_dir)
-    current = {"converter_version": CONVERTER_VERSION}
-    wanted = checkpoint_stamp(source) if downloaded else current
-    made = [path.name for path in model_dir.glob("*.xml") if is_current(path, wanted)]
-    made += [path.name for path in (model_dir / DRAFT_FOLDER).glob("*.xml") if is_current(path, current)]
-    here = Machine.here(model_dir, HF_HUB_CACHE)
-    return plan(config, here, Settings(), downloaded, made, draft_config, for_chat)
+    config, here = AutoConfig.from_pretrained(source), Machine.here(model_dir, HF_HUB_CACHE)
+    made = made_of(source, model_dir)
+    if not draft:
+        return plan(config, here, Settings(), has_weights(source), made, for_chat=for_chat)
+    draft_source = checkpoint_folder(draft, weights=Path(draft).is_dir(), wanted="llama")
+    draft_config = AutoConfig.from_pretrained(draft_source)
+    check_vocabulary(draft_config.vocab_size, config.text_config.vocab_size)
+    made += made_of(draft_source, Path(model_dir, DRAFT_FOLDER))
+    downloaded = has_weights(source), has_weights(draft_source)
+    return plan(config, here, Settings(), downloaded[0], made, draft_config, downloaded[1], for_chat)
+
+
+def made_of(source: Path, folder: str | Path) -> list[str]:
+    """File names of the IRs in a folder that were made of a checkpoint; while that is not downloaded, of any."""
+    wanted = checkpoint_stamp(source) if has_weights(source) else {"converter_version": CONVERTER_VERSION}
+    return [path.name for path in Path(folder).glob("*.xml") if is_current(path, wanted)]
+
+
+def loading_here(model_dir: str | Path, *files: str | Path) -> Step:
+    """What it takes to load these IRs of a folder, by their .xml, and to answer with them."""
+    config, paths = AutoConfig.from_pretrained(model_dir), [Path(model_dir, file) for file in files]
+    return loading(config, sum(path.with_suffix(".bin").stat().st_size for path in paths))
 
 
 def has_weights(folder: Path) -> bool:
     """Whether all of a checkpoint's weights are in a folder: a download may have been interrupted."""
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return any(folder.glob("*.safetensors"))
+    if not index.is_file():  # of a part of many, it may be on its way
+        return any("-of-" not in path.name for path in folder.glob("*.safetensors"))
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return all((folder / name).is_file() for name in set(files))
 
@@ -70,12 +83,13 @@ def prepare(checkpoint: str | Path, model_dir: str | Path, draft: str | Path | N
     """
     made = plan_here(checkpoint, model_dir, draft, for_chat=True)
     print(made, *made.lacking, sep="\n")
-    model_dir = convert_mllama(checkpoint, model_dir, language_model=False)
+    made.check_disk()
+    model_dir = convert_mllama(checkpoint, model_dir, language_model=made.write_16_bit)
     # not before: NNCF, once imported, has a hand in what torch traces, and torch then says so
     from ov_mllama.compress import compress_language_model, make_draft_model, make_vision_encoder
 
     compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
     if draft:
         make_draft_model(draft, model_dir / DRAFT_FOLDER)
-    make_vision_encoder(model_dir, NEEDS_NO_PICTURES)
+    make_vision_encoder(model_dir, made.vision)
     return model_dir

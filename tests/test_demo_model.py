@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, MllamaForConditionalGeneration
+from transformers import AutoProcessor, LlamaForCausalLM, MllamaForConditionalGeneration
 
 from conftest import DEMO, F32, demo_samples
 from demo_model.evaluate import ask, heldout_samples
 from demo_model.scenes import TASKS, digit_drawings, draw, random_scene
 from demo_model.train import SYSTEM, Batches, random_size, to_tiles
+from demo_model.train_draft import conversations, loss_of, make_draft
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 QUESTIONS = 200
@@ -83,6 +84,17 @@ def test_training_makes_the_tiles_that_the_processor_makes(processor):
         assert number == expected["aspect_ratio_mask"].sum()
         ratios.add(ratio)
     assert ratios == set(range(1, 9))
+
+
+def test_the_draft_model_knows_how_answers_go_on(processor, demo):
+    batch = conversations(Batches(processor.tokenizer, processor, seed=98, held_out=True), 64)
+    shipped = LlamaForCausalLM.from_pretrained(DEMO / "draft", dtype=torch.float32).eval()
+    with torch.no_grad():
+        untrained, trained = (
+            loss_of(m, batch).item() for m in (make_draft(processor.tokenizer, demo.config.text_config), shipped)
+        )
+    assert trained < 0.8 < 5 < untrained
+    assert (DEMO / "draft/model.safetensors").stat().st_size < 1e6
 
 
 def test_training_writes_the_tokens_that_the_processor_writes(processor):

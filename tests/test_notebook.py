@@ -5,6 +5,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,11 @@ import nbformat
 import pytest
 
 import notebook_utils
-from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.make_checkpoint import VOCABULARY, make_checkpoint
 from conftest import ROOT, demo_samples
 from ov_mllama.files import LANGUAGE_MODEL_NAME
 from ov_mllama.photographs import photographs
+from tiny_mllama import make_llama
 
 NOTEBOOK = ROOT / "mllama-3.2.ipynb"
 HELPERS = [
@@ -53,11 +55,15 @@ def on_a_small_machine(tmp_path_factory):
     for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "demo_model"]:
         (folder / path.name).symlink_to(path)
     make_checkpoint(folder / "random", "small")
+    make_llama(VOCABULARY).half().save_pretrained(folder / "guessing")
+    shutil.copy(folder / "random/tokenizer.json", folder / "guessing")
+    shutil.copy(folder / "random/tokenizer_config.json", folder / "guessing")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     index = notebook.cells.index(cell_with(notebook, "plan_here("))
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(AS_WITH_16_GB))
     nbformat.write(notebook, folder / NOTEBOOK.name)
     settings = {"MODEL_ID": "random", "CALIBRATION_DATA": "photographs", "MAX_NEW_TOKENS": 20}
+    settings["DRAFT_MODEL"] = "guessing"
     path = notebook_utils.execute(folder / NOTEBOOK.name, folder / "build", **settings)
     return folder, nbformat.read(path, as_version=4)
 
@@ -128,9 +134,16 @@ def test_variants_of_any_model_are_priced_by_divergence(on_a_small_machine):
     _, notebook = on_a_small_machine
     table = cell_with(notebook, "show_price_list(price_list(").outputs[0].data["text/plain"]
     rows = {re.split(r"\s{2,}", line)[0]: line.split()[-3:] for line in table.splitlines()[2:]}
-    assert list(rows) == ["PyTorch 16 bit", "both smaller"]
+    assert list(rows) == ["PyTorch 16 bit", "both as chosen"]
     assert rows["PyTorch 16 bit"] == ["0.0000", "0.0000", "100.0"]
-    assert 0.001 < float(rows["both smaller"][0]) < 0.5
+    assert 0.001 < float(rows["both as chosen"][0]) < 0.5
+
+
+def test_a_draft_model_given_by_name_guesses(on_a_small_machine):
+    folder, notebook = on_a_small_machine
+    assert (folder / "models/random/draft/openvino_draft_model.xml").is_file()
+    assert "compress the draft model" in cell_with(notebook, "show_plan(").outputs[1].data["text/markdown"]
+    assert re.search(r"\d+ of \d+ drafts accepted", printed(cell_with(notebook, "OVDraftModel(")))
 
 
 def test_html_holds_the_answers(executed, tmp_path):

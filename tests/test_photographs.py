@@ -5,9 +5,9 @@ import json
 import socket
 from collections import Counter
 
-import httpx
 import numpy as np
 import pytest
+from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers import AutoProcessor
 

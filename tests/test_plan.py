@@ -21,6 +21,7 @@ from conftest import DEMO, F32, ROOT
 from ov_mllama import costs, files, machine
 from ov_mllama.cache import Prompt
 from ov_mllama.checks import check_prompt_fits, image_arrays
+from ov_mllama.compress import make_draft_model
 from ov_mllama.convert import convert_mllama
 from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
@@ -32,6 +33,7 @@ from ov_mllama.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_he
 from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
 from ov_mllama.vision import ImageInputs, image_keys
 from ov_mllama_compression import vision_encoder_selection_widget
+from tiny_mllama import make_llama
 
 PLAIN = Settings()
 GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=None)
@@ -147,6 +149,9 @@ def test_what_is_made_already_is_not_made_again(config):
     assert [line.split(" | ")[1] for line in str(made).splitlines()[2:5]] == ["done already"] * 3
     first = plan(config, Machine(13e9, MUCH), PLAIN)
     assert made.steps["token"] == first.steps["token"]  # loaded it is as large
+    assert made.check_disk() is None
+    with pytest.raises(OSError, match=r"All steps write .* make room"):
+        plan(config, Machine(13e9, 1e6), PLAIN).check_disk()
     half = plan(config, Machine(60e9, MUCH), PLAIN, made=done)
     assert half.steps["convert"].cost.disk == 2 * costs.weights(config).language
 
@@ -190,6 +195,8 @@ def test_a_draft_model_is_planned_too(config):
     assert "draft" not in without.steps
     assert made.steps["draft"].cost.disk / 1e9 == pytest.approx(0.788, rel=0.02)
     more = made.steps["token"].cost.memory - without.steps["token"].cost.memory
+    away = plan(config, Machine(13e9, MUCH), PLAIN, draft=draft, draft_downloaded=False)
+    assert away.steps["download"].cost.disk == 2 * costs.weights(draft).language
     assert more == pytest.approx(made.steps["draft"].cost.disk)
     assert not made.lacking  # on a machine of 16 GB
 
@@ -204,7 +211,7 @@ def test_the_table_by_memory_is_the_plans(config, document):
 # ---- Carried out ----
 
 
-def test_a_plan_is_carried_out_in_the_memory_that_it_names(tmp_path, monkeypatch):
+def test_no_step_asks_for_memory_that_the_plan_does_not_name(tmp_path, monkeypatch):
     made = plan_here(DEMO, tmp_path / "ov")
     most = max(step.cost.memory for step in made.steps.values())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=most))
@@ -243,6 +250,23 @@ def test_an_interrupted_download_is_none(tmp_path):
     (tmp_path / "model-2.safetensors").touch()
     assert has_weights(tmp_path)
     assert has_weights(DEMO)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert not has_weights(tmp_path)
+    (tmp_path / "model-1-of-2.safetensors").touch()
+    (tmp_path / "model-1.safetensors").unlink()
+    (tmp_path / "model-2.safetensors").unlink()
+    assert not has_weights(tmp_path)
+
+
+def test_a_draft_model_is_done_if_it_was_made_of_this_checkpoint(tmp_path):
+    make_draft_model(DEMO / "draft", tmp_path / "draft")
+    assert not any(plan_here(DEMO, tmp_path, DEMO / "draft").steps["draft"].cost)
+    other = tmp_path / "other"
+    make_llama(512, seed=1).half().save_pretrained(other)
+    assert plan_here(DEMO, tmp_path, other).steps["draft"].cost.disk > 0
+    make_llama(256).half().save_pretrained(other)
+    with pytest.raises(ValueError, match="has a vocabulary of 256 tokens and this model one of 512"):
+        plan_here(DEMO, tmp_path, other)
 
 
 def test_a_checkpoint_is_never_written_over(tmp_path, monkeypatch):
@@ -260,10 +284,12 @@ def test_a_checkpoint_is_never_written_over(tmp_path, monkeypatch):
     ("arguments", "sentence"),
     [
         (["plan", "no/where"], "no/where could not be fetched from the Hugging Face hub"),
+        (["chat", "--device", "GPU.7"], "There is no device GPU.7 here, only CPU"),
+        (["chat", "--checkpoint", "{}"], "is a converted model: give it as model_dir"),
         (["chat", "--model-dir", "no/where"], "no/where holds no openvino_language_model.xml"),
         (
-            ["chat", "--model-dir", "{}", "--language-model", "lm.xml"],
-            "lm.xml is missing: .* that are there: llm_",
+            ["chat", "--model-dir", "{}", "--language-model", "llm_int4.xml"],
+            r"llm_int4.xml is missing; .* there: llm_int4_asym_r10_gs64.xml\.",
         ),
     ],
 )
