@@ -4,9 +4,10 @@ bias that hides the others.
 Encoded -> restrict -> CrossAttention
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from ov_mllama.shapes import MASKED, MllamaShapes, rows_axis
 from ov_mllama.vision import Encoded
@@ -17,7 +18,8 @@ class CrossAttention:
     """The images as one step of the language model reads them. Any axis of 1 broadcasts.
 
     Attributes:
-        key_values: by port name, f32: key [batch, kv heads, head_dim, rows], value [batch, kv heads, rows, head_dim].
+        key_values: by port name, f32: key [batch, kv heads, head_dim, rows], value [batch, kv heads, rows, head_dim];
+            after `in_bf16` the bits of bf16, as u16.
         bias: f32 [batch, 1, query, rows], 0 or MASKED; a single 0 where every token may see every row.
         sees_image: f32 [batch, query, 1], 0 for tokens that may see no image, else 1.
     """
@@ -39,6 +41,14 @@ class CrossAttention:
         return CrossAttention(
             {name: take(array) for name, array in self.key_values.items()}, take(self.bias), take(self.sees_image)
         )
+
+    def in_bf16(self) -> "CrossAttention":
+        """The same, its K/V rounded: once, and not by the plugin at each token."""
+        rounded = {
+            name: torch.from_numpy(array).to(torch.bfloat16).view(torch.uint16).numpy()
+            for name, array in self.key_values.items()
+        }
+        return replace(self, key_values=rounded)
 
     def tokens(self, chosen: slice) -> "CrossAttention":
         """That of some of the step's tokens."""

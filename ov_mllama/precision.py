@@ -16,10 +16,12 @@ class Chosen(NamedTuple):
     Attributes:
         properties: for `ov.Core.compile_model`.
         reason: a sentence for people.
+        bf16: whether that is bf16, on a CPU that has it: what it reads can then be rounded beforehand.
     """
 
     properties: dict
     reason: str
+    bf16: bool = False
 
 
 PRECISION, GROUP = "INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE"
@@ -58,7 +60,9 @@ def choose(
         reason += f"; {group} numbers of an activation share a scale" + ", as weights do" * (not by_row)
     overridden = [f"{name}={given[name]}" for name in properties if name in given]
     reason += f" (but as given, {', '.join(overridden)})" * bool(overridden)
-    return Chosen({**properties, **given}, reason)
+    properties |= given
+    computed = str(properties.get(PRECISION, "bf16"))  # text, or OpenVINO's Type
+    return Chosen(properties, reason, cpu.bf16 and ("bf16" in computed or "bfloat16" in computed))
 
 
 def language_precision(weights: str, cpu: Cpu) -> tuple[str | None, str]:

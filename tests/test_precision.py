@@ -1,13 +1,18 @@
 """What an IR is computed in: by CPU and stamp, and that OpenVINO is told so."""
 
+import numpy as np
 import openvino as ov
 import pytest
 import torch
 from openvino.properties import hint as hints
 
 from conftest import F32
+from ov_mllama.cache import Prompt
+from ov_mllama.cross_attention import tiles_seen
+from ov_mllama.language import OVLanguageModel
 from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.precision import Cpu, choose, vision_option
+from ov_mllama.precision import PRECISION, Cpu, choose, vision_option
+from ov_mllama.vision import ImageInputs, image_keys
 from ov_mllama_compression import compress, optimize_vision_encoder, vision_encoder_selection_widget
 
 AMX = Cpu(amx=True, bf16=True, vnni=True)
@@ -40,7 +45,7 @@ GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
     ],
 )
 def test_by_cpu_and_stamp(part, stamp, cpu, precision, group):
-    properties, reason = choose(part, stamp, cpu=cpu)
+    properties, reason, _ = choose(part, stamp, cpu=cpu)
     expected = ({"INFERENCE_PRECISION_HINT": precision} if precision else {}) | ({GROUP: group} if group else {})
     assert properties == expected
     assert (precision or ("bf16" if cpu.bf16 else "f32")) in reason
@@ -49,7 +54,7 @@ def test_by_cpu_and_stamp(part, stamp, cpu, precision, group):
 
 def test_what_is_given_goes_before_it():
     given = {GROUP: 32}
-    properties, reason = choose("language", INT4, ov_config=given, cpu=AMX)
+    properties, reason, _ = choose("language", INT4, ov_config=given, cpu=AMX)
     assert properties == {"INFERENCE_PRECISION_HINT": "f32", GROUP: 32}
     assert f"{GROUP}=32" in reason
     assert given == {GROUP: 32}
@@ -99,3 +104,32 @@ def test_the_widget_follows_the_cpu(monkeypatch):
     monkeypatch.setattr(Cpu, "here", lambda: AMX)
     assert vision_encoder_selection_widget("CPU").value == "INT8 quantization"
     assert vision_encoder_selection_widget("GPU.0").value == "INT8 weights compression"
+
+
+@pytest.mark.skipif(not Cpu.here().bf16, reason="this CPU has no bf16")
+def test_images_rounded_beforehand_give_the_same_logits(pair):
+    """What the plugin would do at each token (`language.read_in_bf16`)."""
+    inputs = {name: tensor.numpy() for name, tensor in pair.inputs("wide").items()}
+    images = ImageInputs(*(inputs[name] for name in ImageInputs._fields))
+    encoded = pair.ov.image_encoder.encode(images)
+    seen = tiles_seen(images.cross_attention_mask, inputs["input_ids"].shape[1])
+    logits = {}
+    for beforehand in (True, False):
+        model = OVLanguageModel(pair.ov.language_model._ir[0], pair.ov.shapes, ov_config={PRECISION: "bf16"})
+        assert model.reads_bf16
+        model.reads_bf16 = beforehand
+        session = model.session()
+        steps = [session.prefill(Prompt(inputs["input_ids"], seen=seen, image_keys=image_keys(images)), encoded)]
+        steps += [session.decode(np.array([[token]])) for token in (5, 6, 7)]
+        logits[beforehand] = np.concatenate(steps, 1)
+        types = {model.compiled.input(name).get_element_type() for name in pair.ov.shapes.cross_kv_names}
+        assert types == {ov.Type.bf16 if beforehand else ov.Type.f32}
+    np.testing.assert_array_equal(logits[True], logits[False])
+
+
+def test_only_where_it_is_computed_in_bf16():
+    assert choose("language", INT4, cpu=INTEL).bf16
+    for cpu, config in ((AMX, {}), (OLD, {}), (OLD, {PRECISION: "bf16"}), (INTEL, {PRECISION: "f32"})):
+        assert not choose("language", INT4, ov_config=config, cpu=cpu).bf16
+    assert choose("language", INT4, ov_config={PRECISION: ov.Type.bf16}, cpu=AMX).bf16
+    assert not choose("language", INT4, ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}, cpu=INTEL).bf16
