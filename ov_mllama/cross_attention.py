@@ -7,7 +7,9 @@ Encoded -> restrict -> CrossAttention
 from dataclasses import dataclass, replace
 
 import numpy as np
+import openvino as ov
 import torch
+from openvino.preprocess import PrePostProcessor
 
 from ov_mllama.shapes import MASKED, MllamaShapes, rows_axis
 from ov_mllama.vision import Encoded
@@ -92,6 +94,22 @@ def restrict(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes) -> CrossA
         bias = np.where(counts > 0, np.log(np.maximum(counts, 1)), np.float32(MASKED)).astype(np.float32)
         bias = bias.repeat(shapes.patches_per_tile, axis=-1)[:, None]
     return CrossAttention(key_values, bias, sees_image=sees_any.astype(np.float32))
+
+
+def as_port_takes(key_value):
+    """K/V as its port takes it: numpy has no bf16, of which u16 are the bits."""
+    if isinstance(key_value, np.ndarray) and key_value.dtype == np.uint16:
+        return ov.Tensor(key_value, key_value.shape, ov.Type.bf16)
+    return key_value
+
+
+def read_in_bf16(model: ov.Model, names: list[str]) -> ov.Model:
+    """The model with inputs in bf16 instead of f32. Where it computes in bf16 that changes no number: the plugin rounds
+    what is f32 anew at each token, 21 of 334 ms beside a picture of four tiles of the 11B (benchmarks/README.md)."""
+    ports = PrePostProcessor(model)
+    for name in names:
+        ports.input(name).tensor().set_element_type(ov.Type.bf16)
+    return ports.build()
 
 
 def tiles_seen(cross_attention_mask: np.ndarray, length: int) -> np.ndarray:

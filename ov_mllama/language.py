@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from openvino.preprocess import PrePostProcessor
 
 from ov_mllama.cache import OVCache, Prompt
-from ov_mllama.cross_attention import CrossAttention, no_images, restrict
+from ov_mllama.cross_attention import CrossAttention, as_port_takes, no_images, read_in_bf16, restrict
 from ov_mllama.device import DeviceTensors
 from ov_mllama.files import ir_stamp
 from ov_mllama.inference import check_stop
@@ -73,22 +72,6 @@ def language_inputs(
         inputs |= {"cross_attention_bias": cross_attention.bias, "sees_image": cross_attention.sees_image}
         inputs |= {name: as_port_takes(array) for name, array in cross_attention.key_values.items()}
     return inputs
-
-
-def as_port_takes(key_value):
-    """K/V as its port takes it: numpy has no bf16, of which u16 are the bits."""
-    if isinstance(key_value, np.ndarray) and key_value.dtype == np.uint16:
-        return ov.Tensor(key_value, key_value.shape, ov.Type.bf16)
-    return key_value
-
-
-def read_in_bf16(model: ov.Model, names: list[str]) -> ov.Model:
-    """The model with inputs in bf16 instead of f32. Where it computes in bf16 that changes no number: the plugin rounds
-    what is f32 anew at each token, 21 of 334 ms beside a picture of four tiles of the 11B (benchmarks/README.md)."""
-    ports = PrePostProcessor(model)
-    for name in names:
-        ports.input(name).tensor().set_element_type(ov.Type.bf16)
-    return ports.build()
 
 
 class OVLanguageModel:

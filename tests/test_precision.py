@@ -108,7 +108,7 @@ def test_the_widget_follows_the_cpu(monkeypatch):
 
 @pytest.mark.skipif(not Cpu.here().bf16, reason="this CPU has no bf16")
 def test_images_rounded_beforehand_give_the_same_logits(pair):
-    """What the plugin would do at each token (`language.read_in_bf16`)."""
+    """What the plugin would do at each token (`cross_attention.read_in_bf16`)."""
     inputs = {name: tensor.numpy() for name, tensor in pair.inputs("wide").items()}
     images = ImageInputs(*(inputs[name] for name in ImageInputs._fields))
     encoded = pair.ov.image_encoder.encode(images)
