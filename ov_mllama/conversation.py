@@ -8,14 +8,16 @@ import asyncio
 import contextlib
 import re
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import torch
 from transformers.generation.streamers import AsyncTextIteratorStreamer
 
 from ov_mllama.images import at_detail, open_picture
-from ov_mllama.inference import Stopped, turn_of
+from ov_mllama.inference import LOOK_EVERY_S, Stopped, turn_of
+from ov_mllama.progress import Progress
 
+STOP_WITHIN_S = 0.5  # a person who stopped an answer is not kept longer, see `stream_words`
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None}
 
 
@@ -63,30 +65,88 @@ def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_n
     return inputs, [image.info["remark"] for image in opened if "remark" in image.info]
 
 
+def picture_tensors(model, processor, picture, detail: str = "high") -> dict[str, torch.Tensor]:
+    """For `encode_images`: a picture's tensors exactly as `prompt_tensors` makes them, so that it is known again.
+
+    Args:
+        picture, detail: as for `prompt_tensors`.
+    Raises:
+        ValueError: a picture that cannot be used.
+    """
+    image = at_detail(open_picture(picture), detail, model.config.vision_config.image_size)
+    inputs = processor(text=processor.image_token, images=[image], add_special_tokens=False, return_tensors="pt")
+    return {name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+
+
 def sampling(temperature: float, top_p: float) -> dict:
     """For `generate`; a temperature of 0 takes the likeliest token (greedy)."""
     return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
 
 
-async def stream_words(model, processor, note=lambda stats: None, **arguments) -> AsyncIterator[str]:
-    """The words of `generate` as they come, from a thread that has ended when this has.
-
-    Closing it stops the generation within a token, a long prompt within `PREFILL_TOKENS`, a picture between two layers,
-    or what was not its turn yet.
+def is_cut(output: torch.Tensor, prompt_tokens: int, max_new_tokens: int, eos_token_id: int | list[int]) -> bool:
+    """Whether an answer ended only because of its limit.
 
     Args:
-        model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate` (`stop` too) and `turn`.
-        note: called with the model's statistics after a whole answer, while it still is this one's turn.
-        arguments: of `generate`.
+        output: what `generate` returned, i64 [1, prompt and answer].
+        eos_token_id: the token, or tokens, that end an answer.
+    """
+    answer = output[0, prompt_tokens:]
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
+    return len(answer) >= max_new_tokens and int(answer[-1]) not in ends
+
+
+class Line:
+    """Questions that are answered one at a time, in the order in which they came."""
+
+    def __init__(self):
+        self._questions: list[object] = []  # the one that is answered first
+
+    @contextlib.asynccontextmanager
+    async def turn(self, progress: Progress) -> AsyncGenerator[None]:
+        """Waits until it is a new question's turn, which ends with the block; `progress` is told how many go before."""
+        question, said = object(), 0
+        self._questions.append(question)
+        try:
+            while before := self._questions.index(question):
+                if before != said:
+                    others = f"{before} other conversations’ answers" if before > 1 else "another conversation’s answer"
+                    progress.enter(f"Waiting for {others}")
+                    said = before
+                await asyncio.sleep(LOOK_EVERY_S)
+            yield
+        finally:
+            self._questions.remove(question)
+
+
+async def stream_words(
+    model, processor, note=lambda stats, cut: None, progress: Progress | None = None, **arguments
+) -> AsyncGenerator[str]:
+    """The words of `generate` as they come, from a thread.
+
+    Closing it stops the generation within a token, a long prompt within `PREFILL_TOKENS`, a picture between two layers,
+    or what was not its turn yet. It does not wait for the end of a step that takes longer than `STOP_WITHIN_S`, as of a
+    long prompt: until then it is the model's turn that is waited for.
+
+    Args:
+        model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate` (`stop` and `progress` too),
+            `turn` and `generation_config`.
+        note: called after a whole answer, while it still is this one's turn, with the model's statistics and whether
+            the limit has cut it.
+        progress: told what is waited for.
+        arguments: of `generate`, `max_new_tokens` among them.
     """
     stop = threading.Event()
+    progress = progress or Progress()
+    progress.enter("Waiting for another answer to end")
     streamer = AsyncTextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def generate():
         try:
             with contextlib.suppress(Stopped), turn_of(model.turn, stop):
-                model.generate(**arguments, streamer=streamer, stop=stop)
-                note(model.stats)
+                progress.enter("Beginning")
+                output = model.generate(**arguments, streamer=streamer, stop=stop, progress=progress)
+                ends = model.generation_config.eos_token_id
+                note(model.stats, is_cut(output, arguments["input_ids"].shape[1], arguments["max_new_tokens"], ends))
         finally:
             streamer.end()  # a second time after a whole answer, which the loop below does not see
 
@@ -97,4 +157,26 @@ async def stream_words(model, processor, note=lambda stats: None, **arguments) -
         await generating  # raises what generate raised
     finally:
         stop.set()
-        await asyncio.wait([generating])
+        await asyncio.wait([generating], timeout=STOP_WITHIN_S)
+
+
+async def or_silence(stream: AsyncGenerator[str], every_s: float) -> AsyncGenerator[str | None]:
+    """What a stream gives, and None whenever it gave nothing for so many seconds. Closing it closes the stream."""
+    coming = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(stream))
+            if not (await asyncio.wait([coming], timeout=every_s))[0]:
+                yield None
+                continue
+            done, coming = coming, None
+            try:
+                item = done.result()
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        if coming:
+            coming.cancel()
+            await asyncio.wait([coming])
+        await stream.aclose()

@@ -1,10 +1,12 @@
-"""Encoded images, and how long they are kept."""
+"""Encoded images: how long they are kept, and how a batch's are joined."""
 
 import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
+
+from ov_mllama.shapes import MllamaShapes, rows_axis
 
 
 class EncodedImage(NamedTuple):
@@ -66,3 +68,31 @@ class KeptImages:
 
     def _nbytes(self) -> int:
         return sum(image.nbytes for image in self._images.values())
+
+
+def join_images(batch: list[list[EncodedImage]], shapes: MllamaShapes) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Images of each row of a batch -> `key_values` and `stands_for` of `Encoded`."""
+    lengths = [sum(len(image.tile_counts) for image in row) for row in batch]
+    columns, patches = max(lengths), shapes.patches_per_tile
+    stands_for = np.zeros((len(batch), columns, len(batch[0]) * shapes.max_num_tiles), bool)
+    for row, images in zip(stands_for, batch, strict=True):
+        counts = np.concatenate([image.tile_counts for image in images])
+        for column, (count, end) in enumerate(zip(counts, counts.cumsum(), strict=True)):
+            row[column, end - count : end] = True
+    key_values = {}
+    for name in shapes.cross_kv_names:
+        axis = rows_axis(name)
+        rows = [join([image.key_values[name] for image in images], axis) for images in batch]
+        padded = [
+            join([row, np.zeros(shapes.cross_kv_shape(name, 1, (columns - length) * patches), np.float32)], axis)
+            if length < columns
+            else row
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        key_values[name] = join(padded, axis=0)
+    return key_values, stands_for
+
+
+def join(arrays: list[np.ndarray], axis: int) -> np.ndarray:
+    """Concatenated, or the only one itself: K/V of an image are too large to copy for nothing."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)

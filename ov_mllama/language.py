@@ -20,6 +20,7 @@ from ov_mllama.device import DeviceTensors
 from ov_mllama.files import ir_stamp
 from ov_mllama.inference import check_stop
 from ov_mllama.precision import choose
+from ov_mllama.progress import Progress
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.vision import Encoded, check_finite
 
@@ -180,6 +181,7 @@ class Session:
         encoded: Encoded | None = None,
         cache: OVCache | None = None,
         stop: threading.Event | None = None,
+        progress: Progress | None = None,
     ) -> np.ndarray:
         """Begins a prompt and computes what of it the KV cache does not hold already.
 
@@ -188,6 +190,7 @@ class Session:
             cache: an empty one to fill; default a new one. It is `self.cache` from now on.
             stop: once it is set, the prompt is given up at the end of the `PREFILL_TOKENS` under way; those before it
                 stay in the KV cache.
+            progress: told how many tokens are left.
         Returns:
             logits f32 [batch, prompt.logits_to_keep, vocab].
         Raises:
@@ -217,15 +220,18 @@ class Session:
         cache.cross_attention = view
         if not (rest == cache.last_seen).all():
             view = self._view(encoded, rest)
-        return self._in_chunks(cache, prompt, reused, view, stop)
+        return self._in_chunks(cache, prompt, reused, view, stop, progress or Progress())
 
-    def _in_chunks(self, cache: OVCache, prompt: Prompt, reused: int, view: CrossAttention | None, stop) -> np.ndarray:
+    def _in_chunks(
+        self, cache: OVCache, prompt: Prompt, reused: int, view: CrossAttention | None, stop, progress: Progress
+    ) -> np.ndarray:
         """A prompt's tokens after the `reused` ones, so many at a time that a person who stops it does not wait."""
         batch, length = prompt.input_ids.shape
         step = prefill_step(batch)
         logits, seconds = [], 0.0
         for start in range(reused, length, step):
             check_stop(stop)
+            progress.enter(f"Reading {length - start} tokens")
             chunk = slice(start, min(start + step, length))
             alike = (prompt.seen[:, chunk] == cache.last_seen).all()
             read = cache.cross_attention if alike else view and view.tokens(slice(start - reused, chunk.stop - reused))
@@ -237,6 +243,7 @@ class Session:
             if wanted > 0:
                 logits.append(rows[:, -wanted:])
         cache.stats.count_step(seconds)
+        progress.enter("Writing")  # a word is whole with the token after it
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
 
     def decode(

@@ -14,12 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import AutoConfig, GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -48,6 +43,7 @@ from ov_mllama.golden import check_golden_answer
 from ov_mllama.inference import StopOnEvent, turn_of
 from ov_mllama.language import OVLanguageModel
 from ov_mllama.likeness import LikeAModule
+from ov_mllama.progress import Progress
 from ov_mllama.sessions import Sessions, make_room
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.stats import GenerationStats
@@ -126,7 +122,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         self.slice_lm_head = slice_lm_head
         self.stats = GenerationStats()
         self.turn = threading.RLock()
-        self._stop: threading.Event | None = None  # of the call of generate under way
+        self._watched: tuple = None, Progress()  # stop and progress of the call of generate under way
         self._calls = 0  # under way in the thread whose turn it is: generate calls the model
 
         started = time.perf_counter()
@@ -166,17 +162,17 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             self.sessions.forget()
             self.image_encoder.forget()
 
-    def generate(self, *args, stop: threading.Event | None = None, **kwargs):
+    def generate(self, *args, stop: threading.Event | None = None, progress: Progress | None = None, **kwargs):
         """`GenerationMixin.generate`, one thread at a time. Once `stop` is set, the answer ends with the token under
-        way; before the first one `Stopped` is raised (`ov_mllama.inference`)."""
+        way; before the first one `Stopped` is raised (`ov_mllama.inference`). `progress` is told what is done."""
         if stop:
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), StopOnEvent(stop)]
         with self._in_turn(stop):
-            self._stop = stop
+            self._watched = stop, progress or Progress()
             try:
                 return super().generate(*args, **kwargs)
             finally:
-                self._stop = None
+                self._watched = None, Progress()
 
     def encode_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, stop=None) -> list[float]:
         """Encodes images ahead of the question about them and keeps them, as far as `image_cache_bytes` goes. A prompt
@@ -276,7 +272,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt, rows)
         make_room(prompt, session, self.sessions, self.image_encoder, self.config, rows, picture_bytes)
-        encoded = self.image_encoder.encode(images, prompt.image_keys, self._stop) if images else None
+        encoded = self.image_encoder.encode(images, prompt.image_keys, *self._watched) if images else None
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
             warm_up_s=self._warm_up_s,
@@ -284,7 +280,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             images_kept=encoded.kept if encoded else 0,
             prompt_tokens=prompt.input_ids.shape[1] - drafts,
         )
-        return session.prefill(prompt, encoded, cache, self._stop)
+        return session.prefill(prompt, encoded, cache, *self._watched)
 
     @contextlib.contextmanager
     def _in_turn(self, stop=None):

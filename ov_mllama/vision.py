@@ -3,6 +3,7 @@
 processor's tensors -> OVImageEncoder -> Encoded: K/V of all tiles
 """
 
+import functools
 import hashlib
 import threading
 import time
@@ -15,10 +16,11 @@ import openvino as ov
 from ov_mllama.costs import picture_memory
 from ov_mllama.files import ir_stamp
 from ov_mllama.inference import LOOK_EVERY_S, check_stop, run, turn_of
-from ov_mllama.kept import EncodedImage, KeptImages
+from ov_mllama.kept import EncodedImage, KeptImages, join_images
 from ov_mllama.machine import free_memory, give_back, has_own_memory
 from ov_mllama.precision import choose
-from ov_mllama.shapes import MllamaShapes, rows_axis
+from ov_mllama.progress import PictureClock, Progress
+from ov_mllama.shapes import MllamaShapes
 
 
 class ImageInputs(NamedTuple):
@@ -146,6 +148,7 @@ class OVImageEncoder:
         self._request: ov.InferRequest | None = self._compile()
         self._turn = threading.Lock()
         self._wanted: list[bytes] = []  # images that prompts are waiting for
+        self._clock = PictureClock()
         model = self._request.get_compiled_model()
         self.pixels_shape = (shapes.max_num_tiles, *static_shape(model.input("pixel_values"))[1:])
         self.output_shapes = {port.get_any_name(): static_shape(port) for port in model.outputs}
@@ -158,6 +161,7 @@ class OVImageEncoder:
         images: ImageInputs,
         keys: list[tuple[bytes, ...]] | None = None,
         stop: threading.Event | None = None,
+        progress: Progress | None = None,
     ) -> Encoded:
         """Images -> cross-attention K/V.
 
@@ -167,6 +171,7 @@ class OVImageEncoder:
         Args:
             keys: their `image_keys`, if known already: to digest the pixels takes a while.
             stop: once it is set, the image under way is given up between two layers.
+            progress: told which of them is under way.
         Raises:
             Stopped: `stop` was set; the images that were done are kept.
             FloatingPointError: K/V that are not finite.
@@ -174,15 +179,20 @@ class OVImageEncoder:
         """
         keys = keys or image_keys(images)
         encoded, image_s, kept = {}, [], 0
-        for key, part in different(images, keys).items():
-            started = time.perf_counter()
-            self._wanted.append(key)
-            try:
+        parts = different(images, keys)
+        self._wanted += parts
+        try:
+            for number, (key, part) in enumerate(parts.items(), 1):
+                if progress:
+                    left_s = functools.partial(self._clock.left_s, key, int(self._tiles(part[2])))
+                    progress.enter(f"Looking at picture {number} of {len(parts)}", left_s)
+                started = time.perf_counter()
                 encoded[key], was_kept = self._encode_one(key, part, stop)
-            finally:
+                kept += was_kept
+                image_s.append(time.perf_counter() - started)
+        finally:
+            for key in parts:
                 self._wanted.remove(key)
-            kept += was_kept
-            image_s.append(time.perf_counter() - started)
         if len(set(keys)) == 1:
             keys = keys[:1]
         key_values, stands_for = join_images([[encoded[key] for key in row] for row in keys], self.shapes)
@@ -222,7 +232,8 @@ class OVImageEncoder:
                 return image, True
             inputs = self._inputs(part)
             self._check_room(inputs)
-            image = self._infer(inputs, stop)
+            with self._clock.timing(key, len(inputs["tile_counts"])):
+                image = self._infer(inputs, stop)
             self.kept.put(key, image)
             return image, False
 
@@ -297,29 +308,6 @@ class OVImageEncoder:
         give_back()
 
 
-def join_images(batch: list[list[EncodedImage]], shapes: MllamaShapes) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Images of each row of a batch -> `key_values` and `stands_for` of `Encoded`."""
-    lengths = [sum(len(image.tile_counts) for image in row) for row in batch]
-    columns, patches = max(lengths), shapes.patches_per_tile
-    stands_for = np.zeros((len(batch), columns, len(batch[0]) * shapes.max_num_tiles), bool)
-    for row, images in zip(stands_for, batch, strict=True):
-        counts = np.concatenate([image.tile_counts for image in images])
-        for column, (count, end) in enumerate(zip(counts, counts.cumsum(), strict=True)):
-            row[column, end - count : end] = True
-    key_values = {}
-    for name in shapes.cross_kv_names:
-        axis = rows_axis(name)
-        rows = [join([image.key_values[name] for image in images], axis) for images in batch]
-        padded = [
-            join([row, np.zeros(shapes.cross_kv_shape(name, 1, (columns - length) * patches), np.float32)], axis)
-            if length < columns
-            else row
-            for row, length in zip(rows, lengths, strict=True)
-        ]
-        key_values[name] = join(padded, axis=0)
-    return key_values, stands_for
-
-
 def static_shape(port) -> tuple[int, ...]:
     """A port's shape, -1 where any length may be."""
     return tuple(axis.get_length() if axis.is_static else -1 for axis in port.partial_shape)
@@ -336,8 +324,3 @@ def check_finite(array: np.ndarray, what: str) -> None:
             f"The {what} are not finite: the numbers have outgrown the precision that this device computes in. Load "
             "the model with ov_config={'INFERENCE_PRECISION_HINT': 'f32'}; if that is set, the weights are broken."
         )
-
-
-def join(arrays: list[np.ndarray], axis: int) -> np.ndarray:
-    """Concatenated, or the only one itself: K/V of an image are too large to copy for nothing."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)

@@ -18,13 +18,13 @@ HELPERS = ("data_preprocessing", "gradio_helper", "notebook_utils", "ov_mllama_c
 
 # Who may import whom, in order: each may import those before it. The command line wires everything together.
 ORDER = (
-    *("shapes", "settings", "stats", "images", "likeness", "machine", "photographs"),
+    *("shapes", "settings", "stats", "progress", "images", "likeness", "machine", "photographs"),
     *("costs", "files", "graphs", "inference", "kept", "precision", "tracing"),
     *("vision", "cross_attention"),
     *("cache", "convert", "device", "language", "checks", "sessions"),
     *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
     "model",
-    *("conversation", "quality"),
+    *("conversation", "ahead", "quality"),
     "__main__",
 )
 # What running a converted model must not need
@@ -32,6 +32,7 @@ NOT_FOR_INFERENCE = {"nncf", "gradio", "datasets", "ipywidgets", "convert", "com
 INFERENCE = (
     "shapes",
     "stats",
+    "progress",
     "images",
     "settings",
     "machine",
