@@ -6,18 +6,22 @@ This file knows Gradio's messages and the processor's. It knows nothing of how t
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from pathlib import Path
 
 import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 
-from ov_mllama.conversation import plain, prompt_tensors, sampling, stream_words
+from ov_mllama.ahead import PicturesAhead
+from ov_mllama.conversation import Line, or_silence, plain, prompt_tensors, sampling, stream_words
+from ov_mllama.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+SIGN_EVERY_S = 0.5  # how often an answer without words says what it waits for
 SAID_PLAINLY = (ValueError, MemoryError, FloatingPointError)  # the model's refusals are sentences already
 
 CSS = """
@@ -105,23 +109,33 @@ def to_messages(message: dict, history: Iterable[dict], system: str = "") -> tup
     return messages, pictures
 
 
-def remark(title: str) -> dict:
-    """A message about the conversation that is no part of it: `answered` goes by the title."""
-    return {"role": "assistant", "content": "", "metadata": {"title": title}}
+def remark(title: str, **metadata) -> dict:
+    """A message about the conversation that is no part of it: `answered` goes by the title.
+
+    Args:
+        metadata: Gradio's others; with status="pending" it stands where words will be.
+    """
+    return {"role": "assistant", "content": "", "metadata": {"title": title, **metadata}}
 
 
 # ---- Messages and pictures -> answer --------------------------------------------------------------------------------
 
 
 class Chat:
-    """A model that answers one question at a time, whoever asks: the others wait for its `turn`.
+    """A model that answers one question at a time, whoever asks: the others stand in line.
 
     Args:
         options: of `generate`, for every question.
+
+    Attributes:
+        line: of the questions.
+        ahead: pictures that are encoded while questions about them are written.
     """
 
     def __init__(self, model, processor, **options):
         self.model, self.processor, self.options = model, processor, options
+        self.ahead = PicturesAhead(model, processor)
+        self.line = Line()
 
     async def respond(
         self,
@@ -131,8 +145,9 @@ class Chat:
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         top_p: float = 0.9,
-    ) -> AsyncIterator[str | list]:
-        """What the page shows as the answer grows; at its end with a remark on time, or on what went wrong.
+    ) -> AsyncIterator[str | list | dict]:
+        """What the page shows: what the answer waits for, then the answer as it grows; at its end with a remark on
+        time, or on what went wrong.
 
         Closing it stops the generation within a token.
 
@@ -141,23 +156,50 @@ class Chat:
             max_new_tokens: the answer's limit.
             temperature, top_p: of sampling; a temperature of 0 takes the likeliest token (greedy).
         """
-        text, limit = "", int(max_new_tokens)
+        text, remarks, progress = "", [], Progress()
         try:
             messages, pictures = to_messages(message, history, system)
-            inputs, remarks = await asyncio.to_thread(
-                prompt_tensors, self.model, self.processor, messages, pictures, limit
-            )
-            arguments = {**inputs, **self.options, **sampling(temperature, top_p), "max_new_tokens": limit}
-            costs: list = []
-            async for piece in stream_words(self.model, self.processor, costs.append, **arguments):
-                text += piece
-                yield text
-            yield [text, remark(" · ".join(map(str, [*costs, *remarks])))]
+            arguments = {**self.options, **sampling(temperature, top_p), "max_new_tokens": int(max_new_tokens)}
+            words = self._words(messages, pictures, progress, remarks, arguments)
+            async with contextlib.aclosing(or_silence(words, SIGN_EVERY_S)) as pieces:
+                async for piece in pieces:
+                    text += piece or ""
+                    if piece or not text:
+                        yield text or remark(str(progress), status="pending")
+            yield [text, *map(remark, remarks)]
         except SAID_PLAINLY as error:
             yield [*([text] if text else []), remark(f"No answer: {error}")]
         except Exception as error:  # whatever it is, the page says it and stays usable; the log has the rest
             logger.exception("A question could not be answered")
             yield [*([text] if text else []), remark(f"No answer: {type(error).__name__}: {error}")]
+
+    async def _words(
+        self, messages: list[dict], pictures: list[Path], progress: Progress, remarks: list[str], arguments: dict
+    ) -> AsyncGenerator[str]:
+        """A question's answer when it is its turn, piece by piece; what is to be said of it is added to `remarks`."""
+        limit = arguments["max_new_tokens"]
+
+        def note(stats, cut: bool) -> None:
+            remarks.extend([f"Cut at {limit} tokens: write “go on” to continue."] * cut)
+            remarks.append(" · ".join(map(str, [stats, *said])))
+
+        with self.ahead.holding(pictures):
+            async with self.line.turn(progress):
+                progress.enter("Opening the question’s pictures" if pictures else "Preparing the question")
+                inputs, said = await asyncio.to_thread(
+                    prompt_tensors, self.model, self.processor, messages, pictures, limit
+                )
+                asked = {**inputs, **arguments}
+                async for piece in stream_words(self.model, self.processor, note, progress, **asked):
+                    yield piece
+
+    def being_written(self, message: dict | None, request: gr.Request) -> None:
+        """What a page's text box holds now: its pictures are encoded ahead."""
+        self.ahead.want(request.session_hash, [picture_path(file) for file in (message or {}).get("files") or []])
+
+    def page_left(self, request: gr.Request) -> None:
+        """A page was closed: nothing of it is wanted any more."""
+        self.ahead.want(request.session_hash, [])
 
 
 # ---- The page -------------------------------------------------------------------------------------------------------
@@ -168,6 +210,16 @@ def edited(history: list[dict], edit: gr.EditData) -> tuple[list[dict], list[dic
     index = edit.index[0] if isinstance(edit.index, (list, tuple)) else edit.index
     pictures = [str(part) for part in parts(history[index]["content"]) if isinstance(part, Path)]
     return history[:index], history[:index], {"text": edit.value, "files": pictures}
+
+
+def said_to_be_stopped(history: list[dict]):
+    """A conversation twice, with the remark that its answer was stopped; nothing where a remark ends it already."""
+    last = (history[-1].get("metadata") or {}) if history else {"title": "nothing was asked"}
+    waits = last.get("status") == "pending"
+    if last.get("title") and not waits:
+        return gr.skip(), gr.skip()
+    history = [*(history[:-1] if waits else history), remark("Stopped.")]
+    return history, history
 
 
 # Presses the page's send button as soon as the edited question is in the text box
@@ -181,8 +233,16 @@ SEND = """() => {
 }"""
 
 
+# Waits until the page has done what it does after an answer, and takes the next question
+SETTLED = """async () => {
+    const busy = () => document.querySelector("textarea[data-testid=textbox]:disabled");
+    for (let tries = 0; busy() && tries < 200; tries++) await new Promise((done) => setTimeout(done, 25));
+}"""
+
+
 class EditableChat(gr.ChatInterface):
-    """A `ChatInterface` in which questions with pictures can be edited, and which is launched as LAUNCH says.
+    """A `ChatInterface` in which questions with pictures can be edited and answers that were stopped say so, and which
+    is launched as LAUNCH says.
 
     Gradio 6.31's own edit never learned to (gradio#10229): its page throws where a bubble holds more than text, so
     `group_consecutive_messages` must be off, and it gives back the text alone, so the pictures are added here.
@@ -198,6 +258,21 @@ class EditableChat(gr.ChatInterface):
                 api_visibility="private",
                 queue=False,
             ).then(None, js=SEND, api_visibility="private")
+            # Stop closes the generator, which then cannot say so itself
+            self.textbox.stop(None, js=SETTLED, api_visibility="private").then(
+                said_to_be_stopped,
+                [self.chatbot],
+                [self.chatbot, self.chatbot_state],
+                api_visibility="private",
+                queue=False,
+                show_progress="hidden",
+            ).then(
+                self._save_conversation,
+                [self.conversation_id, self.chatbot_state, self.saved_conversations],
+                [self.conversation_id, self.saved_conversations],
+                api_visibility="private",
+                queue=False,
+            )
 
     def launch(self, *args, **options):
         return super().launch(*args, **{**LAUNCH, **options})
@@ -223,14 +298,15 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), **options) -> 
     `server_name="0.0.0.0"`.
 
     Args:
-        ov_model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate`, `turn`, `config` and `stats`.
+        ov_model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate`, `turn`, `config`,
+            `generation_config` and `stats`; pictures are encoded ahead if it has `encode_images`.
         processor: its processor, with a chat template.
         examples: what to ask to begin with, {"image": PIL picture, "question"}, such as
             `data_preprocessing.questions_about(checkpoint)[:3]`.
         options: of `generate`, for every question, such as `assistant_model=OVDraftModel(folder)`.
     """
     chat = Chat(ov_model, processor, **options)
-    return EditableChat(
+    demo = EditableChat(
         chat.respond,
         multimodal=True,
         title="Llama 3.2 Vision on OpenVINO",
@@ -259,7 +335,13 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), **options) -> 
         save_history=True,
         flagging_mode="never",
         analytics_enabled=False,
-        concurrency_limit=1,
+        concurrency_limit=None,  # they stand in line in `Chat`, which says so
         delete_cache=(600, 3600),  # every ten minutes, uploads older than an hour; all of them when the server ends
         api_name="chat",
     )
+    with demo:
+        demo.textbox.change(
+            chat.being_written, [demo.textbox], None, api_visibility="private", queue=False, show_progress="hidden"
+        )
+        demo.unload(chat.page_left)
+    return demo
