@@ -29,6 +29,7 @@ CSS = """
 .message:has(.thought-group), .thought-group {
     border: 0 !important; padding: 0; background: none !important; box-shadow: none }
 .thought-group .arrow, .message-row:has(.thought-group) + .message-buttons [aria-label="Copy message"] { display: none }
+.message-row:has(.thought-group) + .message-buttons:not(:has([aria-label="Retry"])) { display: none }
 /* nothing below a picture; and never a button that would upload it to the Hugging Face hub */
 .message-row:has(.message.component) + .message-buttons, [aria-label="Share"] { display: none }
 /* an edited question has room to be read */

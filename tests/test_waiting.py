@@ -161,9 +161,9 @@ def test_a_question_in_line_keeps_its_pictures_wanted(model, processor):
     async def both():
         one = asyncio.create_task(all_of(chat, first))
         await asyncio.sleep(0.2)
-        two = asyncio.create_task(all_of(chat, question(TYPED)))
-        await asyncio.sleep(0.2)
         chat.ahead.want("page", [])
+        await asyncio.sleep(0.2)
+        two = asyncio.create_task(all_of(chat, question(TYPED)))
         return await one, await two
 
     one, two = asyncio.run(both())
@@ -368,6 +368,10 @@ def test_stop_between_words_keeps_them(page, model):
     steps = len(model.llm_infer_time)
     time.sleep(0.7)
     assert len(model.llm_infer_time) == steps
+    page.tab.get_by_role("button", name="New chat").click()
+    expect(bubbles(page)).to_have_count(0)
+    page.tab.locator("table tr, .table td").last.click()  # in the sidebar
+    expect(bubbles(page)).to_contain_text(["I describe shapes", "Stopped."])
 
 
 def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):  # noqa: F811
