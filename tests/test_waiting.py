@@ -192,7 +192,7 @@ def test_errors_are_left_to_the_question(model, processor, tmp_path, caplog):
 def test_a_question_says_what_it_waits_for(model, processor):
     model.as_new(picture_s=2.2, step_s=0.7)
     files = [str(path_of(sample)) for sample in (TYPED, OTHER)]
-    pieces = asyncio.run(all_of(Chat(model, processor), {"text": "Which?", "files": files}))
+    pieces = asyncio.run(all_of(Chat(model, processor), {"text": "Which?", "files": files}, max_new_tokens=2))
     said = titles(pieces)
     stages = list(dict.fromkeys(title.split(" ...")[0] for title in said))
     assert stages[:2] == ["Looking at picture 1 of 2", "Looking at picture 2 of 2"]
@@ -375,7 +375,7 @@ def test_stop_between_words_keeps_them(page, model):
 
 
 def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):  # noqa: F811
-    model.as_new(picture_s=0, step_s=0.5)
+    model.as_new(picture_s=0, step_s=0.4)
     page.ask("What can you do?")
     expect(bubbles(page)).to_contain_text(["I"], timeout=20_000)
     second, third = Page(browser, url), Page(browser, url)
