@@ -375,10 +375,10 @@ def test_stop_between_words_keeps_them(page, model):
 
 
 def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):  # noqa: F811
-    model.as_new(picture_s=0, step_s=0.4)
+    second, third = Page(browser, url), Page(browser, url)
+    model.as_new(picture_s=0, step_s=1.0)  # the first answer lasts until the others are through with their line
     page.ask("What can you do?")
     expect(bubbles(page)).to_contain_text(["I"], timeout=20_000)
-    second, third = Page(browser, url), Page(browser, url)
     for tab in (second, third):
         tab.ask("What can you do?")
         expect(bubbles(tab)).to_contain_text(["Waiting for"])
@@ -387,6 +387,7 @@ def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):  # noqa:
     expect(bubbles(third)).to_contain_text(["Waiting for another conversation’s answer"])
     second.tab.context.close()
     third.tab.context.close()
+    model.step_s = 0
     expect(bubbles(page)).to_contain_text(
         ["I describe shapes, count them and read digits.", "tokens asked"], timeout=20_000
     )
