@@ -208,7 +208,10 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
         if not (model_dir / name).is_file():
             if name.startswith("llm_"):
                 made = ", ".join(sorted(path.name for path in model_dir.glob("llm_*.xml"))) or "none"
-                raise FileNotFoundError(f"{model_dir / name} is missing; compressed language models there: {made}.")
+                raise FileNotFoundError(
+                    f"{model_dir / name} is missing: make it with compress, after convert_mllama, or give one of those "
+                    f"that are there: {made}."
+                )
             maker = "make_draft_model" if DRAFT_MODEL_NAME in names else "convert_mllama"
             raise FileNotFoundError(f"{model_dir / name} is missing: run {maker}(model_id, '{model_dir}') first.")
     stamps = {name: ir_stamp(model_dir / name) for name in names}

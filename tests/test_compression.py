@@ -1,6 +1,7 @@
 """Compressed IRs hold what the settings say, both routes give the same file, and what NNCF refuses is refused first."""
 
 import itertools
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -303,7 +304,8 @@ def test_broken_pictures_are_skipped_and_counted(tmp_path, capsys):
     assert "1 × unreadable picture" in out
 
 
-def test_sources_that_cannot_be_used(tmp_path):
+def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub's client tries five times, 20 s in all
     Image.new("RGB", (60, 60)).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match="caption"):
         list(load_samples(tmp_path, 1))

@@ -124,7 +124,8 @@ def test_images_rounded_beforehand_give_the_same_logits(pair):
         logits[beforehand] = np.concatenate(steps, 1)
         types = {model.compiled.input(name).get_element_type() for name in pair.ov.shapes.cross_kv_names}
         assert types == {ov.Type.bf16 if beforehand else ov.Type.f32}
-    np.testing.assert_array_equal(logits[True], logits[False])
+    differs = np.abs(logits[True] - logits[False]).max() / np.abs(logits[False]).max()
+    assert differs <= (2**-7 if Cpu.here().amx else 0)  # with AMX it was not tried: a rounding of bf16 is allowed
 
 
 def test_only_where_it_is_computed_in_bf16():
