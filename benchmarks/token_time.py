@@ -56,7 +56,7 @@ def steps(model, inputs, count: int):
         yield session._request, time.perf_counter() - started  # noqa: SLF001, whose counters nobody else needs
 
 
-def read_bytes(config, rows: int) -> dict[str, float]:
+def read_bytes(config, rows: int, in_bf16: bool) -> dict[str, float]:
     """Bytes that a token reads of each part of a model with INT4 weights, its head in INT8."""
     size, text = costs.weights(config), config.text_config
     in_4_bit = costs.SCALES * (1 - costs.SAVED_BY_INT4)
@@ -66,7 +66,7 @@ def read_bytes(config, rows: int) -> dict[str, float]:
         "head": costs.SCALES * size.head,
         "MLPs' weights": in_4_bit * 3 * size.mlp,
         "attention's weights": in_4_bit * size.attention,
-        "attention over the picture": 4 * 2 * layers * rows * text.num_key_value_heads * head_dim,
+        "attention over the picture": (2 if in_bf16 else 4) * 2 * layers * rows * text.num_key_value_heads * head_dim,
     }
 
 
@@ -110,7 +110,7 @@ def main() -> None:
     seconds = {part: float(np.median(np.diff([total[part] for total in totals]))) for part in (*PARTS, REST)}
     seconds[OUTSIDE] = float(np.median(walls)) - sum(seconds.values())
     rows = int(inputs["aspect_ratio_mask"].sum()) * model.shapes.patches_per_tile
-    speed, read = bandwidth(), read_bytes(model.config, rows)
+    speed, read = bandwidth(), read_bytes(model.config, rows, model.language_model.reads_bf16)
     result = {
         **provenance("benchmarks.token_time"),
         "bandwidth_gb_s": speed,
