@@ -105,7 +105,7 @@ def as_port_takes(key_value):
 
 def read_in_bf16(model: ov.Model, names: list[str]) -> ov.Model:
     """The model with inputs in bf16 instead of f32. Where it computes in bf16 that changes no number: the plugin rounds
-    what is f32 anew at each token, 21 of the 44 ms that the 11B's attention over four tiles took (benchmarks/README.md).
+    what is f32 anew at each token, 21 of 44 ms of the 11B's attention over four tiles (benchmarks/README.md).
     """
     ports = PrePostProcessor(model)
     for name in names:
