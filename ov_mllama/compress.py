@@ -66,8 +66,8 @@ def compress_language_model(
         OSError, MemoryError: too little room, with the settings that need less.
     """
     model_dir = Path(model_dir)
-    check_model_dir(model_dir, (VISION_ENCODER_NAME,))
-    if not checkpoint and not (model_dir / LANGUAGE_MODEL_NAME).is_file():
+    missing = not (model_dir / LANGUAGE_MODEL_NAME).is_file()
+    if missing and not checkpoint and (model_dir / VISION_ENCODER_NAME).is_file():
         raise FileNotFoundError(
             f"{model_dir / LANGUAGE_MODEL_NAME} is missing: give the checkpoint it was left out of, "
             "compress(..., checkpoint=model_id), or have it written by convert_mllama."

@@ -38,15 +38,14 @@ def plan_here(
     """
     source = checkpoint_folder(checkpoint, weights=Path(checkpoint).is_dir())
     config, here = AutoConfig.from_pretrained(source), Machine.here(model_dir, HF_HUB_CACHE)
-    made = made_of(source, model_dir)
+    downloaded, made = has_weights(source), made_of(source, model_dir)
     if not draft:
-        return plan(config, here, Settings(), has_weights(source), made, for_chat=for_chat)
+        return plan(config, here, Settings(), downloaded, made, for_chat=for_chat)
     draft_source = checkpoint_folder(draft, weights=Path(draft).is_dir(), wanted="llama")
     draft_config = AutoConfig.from_pretrained(draft_source)
     check_vocabulary(draft_config.vocab_size, config.text_config.vocab_size)
     made += made_of(draft_source, Path(model_dir, DRAFT_FOLDER))
-    downloaded = has_weights(source), has_weights(draft_source)
-    return plan(config, here, Settings(), downloaded[0], made, draft_config, downloaded[1], for_chat)
+    return plan(config, here, Settings(), downloaded, made, draft_config, has_weights(draft_source), for_chat)
 
 
 def made_of(source: Path, folder: str | Path) -> list[str]:
