@@ -43,6 +43,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for size in options.sizes:
             asked = [{"image": picture, "question": samples[i % len(samples)]["question"]} for i in range(size)]
+            model.sessions.forget()  # every prompt is read whole
             model.generate(**first_questions(processor, asked), **GREEDY)
             prompts.setdefault(size, []).append(model.stats.prefill_s)
             steps.setdefault(size, []).extend(model.stats.step_s)

@@ -17,6 +17,10 @@ from transformers import (
 )
 
 TILE, PATCH = 112, 14  # pixels
+ABOUT = (
+    "This is a demo of 4 million parameters. It knows drawings of shapes, their colours and places, and handwritten "
+    "digits, and nothing else."
+)
 VOCABULARY = 512
 SPECIAL = (
     "<|begin_of_text|>",
@@ -116,6 +120,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGenera
     token = tokenizer.convert_tokens_to_ids
     eos = [token("<|end_of_text|>"), token("<|eom_id|>"), token("<|eot_id|>")]
     config = MllamaConfig(
+        about=ABOUT,
         text_config={
             "vocab_size": VOCABULARY,
             "hidden_size": 256,

@@ -152,6 +152,16 @@ def ir_stamp(path: Path) -> dict[str, str]:
     return stamp if text and stamp.get("weights") == fingerprint(path.with_suffix(".bin")) else {}
 
 
+def named(model_dir: Path, language: dict[str, str], vision: dict[str, str], device: str) -> str:
+    """A model for people, such as "Llama-3.2-11B-Vision-Instruct · INT4, pictures INT8 · CPU".
+
+    Args:
+        language, vision: stamps of its IRs.
+    """
+    formats = [stamp.get("format", "16 bit").split("_")[0].replace("int", "INT") for stamp in (language, vision)]
+    return f"{model_dir.resolve().name} · {formats[0]}, pictures {formats[1]} · {device}"
+
+
 def whole_xml(path: Path) -> str:
     """The text of an IR's .xml that is complete and has a .bin beside it; else nothing."""
     if not (path.is_file() and path.with_suffix(".bin").is_file()):

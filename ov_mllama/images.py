@@ -4,6 +4,7 @@ This file knows nothing of models: the chat, the calibration data and the notebo
 """
 
 import asyncio
+import functools
 import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,8 @@ def open_picture(source) -> Image.Image:
             channels (where both could be meant, channels are last in an array and first in a tensor), with values
             from 0 to 255, floats also from 0 to 1, uint16 to 65535. Leading axes of 1 are dropped.
     Raises:
-        PictureError: it is missing, no picture, broken, or too large. FORMATS are read, whatever the file's name.
+        PictureError: it is missing, no picture, broken, or too large. `readable_formats` are read, whatever the file's
+            name.
     """
     name = "The picture"
     if hasattr(source, "detach"):  # a tensor, on whatever device
@@ -54,7 +56,7 @@ def open_picture(source) -> Image.Image:
     else:
         raise PictureError(f"A {type(source).__name__} is no picture: give a path, an address, an image or an array.")
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=readable_formats())
     except FileNotFoundError as error:
         raise PictureError(f"{name} is not here: add the picture again, or check its path.") from error
     except IsADirectoryError as error:
@@ -65,6 +67,17 @@ def open_picture(source) -> Image.Image:
         raise unreadable(name) from error
     with image:
         return decoded(image, name)
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """FORMATS, and where pillow-heif is installed HEIC, in which iPhones keep their photographs."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
 
 
 DETAILS = ("low", "high")

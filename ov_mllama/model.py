@@ -38,7 +38,7 @@ from ov_mllama.checks import (
 from ov_mllama.cross_attention import tiles_seen
 from ov_mllama.draft_model import ModelDrafts, OVDraftModel
 from ov_mllama.drafts import InVocabularyDrafts, InVocabularyProcessor, in_vocabulary
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, generation_config
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, generation_config, named
 from ov_mllama.golden import check_golden_answer
 from ov_mllama.inference import StopOnEvent, turn_of
 from ov_mllama.language import OVLanguageModel
@@ -84,6 +84,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
     Attributes:
         session: of the calls without `past_key_values` (`generate` takes one of its own).
         turn: the lock that a thread holds while it computes; whoever takes it may decide then whether to begin at all.
+        about: its name, the formats of its weights and its device, for people.
         stats: `GenerationStats` of the last prompt and the tokens since.
 
     Raises:
@@ -133,8 +134,8 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             model_dir / language, self.shapes, device, ov_config, stamps[language], use_remote_tensors
         )
         check_ports(self.shapes, self.image_encoder, self.language_model.compiled, model_dir)
-        self.session = self.language_model.session()
-        self.sessions = Sessions(self.language_model, kv_cache_bytes)
+        self.session, self.sessions = self.language_model.session(), Sessions(self.language_model, kv_cache_bytes)
+        self.about = named(model_dir, stamps[language], stamps[vision], device)
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:
             self._warm_up_s = self.language_model.warm_up()

@@ -94,16 +94,20 @@ class GenerationStats:
         derived += ["first_token_s", "token_s", "tokens_per_s", "peak_gb"]
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
-    def __str__(self) -> str:
-        line = [f"{self.first_token_s:.2g} s to the first token"]
+    @property
+    def times(self) -> str:
+        """How long it took, in a few words."""
+        first = f"{self.first_token_s:.2g} s to the first token"
         if self.images:
             encoded = f" {self.vision_s:.2g} s" if self.images > self.images_kept else ""
             kept = f", {self.images_kept} kept" if self.images_kept else ""
-            line[0] += f" ({self.images} picture{'s' * (self.images > 1)}{encoded}{kept})"
-        if self.tokens_per_s:
-            line.append(f"{self.tokens_per_s:.{1 if self.tokens_per_s < 10 else 0}f} tokens per second")
+            first += f" ({self.images} picture{'s' * (self.images > 1)}{encoded}{kept})"
+        speed = f" · {self.tokens_per_s:.{1 if self.tokens_per_s < 10 else 0}f} tokens per second"
+        return first + speed * bool(self.tokens_per_s)
+
+    def __str__(self) -> str:
         reused = f", {self.reused_tokens} reused" if self.reused_tokens else ""
-        line.append(f"{self.prompt_tokens} tokens asked{reused}, {self.new_tokens} answered")
+        line = [self.times, f"{self.prompt_tokens} tokens asked{reused}, {self.new_tokens} answered"]
         if self.drafted_tokens:
             line.append(f"{self.accepted_tokens} of {self.drafted_tokens} drafts accepted")
         return " · ".join(line)

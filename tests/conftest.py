@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp()  # conversations of the chat are no user's
 os.environ["CI"] = "true"  # OpenVINO then reports nothing to Google Analytics, and does not wait for it
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,3 +160,16 @@ def any_pair(request, tiny_folder):
 def pair(tiny_folder):
     """The checkpoint most like the real ones, for what does not depend on the architecture."""
     return Pair("gqa-llama3", tiny_folder)
+
+
+@pytest.fixture(scope="module")  # while it is there, asyncio.run cannot be called
+def browser():
+    """Debian's chromium."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("needs Debian's chromium: apt-get install chromium")
+    flags = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *flags])
+        yield browser
+        browser.close()

@@ -24,7 +24,7 @@ ORDER = (
     *("cache", "convert", "device", "language", "checks", "sessions"),
     *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
     "model",
-    *("conversation", "ahead", "quality"),
+    *("conversation", "ahead", "quality", "conversations", "shown", "chat", "pages"),
     "__main__",
 )
 # What running a converted model must not need
@@ -230,6 +230,6 @@ def test_the_packages_pins_are_the_projects():
     assert set(wanted) <= {line.split("#")[0].strip() for line in lines}
     used = {name.split(".")[0] for module in INFERENCE for name in imported(PACKAGE / f"{module}.py")}
     used |= {name.split(".")[0] for module in ("convert", "compress") for name in imported(PACKAGE / f"{module}.py")}
-    names = {"PIL": "pillow", "huggingface_hub": "huggingface_hub"}
+    names = {"PIL": "pillow", "pillow_heif": "pillow-heif"}
     third_party = {names.get(name, name).lower() for name in used - {"ov_mllama", *sys.stdlib_module_names}}
     assert third_party <= {re.split("==", requirement)[0].lower() for requirement in wanted}

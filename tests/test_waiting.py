@@ -2,64 +2,26 @@
 
 import asyncio
 import logging
-import threading
 import time
-from pathlib import Path
 
-import gradio as gr
 import pytest
 from playwright.sync_api import expect
-from test_chat import Page, assistant, browser, user  # noqa: F401
 from transformers import AutoProcessor
 
+from chat_page import SELF, WHO, Slow, Tab, ahead_threads, path_of, wait_until
 from conftest import DEMO, demo_samples
-from gradio_helper import LAUNCH, Chat, make_demo, remark, said_to_be_stopped
+from gradio_helper import make_demo
 from ov_mllama.ahead import GRACE_S, PicturesAhead
+from ov_mllama.chat import Chat, Wishes
 from ov_mllama.conversation import is_cut
-from ov_mllama.inference import check_stop
+from ov_mllama.conversations import ANSWERED, CUT, FAILED, Conversations, Turn
 from ov_mllama.progress import PictureClock, Progress
-from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
+from ov_mllama.shown import GO_ON
+from ov_mllama_helper import convert_mllama
 
 SAMPLES = demo_samples()
 TYPED, OTHER, THIRD = SAMPLES[0], SAMPLES[2], SAMPLES[1]
 STOP_S = 1.5  # a person who stops an answer sees it stopped within so long
-
-
-class Slow(OVMLlamaForConditionalGeneration):
-    """The demo model, as slow as the 11B.
-
-    Attributes:
-        picture_s, step_s: seconds that each picture and each step of the language model take.
-        looks: moments at which a picture was begun.
-        given_up: how many were.
-    """
-
-    def __init__(self, *args, **options):
-        self.picture_s = self.step_s = 0.0
-        super().__init__(*args, **options)
-        self.as_new()
-        self._look, self.image_encoder._infer = self.image_encoder._infer, self.look
-        self._step, self.language_model.infer = self.language_model.infer, self.step
-
-    def as_new(self, picture_s=4.0, step_s=0.0):
-        self.forget()
-        self.image_encoder._clock = PictureClock()
-        self.picture_s, self.step_s, self.looks, self.given_up = picture_s, step_s, [], 0
-
-    def look(self, inputs, stop):
-        self.looks.append(time.perf_counter())
-        try:
-            while time.perf_counter() - self.looks[-1] < self.picture_s:
-                check_stop(stop)
-                time.sleep(0.05)
-        except RuntimeError:
-            self.given_up += 1
-            raise
-        return self._look(inputs, stop)
-
-    def step(self, request, inputs):
-        time.sleep(self.step_s)
-        return self._step(request, inputs)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +31,9 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def model(loaded):
-    loaded.as_new()
+    loaded.as_new(picture_s=4)
     yield loaded
-    wait_until(lambda: not threads())
+    wait_until(lambda: not ahead_threads())
 
 
 @pytest.fixture(scope="module")
@@ -79,46 +41,36 @@ def processor():
     return AutoProcessor.from_pretrained(DEMO)
 
 
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "pictures ahead"]
+@pytest.fixture
+def chat(model, processor, tmp_path):
+    return Chat(model, processor, Conversations(tmp_path))
 
 
-def wait_until(condition, seconds=8.0) -> float:
-    started = time.perf_counter()
-    while not condition():
-        assert time.perf_counter() - started < seconds
-        time.sleep(0.02)
-    return time.perf_counter() - started
+def about(sample) -> Turn:
+    return Turn(sample["question"], [path_of(sample)])
 
 
-def path_of(sample) -> Path:
-    return DEMO / "samples" / sample["file_name"]
-
-
-def question(sample) -> dict:
-    return {"text": sample["question"], "files": [str(path_of(sample))]}
-
-
-async def all_of(chat, message, **settings) -> list:
-    return [piece async for piece in chat.respond(message, [], **settings)]
-
-
-def titles(pieces) -> list[str]:
-    """What was shown while there were no words."""
-    return [piece["metadata"]["title"] for piece in pieces if isinstance(piece, dict)]
+async def answer(chat, turn, **wishes) -> list[str]:
+    """Answers a question whose pictures are in a text box, and tells what was said while there were no words."""
+    progress, said = Progress(), []
+    task = asyncio.create_task(chat.answer([turn], progress, Wishes(**wishes), turn.pictures))
+    while not task.done():
+        if not turn.answer:
+            said.append(str(progress))
+        await asyncio.sleep(0.02)
+    return list(dict.fromkeys(said))
 
 
 # ---- Pictures ahead -------------------------------------------------------------------------------------------------
 
 
-def test_what_was_encoded_ahead_is_what_the_question_asks_about(model, processor):
-    model.picture_s = 0
-    chat = Chat(model, processor)
+def test_what_was_encoded_ahead_is_what_the_question_asks_about(model, chat):
+    model.picture_s, turn = 0, about(TYPED)
     chat.ahead.want("page", [path_of(TYPED), path_of(OTHER)])
-    wait_until(lambda: not threads())
+    wait_until(lambda: not ahead_threads())
     assert len(model.looks) == 2
-    shown = asyncio.run(all_of(chat, question(TYPED)))[-1]
-    assert shown[0] == TYPED["answer"]
+    asyncio.run(answer(chat, turn))
+    assert turn.answer == TYPED["answer"]
     assert len(model.looks) == 2
     assert model.stats.images_kept == 1
 
@@ -131,7 +83,7 @@ def test_a_picture_is_given_up_only_when_no_page_wants_it(model, processor):
     wait_until(lambda: model.looks)
     ahead.want("one", [])
     time.sleep(GRACE_S + 0.3)
-    assert threads()
+    assert ahead_threads()
     assert not model.given_up
     ahead.want("two", [])
     assert GRACE_S - 0.5 < wait_until(lambda: model.given_up) < GRACE_S + 1
@@ -148,60 +100,60 @@ def test_a_picture_taken_away_is_given_up_and_the_next_begun(model, processor):
     ahead.want("page", [path_of(OTHER), path_of(TYPED)])  # it may come back
     model.picture_s = 0
     wait_until(lambda: len(model.looks) == 3)
-    wait_until(lambda: not threads())
+    wait_until(lambda: not ahead_threads())
     assert model.given_up == 1
 
 
-def test_a_question_in_line_keeps_its_pictures_wanted(model, processor):
+def test_a_question_in_line_keeps_its_pictures_wanted(model, chat):
     """Its page's box is empty, and another conversation is answered for longer than the grace."""
-    chat, first = Chat(model, processor), {"text": "What can you do?", "files": []}
-    model.step_s = 0.3
+    model.step_s, first, second = 0.3, Turn(WHO), about(TYPED)
     chat.ahead.want("page", [path_of(TYPED)])
 
     async def both():
-        one = asyncio.create_task(all_of(chat, first))
+        one = asyncio.create_task(answer(chat, first))
         await asyncio.sleep(0.2)
         chat.ahead.want("page", [])
         await asyncio.sleep(0.2)
-        two = asyncio.create_task(all_of(chat, question(TYPED)))
-        return await one, await two
+        two = asyncio.create_task(answer(chat, second))
+        await one
+        return await two
 
-    one, two = asyncio.run(both())
-    assert one[-1][0] == "I describe shapes, count them and read digits."
-    assert two[-1][0] == TYPED["answer"]
+    said = asyncio.run(both())
+    assert (first.answer, second.answer) == (SELF, TYPED["answer"])
     assert (len(model.looks), model.given_up) == (1, 0)
-    assert titles(two)[0].startswith("Waiting for another conversation’s answer")
+    assert said[1].startswith("Waiting for another conversation’s answer")
 
 
-def test_errors_are_left_to_the_question(model, processor, tmp_path, caplog):
+def test_errors_are_left_to_the_question(chat, tmp_path, caplog):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG broken")
-    chat = Chat(model, processor)
     with caplog.at_level(logging.INFO):
         chat.ahead.want("page", [broken])
-        wait_until(lambda: not threads())
+        wait_until(lambda: not ahead_threads())
     assert not caplog.records
-    assert (
-        "not a picture" in asyncio.run(all_of(chat, {"text": "?", "files": [str(broken)]}))[-1][0]["metadata"]["title"]
-    )
+    turn = Turn("?", [broken])
+    asyncio.run(answer(chat, turn))
+    assert turn.state == FAILED
+    assert "not a picture" in turn.note
 
 
 # ---- Signs of life --------------------------------------------------------------------------------------------------
 
 
-def test_a_question_says_what_it_waits_for(model, processor):
+def test_a_question_says_what_it_waits_for(model, chat):
     model.as_new(picture_s=2.2, step_s=0.7)
-    files = [str(path_of(sample)) for sample in (TYPED, OTHER)]
-    pieces = asyncio.run(all_of(Chat(model, processor), {"text": "Which?", "files": files}, max_new_tokens=2))
-    said = titles(pieces)
-    stages = list(dict.fromkeys(title.split(" ...")[0] for title in said))
-    assert stages[:2] == ["Looking at picture 1 of 2", "Looking at picture 2 of 2"]
-    assert stages[2].startswith("Reading ")
-    assert stages[2].split()[1:] == [str(model.stats.prompt_tokens), "tokens"]
-    first, second = ([title for title in said if f"picture {n}" in title] for n in (1, 2))
-    assert 3 <= len(first) <= 5
-    assert 3 <= len(second) <= 5
-    assert second[0].endswith(("about 2 s left", "about 1 s left"))
+    turn = Turn("Which?", [path_of(sample) for sample in (TYPED, OTHER)])
+    said = asyncio.run(answer(chat, turn, max_new_tokens=2))
+    stages = list(dict.fromkeys(sentence.split(" ...")[0] for sentence in said))
+    looking = [stage for stage in stages if stage.startswith(("Looking", "Reading"))]
+    assert looking == [
+        "Looking at picture 1 of 2",
+        "Looking at picture 2 of 2",
+        f"Reading {model.stats.prompt_tokens} tokens",
+    ]
+    second = [sentence for sentence in said if "picture 2" in sentence]
+    assert second[0].endswith("about 2 s left")
+    assert second[-1].endswith("any moment now")
 
 
 def test_seconds_left_of_a_picture(monkeypatch):
@@ -233,33 +185,20 @@ def test_seconds_left_of_a_picture(monkeypatch):
     assert str(progress) == "Reading ... 4 s"
 
 
-# ---- Stopped, cut ---------------------------------------------------------------------------------------------------
+# ---- Cut ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_stopped_says_so_once():
-    asked, waits, words = user("Long?"), remark("Looking ... 3 s", status="pending"), assistant("It is")
-    for shown, kept in (([asked], [asked]), ([asked, waits], [asked]), ([asked, words], [asked, words])):
-        marked, state = said_to_be_stopped(shown)
-        assert marked == state == [*kept, remark("Stopped.")]
-        assert said_to_be_stopped(marked) == (gr.skip(), gr.skip())
-    for whole in ([], [asked, words, remark("2 s")], [asked, remark("No answer: too long")]):
-        assert said_to_be_stopped(whole) == (gr.skip(), gr.skip())
-
-
-def test_only_an_answer_that_its_limit_ended_is_cut(model, processor):
+def test_only_an_answer_that_its_limit_ended_is_cut(model, chat):
     model.picture_s = 0
-    chat = Chat(model, processor)
 
-    def remarks(limit):
-        return [
-            each["metadata"]["title"]
-            for each in asyncio.run(all_of(chat, question(TYPED), max_new_tokens=limit))[-1][1:]
-        ]
+    def state(limit):
+        turn = about(TYPED)
+        asyncio.run(answer(chat, turn, max_new_tokens=limit))
+        return turn.state
 
-    remarks(100)
+    assert state(100) == ANSWERED
     tokens = model.stats.new_tokens  # with the one that ends it
-    assert [len(remarks(limit)) for limit in (tokens - 1, tokens, tokens + 1)] == [2, 1, 1]
-    assert remarks(3)[0] == "Cut at 3 tokens: write “go on” to continue."
+    assert [state(limit) for limit in (tokens - 1, tokens, tokens + 1)] == [CUT, ANSWERED, ANSWERED]
 
 
 def test_which_tokens_end_an_answer():
@@ -276,129 +215,128 @@ def test_which_tokens_end_an_answer():
 
 
 @pytest.fixture(scope="module")
-def url(loaded, processor):
-    demo = make_demo(loaded, processor)
-    _, address, _ = demo.launch(**LAUNCH, prevent_thread_lock=True)
+def url(loaded, processor, tmp_path_factory):
+    demo = make_demo(loaded, processor, folder=tmp_path_factory.mktemp("conversations"))
+    _, address, _ = demo.launch(prevent_thread_lock=True)
     yield address
     demo.close()
 
 
 @pytest.fixture
-def page(browser, url, model):  # noqa: F811
-    page = Page(browser, url)
+def page(browser, url, model):
+    page = Tab(browser, url)
     yield page
-    page.tab.context.close()
+    page.close()
 
 
-def upload(page, *samples) -> None:
-    page.tab.locator("input[type=file]").first.set_input_files([str(path_of(sample)) for sample in samples])
-    expect(page.tab.locator(".thumbnail-item")).to_have_count(len(samples), timeout=20_000)
-
-
-def bubbles(page):
-    return page.tab.locator("[data-testid=bot]")
-
-
-def test_the_page_encodes_a_picture_while_the_question_is_typed(page, model):
-    model.picture_s = 5
-    upload(page, TYPED)
+def test_first_words_within_a_second_of_a_question_typed_for_as_long_as_its_picture_takes(page, model):
+    model.picture_s = 8
+    page.attach(path_of(TYPED))
     wait_until(lambda: model.looks)
-    page.box.fill(TYPED["question"])
+    page.box.press_sequentially(TYPED["question"], delay=8000 / len(TYPED["question"]))
+    wait_until(lambda: not ahead_threads())
+    sent = time.perf_counter()
+    page.send.click()
+    expect(page.bot).to_contain_text([TYPED["answer"][:1]])
+    assert time.perf_counter() - sent < 1
+    page.expect_answers(TYPED["answer"], "1 kept")
+
+
+def test_a_question_waits_for_what_is_left_of_its_picture(page, model):
+    model.picture_s = 5
+    page.attach(path_of(OTHER))
+    wait_until(lambda: model.looks)
     page.tab.wait_for_timeout(1500)
-    page.tab.locator("button.submit-button").click()
-    expect(bubbles(page)).to_contain_text(["Looking at picture 1 of 1"])
-    expect(bubbles(page)).to_contain_text([TYPED["answer"], "1 picture"], timeout=20_000)
+    page.ask(OTHER["question"])
+    expect(page.bot).to_contain_text(["Looking at picture 1 of 1"])
+    page.expect_answers(OTHER["answer"], "1 picture")
     assert time.perf_counter() - model.looks[0] < model.picture_s + 2
     assert (len(model.looks), model.given_up) == (1, 0)
     assert model.stats.image_s[0] < model.picture_s - 1
-    assert model.stats.images_kept == 1
 
 
-def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, browser, url, model):  # noqa: F811
+def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, browser, url, model):
     model.picture_s = 60
-    upload(page, THIRD)
+    page.attach(path_of(THIRD))
     wait_until(lambda: model.looks)
     page.tab.locator(".delete-button").first.click()
     expect(page.tab.locator(".thumbnail-item")).to_have_count(0)
     wait_until(lambda: model.given_up, GRACE_S + 2)
-    closed = Page(browser, url)
-    upload(closed, OTHER)
+    closed = Tab(browser, url)
+    closed.attach(path_of(OTHER))
     wait_until(lambda: len(model.looks) == 2)
-    closed.tab.context.close()
+    closed.close()
     wait_until(lambda: model.given_up == 2, GRACE_S + 4)
-    wait_until(lambda: not threads())
+    wait_until(lambda: not ahead_threads())
 
 
 def press_stop(page) -> float:
     """Seconds until the page says that the answer was stopped, and takes the next question."""
     started = time.perf_counter()
-    page.tab.locator("button.stop-button").click(force=True)
-    expect(bubbles(page).last).to_have_text("Stopped.", timeout=10_000)
-    expect(page.tab.locator("button.submit-button")).to_have_count(1)
+    page.stop.click()
+    expect(page.bot.last).to_contain_text("Stopped.", timeout=10_000)
+    expect(page.send).to_have_count(1)
     return time.perf_counter() - started
 
 
 def test_stop_while_a_picture_is_looked_at(page, model):
     model.picture_s = 60
-    page.ask(TYPED["question"], str(path_of(TYPED)))
-    expect(bubbles(page)).to_contain_text(["Looking at picture 1 of 1"])
+    page.ask(TYPED["question"], path_of(TYPED))
+    expect(page.bot).to_contain_text(["Looking at picture 1 of 1"])
     assert press_stop(page) < STOP_S
-    expect(bubbles(page)).to_have_count(1)
+    expect(page.bot).to_have_count(1)
     model.picture_s = 0
-    page.expect_ready()
-    page.ask("What can you do?")
-    expect(bubbles(page)).to_contain_text(["Stopped.", "I describe shapes", "tokens asked"], timeout=20_000)
+    page.ask(WHO)
+    page.expect_answers("Stopped.", SELF, "tokens per second")
 
 
 def test_stop_while_the_prompt_is_read(page, model):
-    model.as_new(picture_s=0, step_s=4)
-    page.ask("What can you do?")
-    expect(bubbles(page)).to_contain_text(["Reading"])
+    model.as_new(step_s=4)
+    page.ask(WHO)
+    expect(page.bot).to_contain_text(["Reading"])
     assert press_stop(page) < STOP_S
-    expect(bubbles(page)).to_have_count(1)
+    expect(page.bot).to_have_count(1)
 
 
 def test_stop_between_words_keeps_them(page, model):
-    model.as_new(picture_s=0, step_s=0.3)
-    page.ask("What can you do?")
-    expect(bubbles(page)).to_contain_text(["I describe shapes"], timeout=20_000)
+    model.as_new(step_s=0.3)
+    page.ask(WHO)
+    expect(page.bot).to_contain_text(["I describe shapes"], timeout=20_000)
     assert press_stop(page) < STOP_S
-    expect(bubbles(page)).to_have_count(2)
-    expect(bubbles(page).first).to_contain_text("I describe shapes")
+    page.expect_answers("I describe shapes", "Stopped.")
     steps = len(model.llm_infer_time)
     time.sleep(0.7)
     assert len(model.llm_infer_time) == steps
-    page.tab.get_by_role("button", name="New chat").click()
-    expect(bubbles(page)).to_have_count(0)
-    page.tab.locator("table tr, .table td").last.click()  # in the sidebar
-    expect(bubbles(page)).to_contain_text(["I describe shapes", "Stopped."])
+    page.new_chat()
+    page.history.first.click()
+    page.expect_answers("I describe shapes", "Stopped.")
 
 
-def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):  # noqa: F811
-    second, third = Page(browser, url), Page(browser, url)
-    model.as_new(picture_s=0, step_s=1.0)  # the first answer lasts until the others are through with their line
-    page.ask("What can you do?")
-    expect(bubbles(page)).to_contain_text(["I"], timeout=20_000)
+def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):
+    second, third = Tab(browser, url), Tab(browser, url)
+    model.as_new(step_s=1.0)  # the first answer lasts until the others are through with their line
+    page.ask(WHO)
+    expect(page.bot).to_contain_text(["I"], timeout=20_000)
     for tab in (second, third):
-        tab.ask("What can you do?")
-        expect(bubbles(tab)).to_contain_text(["Waiting for"])
-    expect(bubbles(third)).to_contain_text(["Waiting for 2 other conversations’ answers"])
+        tab.ask(WHO)
+        expect(tab.bot).to_contain_text(["Waiting for"])
+    expect(third.bot).to_contain_text(["Waiting for 2 other conversations’ answers"])
     assert press_stop(second) < STOP_S
-    expect(bubbles(third)).to_contain_text(["Waiting for another conversation’s answer"])
-    second.tab.context.close()
-    third.tab.context.close()
+    expect(third.bot).to_contain_text(["Waiting for another conversation’s answer"])
     model.step_s = 0
-    expect(bubbles(page)).to_contain_text(
-        ["I describe shapes, count them and read digits.", "tokens asked"], timeout=20_000
-    )
-    page.expect_ready()
-    page.ask("What can you do?")
-    expect(bubbles(page)).to_have_count(4, timeout=20_000)
+    for tab in (page, third):
+        tab.expect_answers(SELF, "tokens per second")
+    second.close()
+    third.close()
 
 
-def test_the_page_says_that_an_answer_was_cut(page, model):
+def test_an_answer_that_was_cut_says_so_and_goes_on(page, model):
     model.picture_s = 0
-    page.tab.get_by_text("Settings").click()
+    page.settings()
     page.allow(4)
-    page.ask("What can you do?")
-    expect(bubbles(page)).to_contain_text(["I", "Cut at 4 tokens: write “go on” to continue.", "4 answered"])
+    page.ask(WHO)
+    page.expect_answers("I", "Cut at its longest")
+    page.tab.get_by_role("button", name=GO_ON).click()
+    expect(page.user).to_have_count(2)
+    expect(page.user.last).to_have_text(GO_ON)
+    expect(page.bot).to_have_count(4)

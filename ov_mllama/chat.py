@@ -1,0 +1,168 @@
+"""Questions -> answers, written into their conversations one at a time, whoever watches."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ov_mllama.ahead import PicturesAhead
+from ov_mllama.conversation import Line, plain, prompt_tensors, sampling, stream_words
+from ov_mllama.conversations import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY_S = 2.0  # of an answer under way
+SAID_PLAINLY = (ValueError, MemoryError, FloatingPointError)  # the model's refusals are sentences already
+
+
+class Wishes(NamedTuple):
+    """How to answer.
+
+    Attributes:
+        system: prompt; may be empty.
+        max_new_tokens: the answer's limit.
+        temperature, top_p: of sampling; a temperature of 0 takes the likeliest token (greedy).
+    """
+
+    system: str = ""
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 0.9
+
+
+class Answering(NamedTuple):
+    """An answer under way: its task, and what it waits for."""
+
+    task: asyncio.Task
+    progress: Progress
+
+
+def to_messages(turns: Sequence[Turn], system: str = "") -> tuple[list[dict], list[Path]]:
+    """A conversation for the chat template, and its pictures in the template's order.
+
+    Args:
+        turns: the last one is the question; of those before, the ones without an answer are left out.
+        system: system prompt; may be empty.
+    Raises:
+        ValueError: there is no question.
+    """
+    *before, question = turns
+    if not question.pictures and not question.question.strip():
+        raise ValueError("There is no question yet: write one, or add a picture.")
+    messages = [message("system", system)] if system.strip() else []
+    for turn in before:
+        if turn.answer:
+            messages += [message("user", turn.question, turn.pictures), message("assistant", turn.answer)]
+    messages.append(message("user", question.question, question.pictures))
+    asked = [turn for turn in before if turn.answer] + [question]
+    return messages, [picture for turn in asked for picture in turn.pictures]
+
+
+def message(role: str, text: str, pictures: Collection[Path] = ()) -> dict:
+    """For the chat template: pictures first, then text in which nothing is a special token."""
+    texts = [{"type": "text", "text": plain(text.strip())}] if text.strip() else []
+    return {"role": role, "content": [*({"type": "image"} for _ in pictures), *texts]}
+
+
+class Chat:
+    """A model that answers one question at a time, whoever asks: the others stand in line. Answers are written on when
+    no page looks at them; `begin` and `stop` belong to one event loop.
+
+    Args:
+        model, processor: as for `conversation.prompt_tensors` and `stream_words`.
+        conversations: where answers are kept.
+        options: of `generate`, for every question.
+
+    Attributes:
+        line: of the questions.
+        ahead: pictures that are encoded while questions about them are written.
+    """
+
+    def __init__(self, model, processor, conversations: Conversations, **options):
+        self.model, self.processor, self.conversations, self.options = model, processor, conversations, options
+        self.ahead = PicturesAhead(model, processor)
+        self.line = Line()
+        self._under_way: dict[Conversation, Answering] = {}
+
+    def answering(self, conversation: Conversation) -> Answering | None:
+        """The answer that a conversation waits for."""
+        return self._under_way.get(conversation)
+
+    def begin(self, conversation: Conversation, wishes: Wishes, uploads: Collection[Path] = ()) -> None:
+        """Begins to answer a conversation's last question.
+
+        Args:
+            uploads: its pictures as `ahead` knows them.
+        """
+        turn, progress = conversation.turns[-1], Progress()
+        turn.answer, turn.note, turn.state = "", "", WAITING
+        task = asyncio.create_task(self._answer_and_save(conversation, progress, wishes, uploads))
+        self._under_way[conversation] = Answering(task, progress)
+
+        def ended(_) -> None:
+            if turn.state == WAITING:  # given up before its first step
+                turn.state = STOPPED
+            del self._under_way[conversation]
+            self.conversations.save(conversation)
+
+        task.add_done_callback(ended)
+
+    async def stop(self, conversation: Conversation) -> None:
+        """Ends the answer under way, if there is one, and waits until it has ended."""
+        if answering := self._under_way.get(conversation):
+            answering.task.cancel()
+            await asyncio.wait([answering.task])
+            await asyncio.sleep(0)  # its callback
+
+    async def _answer_and_save(self, conversation, progress: Progress, wishes: Wishes, uploads) -> None:
+        async def save_often() -> None:
+            while True:
+                self.conversations.save(conversation)
+                await asyncio.sleep(SAVE_EVERY_S)
+
+        saving = asyncio.create_task(save_often())
+        try:
+            await self.answer(conversation.turns, progress, wishes, uploads)
+        finally:
+            saving.cancel()
+
+    async def answer(
+        self, turns: Sequence[Turn], progress: Progress, wishes: Wishes, uploads: Collection[Path] = ()
+    ) -> None:
+        """Writes the last turn's answer into it, word by word, and at its end its note and state. Whatever goes wrong
+        is said there; cancelled, the turn is STOPPED within a token.
+
+        Args:
+            progress: told what is waited for.
+            uploads: as for `begin`.
+        """
+        turn, limit = turns[-1], int(wishes.max_new_tokens)
+        try:
+            messages, pictures = to_messages(turns, wishes.system)
+            arguments = {**self.options, **sampling(wishes.temperature, wishes.top_p), "max_new_tokens": limit}
+
+            def note(stats, cut: bool) -> None:
+                turn.note = " · ".join([stats.times, *said])
+                turn.state = CUT if cut else ANSWERED
+
+            with self.ahead.holding(uploads):
+                async with self.line.turn(progress):
+                    progress.enter("Opening the question’s pictures" if pictures else "Preparing the question")
+                    inputs, said = await asyncio.to_thread(
+                        prompt_tensors, self.model, self.processor, messages, pictures, limit
+                    )
+                    words = stream_words(self.model, self.processor, note, progress, **{**inputs, **arguments})
+                    async with contextlib.aclosing(words):
+                        async for piece in words:
+                            turn.answer += piece
+        except asyncio.CancelledError:
+            turn.state = STOPPED
+            raise
+        except SAID_PLAINLY as error:
+            turn.state, turn.note = FAILED, str(error)
+        except Exception as error:  # whatever it is, the page says it and stays usable; the log has the rest
+            logger.exception("A question could not be answered")
+            turn.state, turn.note = FAILED, f"{type(error).__name__}: {error}"
