@@ -158,25 +158,3 @@ async def stream_words(
     finally:
         stop.set()
         await asyncio.wait([generating], timeout=STOP_WITHIN_S)
-
-
-async def or_silence(stream: AsyncGenerator[str], every_s: float) -> AsyncGenerator[str | None]:
-    """What a stream gives, and None whenever it gave nothing for so many seconds. Closing it closes the stream."""
-    coming = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(stream))
-            if not (await asyncio.wait([coming], timeout=every_s))[0]:
-                yield None
-                continue
-            done, coming = coming, None
-            try:
-                item = done.result()
-            except StopAsyncIteration:
-                return
-            yield item
-    finally:
-        if coming:
-            coming.cancel()
-            await asyncio.wait([coming])
-        await stream.aclose()

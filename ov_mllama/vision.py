@@ -178,16 +178,19 @@ class OVImageEncoder:
             MemoryError: too little for one of them.
         """
         keys = keys or image_keys(images)
-        encoded, image_s, kept = {}, [], 0
+        image_s, kept = [], 0
         parts = different(images, keys)
+        # held from the beginning: else the first that is new could push the next one out
+        encoded = {key: image for key in parts if (image := self.kept.get(key))}
         self._wanted += parts
         try:
             for number, (key, part) in enumerate(parts.items(), 1):
                 if progress:
                     left_s = functools.partial(self._clock.left_s, key, int(self._tiles(part[2])))
                     progress.enter(f"Looking at picture {number} of {len(parts)}", left_s)
-                started = time.perf_counter()
-                encoded[key], was_kept = self._encode_one(key, part, stop)
+                started, was_kept = time.perf_counter(), True
+                if key not in encoded:
+                    encoded[key], was_kept = self._encode_one(key, part, stop)
                 kept += was_kept
                 image_s.append(time.perf_counter() - started)
         finally:

@@ -216,6 +216,23 @@ def test_kept_pictures_stay_within_their_room(pair):
     assert none.image_encoder.kept.nbytes == 0
 
 
+def test_what_is_kept_of_a_prompt_is_not_pushed_out_by_its_other_pictures(pair):
+    inputs = pair.inputs("two images")
+    model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    pictures = [
+        {name: inputs[name][:, i : i + 1] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        for i in range(2)
+    ]
+    for picture in pictures:
+        model.encode_images(**picture)
+    model.image_encoder.kept.room = model.image_encoder.kept.nbytes - 1  # for one of them
+    model.image_encoder.forget()
+    model.encode_images(**pictures[1])
+    runs = count_runs(model)
+    model(**inputs)
+    assert len(runs) == 1
+
+
 def count_runs(model) -> list:
     """A list that grows by one with each inference of the vision encoder."""
     request, runs = model.image_encoder._request, []
