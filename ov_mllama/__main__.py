@@ -10,6 +10,7 @@ import openvino as ov
 from transformers import AutoConfig, AutoProcessor
 
 from ov_mllama.checks import check_vocabulary
+from ov_mllama.conversations import Conversations
 from ov_mllama.costs import gigabytes
 from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.files import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
@@ -65,7 +66,7 @@ def run_chat(options: argparse.Namespace) -> None:
     # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
     parts: list = [model, *drafting.values()]
     threading.Thread(target=lambda: [part.language_model.warm_up() for part in parts], daemon=True).start()
-    print(f"✅ The chat is at {url} – Ctrl-C ends it", flush=True)
+    print(f"✅ The chat is at {url} – Ctrl-C ends it. Conversations are kept in {Conversations().folder}", flush=True)
     demo.block_thread()
 
 
