@@ -6,6 +6,7 @@
 #   make lab        open the notebook in JupyterLab
 #   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on
 #                   MODEL_DIR=<converted>; DRAFT=<hub id or folder> guesses ahead
+#   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb, types of the package, spelling
 # MODEL_ID=<hub id or folder> runs the notebook on another checkpoint; its other settings go the same way, such as
@@ -15,12 +16,13 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 MODEL_DIR ?=
+CHAT ?=
 DRAFT ?=
 SETTINGS := MODEL_ID CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: notebook test quick torture lab chat bench lint clean
+.PHONY: notebook test quick torture lab chat serve bench lint clean
 
 notebook: .venv/.run
 	$(BIN)/python -c "import sys, notebook_utils as nb; nb.execute('mllama-3.2.ipynb', 'build', **dict(a.split('=', 1) for a in sys.argv[1:]))" $(foreach name,$(SETTINGS),$(if $($(name)),'$(name)=$($(name))'))
@@ -30,6 +32,9 @@ lab: .venv/.run
 
 chat: .venv/.run
 	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)')
+
+serve: .venv/.scale
+	$(BIN)/python -m serving.app $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat)
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json
@@ -69,6 +74,10 @@ endif
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/.dev: requirements-dev.txt .venv/.run
+.venv/.scale: requirements-scale.txt .venv/.run
+	$(PIP) -r requirements-scale.txt
+	touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.scale
 	$(PIP) -r requirements-dev.txt
 	touch $@

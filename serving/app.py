@@ -1,0 +1,231 @@
+"""An OpenAI-compatible server: python -m serving.app [--checkpoint ID] [--key SECRET] [--chat]
+
+POST /v1/chat/completions (texts and pictures, whole or streamed, JSON schemas), GET /v1/models, GET /health; with
+--chat the chat page too. It listens on this machine only, fetches nothing from addresses, and answers questions that
+wait together in one batch.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, StreamingResponse
+from openai.types import CompletionUsage, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from pydantic import ValidationError
+from transformers import AutoProcessor
+
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.prepare import default_folder, prepare
+from serving.batches import Asked, Batches
+from serving.questions import Reader, Refusal, Request
+
+MAX_BYTES = 50_000_000  # of a request's body: base64 makes a picture a third larger
+LOOK_EVERY_S = 0.25  # whether a client that waits for a whole answer is still there
+
+
+def create_app(
+    batches: Batches, name: str, key: str | None = None, addresses: bool = False, max_bytes: int = MAX_BYTES
+) -> FastAPI:
+    """The server's endpoints.
+
+    Args:
+        batches: what answers.
+        name: of the model.
+        key: that clients give as a bearer token; None asks for none.
+        addresses: whether pictures may be fetched from the network.
+        max_bytes: of a request.
+    """
+    app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None)
+    reader = Reader(batches.model.config.vision_config.image_size, addresses=addresses)
+    created = int(time.time())
+
+    def allow(http: HttpRequest) -> None:
+        given = http.headers.get("authorization", "").removeprefix("Bearer ")
+        if key and not secrets.compare_digest(given.encode(), key.encode()):
+            raise Refusal(401, "Incorrect API key provided.", "invalid_api_key")
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models(http: HttpRequest) -> dict:
+        allow(http)
+        model = Model(id=name, created=created, object="model", owned_by="local")
+        return {"object": "list", "data": [model.model_dump()]}
+
+    @app.post("/v1/chat/completions")
+    async def complete(http: HttpRequest):
+        allow(http)
+        try:
+            request = Request.model_validate_json(await body_of(http, max_bytes))
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            where = ".".join(map(str, wrong["loc"]))
+            raise Refusal(400, f"{where or 'The body'}: {wrong['msg']}", "invalid_value", where or None) from error
+        if request.model != name:
+            raise Refusal(404, f"The model {request.model!r} is not here, {name!r} is.", "model_not_found", "model")
+        question = await asyncio.to_thread(reader.read, request)
+        asked = batches.ask(question)
+        return await (stream if request.stream else whole)(asked, request, http)
+
+    @app.exception_handler(Refusal)
+    async def refused(http: HttpRequest, refusal: Refusal) -> JSONResponse:
+        return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(http: HttpRequest, error: Exception) -> JSONResponse:
+        return JSONResponse(Refusal(500, f"{type(error).__name__}: {error}", kind="server_error").body, 500)
+
+    return app
+
+
+async def body_of(http: HttpRequest, max_bytes: int) -> bytes:
+    """A request's body, read no further than it may be long."""
+    body = bytearray()
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise Refusal(
+                413, f"A request has at most {max_bytes // 1_000_000} MB: send smaller pictures.", "too_large"
+            )
+    return bytes(body)
+
+
+def usage(asked: Asked) -> CompletionUsage:
+    """What an answer took."""
+    prompt, answer = asked.row.prompt_tokens, len(asked.row.words.tokens)
+    return CompletionUsage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
+
+
+async def whole(asked: Asked, request: Request, http: HttpRequest) -> JSONResponse:
+    """The answer when it is there; nobody's if the client has gone."""
+
+    async def watch() -> None:
+        while not await http.is_disconnected():
+            await asyncio.sleep(LOOK_EVERY_S)
+        asked.row.cancelled.set()
+
+    watching = asyncio.create_task(watch())
+    try:
+        async with contextlib.aclosing(asked.pieces()) as pieces:
+            text = "".join([piece async for piece in pieces])
+    finally:
+        watching.cancel()
+    message = ChatCompletionMessage(role="assistant", content=text)
+    choice = Choice(index=0, finish_reason=finish_of(asked), message=message, logprobs=None)
+    completion = ChatCompletion(
+        id=f"chatcmpl-{secrets.token_hex(12)}",
+        object="chat.completion",
+        created=int(time.time()),
+        model=request.model,
+        choices=[choice],
+        usage=usage(asked),
+    )
+    return JSONResponse(completion.model_dump(exclude_unset=True))
+
+
+def finish_of(asked: Asked):
+    """Why an answer ended, in OpenAI's words."""
+    return "length" if asked.row.finish == "length" else "stop"
+
+
+async def stream(asked: Asked, request: Request, http: HttpRequest) -> StreamingResponse:
+    """The answer as server-sent events. What goes wrong before the first words is an error as usual."""
+    pieces = asked.pieces()
+    try:
+        first = await anext(pieces, "")
+    except BaseException:
+        await pieces.aclose()
+        raise
+
+    key, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+
+    def event(choices: list[ChunkChoice], used: CompletionUsage | None = None) -> str:
+        chunk = ChatCompletionChunk(
+            id=key, object="chat.completion.chunk", created=created, model=request.model, choices=choices, usage=used
+        )
+        return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+
+    def words(finish=None, **delta) -> str:
+        return event([ChunkChoice(index=0, delta=ChoiceDelta(**delta), finish_reason=finish)])
+
+    async def events() -> AsyncIterator[str]:
+        async with contextlib.aclosing(pieces):
+            yield words(role="assistant", content="")
+            try:
+                if first:
+                    yield words(content=first)
+                async for piece in pieces:
+                    yield words(content=piece)
+            except Refusal as refusal:
+                yield f"data: {json.dumps(refusal.body)}\n\n"
+                return
+            yield words(finish_of(asked))
+            if request.stream_options and request.stream_options.include_usage:
+                yield event([], usage(asked))
+            yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
+    parser.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
+    parser.add_argument("--image-encoder", help="its .xml; default likewise")
+    parser.add_argument("--device", default="CPU")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--name", help="of the model, as clients say it; default: the folder's")
+    parser.add_argument("--key", help="that clients must give; default: OV_MLLAMA_KEY of the environment, else none")
+    parser.add_argument("--addresses", action="store_true", help="fetch pictures from addresses that clients name")
+    parser.add_argument("--batch", type=int, default=8, help="how many questions share the model's steps")
+    parser.add_argument("--line", type=int, default=32, help="how many may wait")
+    parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat")
+    options = parser.parse_args()
+    model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
+    model = OVMLlamaForConditionalGeneration(
+        model_dir,
+        options.device,
+        language_model_name=options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME),
+        image_encoder_name=options.image_encoder or newest(model_dir, VISION_ENCODER_NAME),
+    )
+    processor = AutoProcessor.from_pretrained(model_dir)
+    batches = Batches(model, processor, options.batch, options.line)
+    name = options.name or model_dir.resolve().name
+    app = create_app(batches, name, options.key or os.environ.get("OV_MLLAMA_KEY"), options.addresses)
+    if options.chat:
+        app = mount_chat(app, model, processor)
+    print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+
+
+def mount_chat(app: FastAPI, model, processor) -> FastAPI:
+    """The chat page, at /chat."""
+    import gradio as gr
+
+    from gradio_helper import LAUNCH, make_demo
+
+    looks = {name: LAUNCH[name] for name in ("max_file_size", "footer_links", "css_paths", "js", "theme")}
+    return gr.mount_gradio_app(app, make_demo(model, processor), "/chat", **looks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Questions that wait share the model's steps: one thread takes them in batches, in the order in which they came."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from ov_mllama.inference import Stopped
+from serving.questions import Question, Refusal
+from serving.rows import Choice, Ends, Row, Schemas
+
+logger = logging.getLogger(__name__)
+
+SAID_PLAINLY = (ValueError, FloatingPointError)  # the model's refusals are sentences already
+
+
+class Asked:
+    """A question in line, and what its answer consists of so far.
+
+    Attributes:
+        row: of the batch that answers it.
+    """
+
+    def __init__(self, question: Question, schemas: Schemas, tokenizer):
+        self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
+        matcher = schemas.matcher(question.schema) if question.schema is not None else None
+        self.question, self.row = question, Row(question, self._say, matcher, tokenizer)
+        self.error: Exception | None = None
+
+    def _say(self, piece: str | None) -> None:
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    def end(self, error: Exception | None = None) -> None:
+        """There will be no more."""
+        self.error = error
+        self._say(None)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer as it comes. Closing it ends the answer with the token under way.
+
+        Raises:
+            Refusal: it could not be answered.
+        """
+        try:
+            while (piece := await self._pieces.get()) is not None:
+                yield piece
+        finally:
+            self.row.cancelled.set()
+        if self.error:
+            raise self.error
+
+
+class AllCancelled:
+    """An event that is set once nobody waits for a batch any more."""
+
+    def __init__(self, batch: Sequence[Asked]):
+        self.batch = batch
+
+    def is_set(self) -> bool:
+        return all(asked.row.cancelled.is_set() for asked in self.batch)
+
+
+class Batches:
+    """Answers questions, several at once where several wait.
+
+    Args:
+        model, processor: as for `conversation.prompt_tensors`.
+        size: how many share a step. Each takes its own room in the KV cache.
+        line: how many may wait.
+    """
+
+    def __init__(self, model, processor, size: int = 8, line: int = 32):
+        self.model, self.processor, self.size, self.line = model, processor, size, line
+        ends = model.generation_config.eos_token_id
+        self.ends = [ends] if isinstance(ends, int) else list(ends)
+        self.schemas = Schemas(processor.tokenizer, self.ends)
+        self._waiting: deque[Asked] = deque()
+        self._changed = threading.Condition()
+        self._open = True
+        self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
+        self._thread.start()
+
+    def ask(self, question: Question) -> Asked:
+        """Puts a question in line.
+
+        Raises:
+            Refusal: too many wait already, the context is too short for it, or its schema is none.
+        """
+        text = self.text(question)
+        length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        context = self.model.config.text_config.max_position_embeddings
+        if length + question.max_new_tokens > context:
+            raise Refusal(
+                400,
+                f"The messages have {length} tokens, and with {question.max_new_tokens} for the answer that is more "
+                f"than the {context} this model can hold: send fewer, or ask for a shorter answer.",
+                "context_length_exceeded",
+                "messages",
+            )
+        asked = Asked(question, self.schemas, self.processor.tokenizer)
+        with self._changed:
+            if len(self._waiting) >= self.line:
+                sentence = f"{len(self._waiting)} requests wait already: try again in a few seconds."
+                raise Refusal(429, sentence, "rate_limit_exceeded", kind="requests", headers={"Retry-After": "5"})
+            self._waiting.append(asked)
+            self._changed.notify()
+        return asked
+
+    def text(self, question: Question) -> str:
+        """A question as the chat template writes it."""
+        return self.processor.apply_chat_template(question.messages, add_generation_prompt=True)
+
+    def close(self) -> None:
+        """Ends the thread, after the batch under way."""
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        self._thread.join()
+
+    def _next(self) -> list[Asked]:
+        """The question that waits longest, and those after it that can share its steps; none at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or not self._open)
+            if not self._open:
+                return []
+            first = self._waiting[0]
+            # the processor takes pictures for all rows or for none
+            batch = [asked for asked in self._waiting if bool(asked.question.pictures) == bool(first.question.pictures)]
+            batch = batch[: self.size]
+            for asked in batch:
+                self._waiting.remove(asked)
+            return batch
+
+    def _work(self) -> None:
+        while batch := self._next():
+            batch = [asked for asked in batch if not asked.row.cancelled.is_set()]
+            try:
+                self._answer(batch)
+                error = None
+            except Stopped:
+                error = None
+            except SAID_PLAINLY as refused:
+                error = Refusal(400, str(refused), "invalid_value")
+            except MemoryError as refused:
+                error = Refusal(503, str(refused), "out_of_memory", kind="server_error", headers={"Retry-After": "30"})
+            except Exception as failed:
+                logger.exception("A batch could not be answered")
+                error = Refusal(500, f"{type(failed).__name__}: {failed}", kind="server_error")
+            for asked in batch:
+                asked.end(error if asked.row.finish is None else None)
+
+    def _answer(self, batch: list[Asked]) -> None:
+        if not batch:
+            return
+        images = [asked.question.pictures for asked in batch]
+        inputs = self.processor(
+            text=[self.text(asked.question) for asked in batch],
+            images=images if images[0] else None,
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        )
+        rows = [asked.row for asked in batch]
+        for row, mask in zip(rows, inputs["attention_mask"], strict=True):
+            row.prompt_tokens = int(mask.sum())
+        self.model.generate(
+            **inputs,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            max_new_tokens=max(row.question.max_new_tokens for row in rows),
+            logits_processor=[Choice(rows)],
+            stopping_criteria=[Ends(rows, self.ends)],
+            stop=AllCancelled(batch),
+        )
