@@ -7,6 +7,7 @@
 #   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on
 #                   MODEL_DIR=<converted>; DRAFT=<hub id or folder> guesses ahead
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page
+#   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, a Parquet data set
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb, types of the package, spelling
 # MODEL_ID=<hub id or folder> runs the notebook on another checkpoint; its other settings go the same way, such as
@@ -17,12 +18,14 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 MODEL_DIR ?=
 CHAT ?=
+QUESTION ?= Describe this image.
+OUT ?= captions.parquet
 DRAFT ?=
 SETTINGS := MODEL_ID CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: notebook test quick torture lab chat serve bench lint clean
+.PHONY: notebook test quick torture lab chat serve caption bench lint clean
 
 notebook: .venv/.run
 	$(BIN)/python -c "import sys, notebook_utils as nb; nb.execute('mllama-3.2.ipynb', 'build', **dict(a.split('=', 1) for a in sys.argv[1:]))" $(foreach name,$(SETTINGS),$(if $($(name)),'$(name)=$($(name))'))
@@ -35,6 +38,9 @@ chat: .venv/.run
 
 serve: .venv/.scale
 	$(BIN)/python -m serving.app $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat)
+
+caption: .venv/.scale
+	$(BIN)/python -m serving.caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)')
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json

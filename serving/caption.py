@@ -1,0 +1,215 @@
+"""A question about every picture of a folder: python -m serving.caption PICTURES [--question ...]
+
+Ray Data shares the pictures out among processes that load the model once; `--address` names a Ray cluster, whose
+machines see the same folders and have this project installed. Each batch becomes a file in the folder `--out`, whole or
+not at all, so a run that was killed goes on where it was. `pandas.read_parquet("captions.parquet")` reads all; columns:
+
+    id: the picture's content (SHA-256), one row for each, however often and under whatever name it is there
+    path: the first file with it
+    question; answer; finish: "stop", or "length" where the limit has cut it
+    error: why there is no answer, of what cannot be opened
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from tqdm.auto import tqdm
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"}
+COLUMNS = ("id", "path", "question", "answer", "finish", "error")
+SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
+
+
+class Captioner:
+    """Answers a question about batches of pictures; each process has one.
+
+    Args:
+        model_dir: of the converted model.
+        question: about each picture.
+        out: folder of the results.
+        max_new_tokens: the answers' limit.
+        threads: of this process, None for all.
+    """
+
+    def __init__(self, model_dir: str, question: str, out: str, max_new_tokens: int, threads: int | None):
+        from transformers import AutoProcessor
+
+        from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+        from ov_mllama.model import OVMLlamaForConditionalGeneration
+
+        folder = Path(model_dir)
+        self.model = OVMLlamaForConditionalGeneration(
+            folder,
+            ov_config={"INFERENCE_NUM_THREADS": threads} if threads else None,
+            language_model_name=newest(folder, LANGUAGE_MODEL_NAME),
+            image_encoder_name=newest(folder, VISION_ENCODER_NAME),
+            image_cache_bytes=0,  # each picture is asked about once
+        )
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.question, self.out, self.max_new_tokens = question, Path(out), max_new_tokens
+
+    def __call__(self, batch: dict) -> dict:
+        """Rows "id" and "path" -> a file of results, and their ids."""
+        from ov_mllama.images import open_picture
+
+        rows, samples = [], []
+        for key, path in zip(batch["id"], batch["path"], strict=True):
+            row = dict.fromkeys(COLUMNS) | {"id": str(key), "path": str(path), "question": self.question}
+            try:
+                samples.append({"image": open_picture(str(path)), "question": self.question, "row": row})
+            except ValueError as error:
+                row["error"] = str(error)
+            rows.append(row)
+        for sample, (answer, finish) in zip(samples, self.answers(samples), strict=True):
+            sample["row"] |= {"answer": answer, "finish": finish}
+        write(rows, self.out)
+        return {"id": batch["id"]}
+
+    def answers(self, samples: list[dict]) -> Iterator[tuple[str, str]]:
+        """Of pictures and questions, all in one batch."""
+        from ov_mllama.conversation import first_questions
+
+        if not samples:
+            return
+        inputs = first_questions(self.processor, samples)
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
+        ends = self.model.generation_config.eos_token_id
+        for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
+            whole = any(token in tokens for token in ([ends] if isinstance(ends, int) else ends))
+            yield self.processor.decode(tokens, skip_special_tokens=True), "stop" if whole else "length"
+
+
+def write(rows: list[dict], out: Path) -> None:
+    """A file of results, named after its pictures: written again it is the same one."""
+    name = hashlib.sha256("".join(row["id"] for row in rows).encode()).hexdigest()[:32]
+    part = out / f".{name}.{os.getpid()}"  # readers of the folder leave hidden files out
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
+    part.replace(out / f"{name}.parquet")
+
+
+def digest(row: dict) -> dict:
+    """A file's content as "id" beside its "path"; none if it cannot be read."""
+    try:
+        with Path(row["path"]).open("rb") as file:
+            return {"id": hashlib.file_digest(file, "sha256").hexdigest(), "path": row["path"]}
+    except OSError:
+        return {"id": "", "path": row["path"]}
+
+
+def pictures_in(folder: Path) -> Iterable[Path]:
+    """All pictures of a folder and those within it, by their names, in order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def answered(out: Path, question: str) -> set[str]:
+    """Ids of the pictures that have been asked already."""
+    done: set[str] = set()
+    for part in out.glob("*.parquet"):
+        table = pq.read_table(part, columns=["id", "question"])
+        done |= {row["id"] for row in table.to_pylist() if row["question"] == question}
+    return done
+
+
+def caption(
+    pictures: str | Path,
+    question: str,
+    out: str | Path,
+    model_dir: str | Path,
+    max_new_tokens: int = 128,
+    batch: int = 4,
+    workers: int = 1,
+    threads: int | None = None,
+) -> int:
+    """Asks about every picture that has not been asked yet, on Ray, and returns how many those were.
+
+    Args:
+        pictures: folder.
+        question: about each.
+        out: folder of the results, .parquet.
+        model_dir: folder of a converted model.
+        max_new_tokens: the answers' limit.
+        batch: pictures that share the model's steps.
+        workers: processes that load the model.
+        threads: of each; None: those of the machine.
+    Raises:
+        FileNotFoundError: there are no pictures.
+    """
+    folder, out = Path(pictures).resolve(), Path(out).resolve()
+    found = [{"path": str(path)} for path in pictures_in(folder)]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
+    out.mkdir(parents=True, exist_ok=True)
+    for part in out.glob(".*"):  # of a run that was killed
+        part.unlink()
+    done = answered(out, question)
+    first: dict[str, str] = {}
+    for row in ray.data.from_items(found).map(digest).iter_rows():
+        first.setdefault(row["id"] or row["path"], row["path"])
+    todo = [
+        {"id": key, "path": path} for key, path in sorted(first.items(), key=lambda item: item[1]) if key not in done
+    ]
+    if not todo:
+        return 0
+    data = ray.data.from_items(todo, override_num_blocks=-(-len(todo) // batch))
+    asked = data.map_batches(
+        Captioner,
+        fn_constructor_args=(str(Path(model_dir).resolve()), question, str(out), max_new_tokens, threads),
+        batch_size=batch,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=threads or 1,
+    )
+    with tqdm(total=len(todo), initial=0, unit="picture", desc="Asking") as bar:
+        for rows in asked.iter_batches(batch_size=None):
+            bar.update(len(rows["id"]))
+    return len(todo)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--question", default="Describe this image.")
+    parser.add_argument("--out", type=Path, default=Path("captions.parquet"))
+    parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=4, help="pictures that share the model's steps")
+    parser.add_argument("--workers", type=int, default=1, help="processes that load the model")
+    parser.add_argument("--threads", type=int, help="of each of them")
+    parser.add_argument("--address", help="of a Ray cluster; default: this machine alone")
+    options = parser.parse_args()
+    from ov_mllama.prepare import default_folder, prepare
+
+    model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
+    begin(options.address)
+    asked = caption(
+        options.pictures,
+        options.question,
+        options.out,
+        model_dir,
+        options.max_new_tokens,
+        options.batch,
+        options.workers,
+        options.threads,
+    )
+    print(f"✅ {asked} pictures asked about, all in {options.out}")
+
+
+def begin(address: str | None = None) -> None:
+    """Ray, quietly: on this machine, or joined to a cluster."""
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    here = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
+    ray.init(address=address, log_to_driver=False, logging_level="error", **here)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The server of `serving.app` as replicas on several machines, on Ray Serve:
+
+    serve run serving.replicas:app model_dir=models/demo_model replicas=2
+
+Each replica loads the model; requests go to one that is free. `ray start --head` on one machine and `ray start
+--address=...` on the others make them a cluster; all need the model's folder and this project at the same place.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel
+from ray import serve
+
+
+class Arguments(BaseModel):
+    """Of `app`, on the command line or in a file of Ray Serve's.
+
+    Attributes:
+        model_dir: folder of a converted model, on each machine.
+        replicas: how many load it.
+        threads: of each; None: those of its machine.
+        key: that clients must give; none if it is empty.
+    """
+
+    model_dir: str
+    replicas: int = 1
+    threads: int | None = None
+    key: str = ""
+
+
+def build(arguments: Arguments):
+    """A replica's FastAPI app, with a model of its own."""
+    from transformers import AutoProcessor
+
+    from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+    from ov_mllama.model import OVMLlamaForConditionalGeneration
+    from serving.app import create_app
+    from serving.batches import Batches
+
+    model_dir = Path(arguments.model_dir)
+    model = OVMLlamaForConditionalGeneration(
+        model_dir,
+        ov_config={"INFERENCE_NUM_THREADS": arguments.threads} if arguments.threads else None,
+        language_model_name=newest(model_dir, LANGUAGE_MODEL_NAME),
+        image_encoder_name=newest(model_dir, VISION_ENCODER_NAME),
+    )
+    batches = Batches(model, AutoProcessor.from_pretrained(model_dir))
+    return create_app(batches, model_dir.resolve().name, arguments.key or None)
+
+
+class Replica:
+    """Answers as `serving.app` does."""
+
+
+def app(arguments: Arguments):
+    """What `serve run` runs."""
+    deployment = serve.deployment(
+        num_replicas=arguments.replicas,
+        max_ongoing_requests=32,  # what waits in a replica can share its steps
+        max_queued_requests=64,
+    )
+
+    def built():  # Ray Serve takes a function for a builder, and a partial for the app itself
+        return build(arguments)
+
+    return deployment(serve.ingress(built)(Replica)).bind()

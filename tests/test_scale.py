@@ -1,0 +1,148 @@
+"""Captions for a folder on Ray Data, and the server's replicas on Ray Serve: what is killed is done again, once."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pandas as pd
+import psutil
+import pytest
+from PIL import Image
+
+from chat_page import SELF, WHO, path_of, wait_until
+from conftest import DEMO, ROOT, demo_samples
+from ov_mllama_helper import convert_mllama
+
+SAMPLES = demo_samples()
+QUESTION = "Describe this image."
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return convert_mllama(DEMO, tmp_path_factory.mktemp("scale") / "ov")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """The samples, one of them twice, and what is none."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for sample in SAMPLES:
+        shutil.copy(path_of(sample), folder)
+    shutil.copy(path_of(SAMPLES[0]), folder / "more" / "again.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG broken")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    import ray
+    from ray import serve
+
+    from serving.caption import begin
+
+    begin()
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+# ---- A folder of pictures -------------------------------------------------------------------------------------------
+
+
+def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictures, tmp_path):
+    from serving.caption import caption
+
+    out = tmp_path / "captions.parquet"
+    assert caption(pictures, QUESTION, out, model_dir) == len(SAMPLES) + 1
+    table = pd.read_parquet(out)
+    assert len(table) == table["id"].nunique() == len(SAMPLES) + 1
+    broken = table[table["error"].notna()]
+    assert broken["path"].tolist() == [str(pictures / "broken.png")]
+    assert "not a picture" in broken["error"].item()
+    answers = {path.rpartition("/")[2]: answer for path, answer in zip(table["path"], table["answer"], strict=True)}
+    assert answers[path_of(SAMPLES[2]).name] == SAMPLES[2]["answer"]
+    assert answers[path_of(SAMPLES[8]).name] == SAMPLES[8]["answer"]
+    assert caption(pictures, QUESTION, out, model_dir) == 0
+    Image.new("RGB", (112, 112), "red").save(pictures / "new.png")
+    assert caption(pictures, QUESTION, out, model_dir) == 1
+    assert len(pd.read_parquet(out)) == len(SAMPLES) + 2
+
+
+def test_a_folder_without_pictures(tmp_path):
+    from serving.caption import caption
+
+    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+        caption(tmp_path, QUESTION, tmp_path / "out", tmp_path)
+
+
+def run(model_dir, pictures, out) -> subprocess.Popen:
+    command = [sys.executable, "-m", "serving.caption", str(pictures), "--question", QUESTION, "--out", str(out)]
+    command += ["--model-dir", str(model_dir), "--batch", "1"]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # noqa: S603
+
+
+def test_killed_at_random_moments_it_asks_each_picture_once(model_dir, pictures, tmp_path, request):
+    out, kills = tmp_path / "captions.parquet", 10 if request.config.getoption("--torture") else 2
+    for i in range(40):
+        Image.effect_noise((112, 112), i + 1).convert("RGB").save(pictures / f"noise-{i}.png")
+    rows: list[int] = []
+    for _ in range(kills):
+        process, seen = run(model_dir, pictures, out), len(list(out.glob("*.parquet"))) if out.exists() else 0
+        wait_until(lambda seen=seen: out.exists() and len(list(out.glob("*.parquet"))) > seen, 120)
+        time.sleep(random.uniform(0, 0.3))  # noqa: S311
+        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            each.send_signal(signal.SIGKILL)
+        process.wait()
+        rows.append(len(pd.read_parquet(out)))
+        if rows[-1] == len(SAMPLES) + 41:
+            break
+    assert rows[0] < len(SAMPLES) + 41, "it was over before it was killed"
+    assert run(model_dir, pictures, out).wait(timeout=240) == 0
+    table = pd.read_parquet(out)
+    assert len(table) == table["id"].nunique() == len(SAMPLES) + 41
+    assert not list(out.glob(".*"))
+
+
+# ---- Replicas -------------------------------------------------------------------------------------------------------
+
+
+def replicas() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(each.cmdline())]
+
+
+def test_a_killed_replica_loses_no_request(ray_here, model_dir):
+    from ray import serve
+
+    from serving.replicas import Arguments, app
+
+    serve.start(http_options={"host": "127.0.0.1", "port": 8123})
+    client = openai.OpenAI(base_url="http://127.0.0.1:8123/v1", api_key="none", max_retries=0, timeout=60)
+
+    def ask(_=None) -> str:
+        question = [{"role": "user", "content": WHO}]
+        try:
+            return client.chat.completions.create(model="ov", messages=question).choices[0].message.content
+        except openai.APIError as error:
+            return type(error).__name__
+
+    serve.run(app(Arguments(model_dir=str(model_dir), replicas=2, threads=1)), name="chat", route_prefix="/")
+    assert ask() == SELF
+    assert len(replicas()) == 2
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask) for _ in range(200)]
+        time.sleep(0.5)
+        os.kill(replicas()[0].pid, signal.SIGKILL)
+        answers = [each.result(timeout=90) for each in asked]
+    refused = [answer for answer in answers if answer != SELF]
+    assert len(refused) <= 16, refused
+    assert set(refused) <= {"InternalServerError", "APIConnectionError", "APIStatusError"}
+    wait_until(lambda: len(replicas()) == 2, 90)
+    assert [ask() for _ in range(10)] == [SELF] * 10
