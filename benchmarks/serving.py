@@ -1,0 +1,113 @@
+"""What a server and a captioning process get through: python -m benchmarks.serving MODEL_DIR [--json FILE]
+
+Clients ask one question after another about one kept picture, each answered with --tokens tokens; those that wait share
+the model's steps. Then a folder of photographs is captioned, in batches and with two processes. Keys of the JSON:
+tokens_per_s by clients, tokens_per_s_over_one; pictures_per_minute by "workers x batch".
+"""
+
+import argparse
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from transformers import AutoProcessor
+
+from benchmarks.benchmark import provenance, rounded
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.photographs import photographs
+from serving.batches import Batches
+from serving.questions import Question
+
+
+def question(picture, words: str, tokens: int) -> Question:
+    """About a picture."""
+    content = [{"type": "image"}, {"type": "text", "text": words}]
+    return Question([{"role": "user", "content": content}], [picture], tokens)
+
+
+async def ask_all(batches: Batches, picture, clients: int, rounds: int, tokens: int) -> float:
+    """Tokens a second of so many clients, each with so many questions."""
+    total = 0
+
+    async def client(number: int) -> None:
+        nonlocal total
+        for i in range(rounds):
+            asked = batches.ask(question(picture, f"What is number {number * rounds + i} here?", tokens))
+            async for _ in asked.pieces():
+                pass
+            total += len(asked.row.words.tokens)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return total / (time.perf_counter() - started)
+
+
+def captioned(model_dir: Path, pictures: Path, workers: int, batch: int, tokens: int) -> float:
+    """Pictures a minute, with the loading of the models."""
+    from serving.caption import caption
+
+    with tempfile.TemporaryDirectory() as out:
+        started = time.perf_counter()
+        count = caption(pictures, "What is here?", out, model_dir, tokens, batch, workers, None if workers == 1 else 1)
+        return 60 * count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--rounds", type=int, default=3, help="questions of each client")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--captions", nargs="*", default=["1x1", "1x4", "1x8", "2x4"], help="workers x batch")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = OVMLlamaForConditionalGeneration(
+        options.model_dir,
+        language_model_name=newest(options.model_dir, LANGUAGE_MODEL_NAME),
+        image_encoder_name=newest(options.model_dir, VISION_ENCODER_NAME),
+        check_golden=False,
+    )
+    batches = Batches(model, AutoProcessor.from_pretrained(options.model_dir))
+    picture = photographs()[0]["image"]
+    asyncio.run(ask_all(batches, picture, 1, 1, 4))  # its picture is kept from here on
+    speed = {}
+    for clients in options.clients:
+        speed[clients] = asyncio.run(ask_all(batches, picture, clients, options.rounds, options.tokens))
+        print(f"{clients} clients: {speed[clients]:.1f} tokens/s", flush=True)
+    rss = psutil.Process().memory_info().rss / 1e9
+    batches.close()
+    del model, batches
+    pictures = Path(tempfile.mkdtemp())
+    for i in range(2):
+        for sample in photographs():
+            sample["image"].rotate(i).save(pictures / f"{i}-{sample['name']}.png")
+    per_minute = {}
+    if options.captions:
+        from serving.caption import begin
+
+        begin()
+    for case in options.captions:
+        workers, batch = map(int, case.split("x"))
+        per_minute[case] = captioned(options.model_dir, pictures, workers, batch, options.tokens)
+        print(f"{case}: {per_minute[case]:.1f} pictures a minute", flush=True)
+    shutil.rmtree(pictures)
+    result = {
+        **provenance("benchmarks.serving"),
+        "tokens_per_s": speed,
+        "tokens_per_s_over_one": {clients: each / speed[options.clients[0]] for clients, each in speed.items()},
+        "rss_gb": rss,
+        "pictures_per_minute": per_minute,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(rounded(result)))
+
+
+if __name__ == "__main__":
+    main()
