@@ -153,8 +153,9 @@ class Conversations:
             digest = hashlib.file_digest(picture, "sha256").hexdigest()[:16]
         kept = self.pictures / conversation.id / digest / file.name
         if not kept.is_file():
-            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            part = kept.with_name(f"{file.name}.part")
+            for folder in (self.folder, self.pictures, kept.parent.parent, kept.parent):  # `parents` have no mode
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            part = self.pictures / conversation.id / f"{secrets.token_hex(8)}.part"
             shutil.copyfile(file, part)
             part.replace(kept)
         return kept
