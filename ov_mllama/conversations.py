@@ -124,8 +124,13 @@ class Conversations:
         return conversation if conversation.owner == owner and not conversation.gone else None
 
     def save(self, conversation: Conversation) -> None:
-        """Keeps a conversation as it is now, under its first question if it has no title yet."""
-        if conversation.gone or not conversation.turns:
+        """Keeps a conversation as it is now, under its first question if it has no title yet; one whose questions were
+        all taken back is kept no longer."""
+        if conversation.gone:
+            return
+        if not conversation.turns:
+            conversation.title = ""
+            self._forget(conversation)
             return
         first = conversation.turns[0].question.strip() or "A picture"
         conversation.title = conversation.title or " ".join(first.split())[:TITLE_LENGTH]
@@ -142,9 +147,12 @@ class Conversations:
     def delete(self, conversation: Conversation) -> None:
         """Forgets a conversation and its pictures for good."""
         conversation.gone = True
+        self._forget(conversation)
+        shutil.rmtree(self.pictures / conversation.id, ignore_errors=True)
+
+    def _forget(self, conversation: Conversation) -> None:
         with self._database() as database:
             database.execute("DELETE FROM conversations WHERE id = ?", [conversation.id])
-        shutil.rmtree(self.pictures / conversation.id, ignore_errors=True)
         self.version += 1
 
     def keep(self, conversation: Conversation, file: Path) -> Path:
