@@ -1,0 +1,291 @@
+"""What is kept of conversations: by whom it is read again, what is gone for good, and what a killed program leaves."""
+
+import asyncio
+import multiprocessing
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from ov_mllama.chat import Chat, Wishes
+from ov_mllama.conversations import ANSWERED, CUT, STOPPED, WAITING, Conversation, Conversations, Turn
+
+ME, OTHER = "me", "somebody else"
+PROGRAMS, SAVES = 2, 40
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return Conversations(tmp_path / "data")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "cat.png"
+    path.write_bytes(b"a picture" * 100_000)
+    return path
+
+
+def talk(kept, *questions: str, owner=ME) -> Conversation:
+    """A conversation that is kept."""
+    conversation = Conversation(owner, turns=[Turn(question, [], "Yes.", "2 s", ANSWERED) for question in questions])
+    kept.save(conversation)
+    return conversation
+
+
+def another_program(kept) -> Conversations:
+    return Conversations(kept.folder)
+
+
+# ---- Read again -----------------------------------------------------------------------------------------------------
+
+
+def test_another_program_reads_what_was_saved(kept, picture):
+    conversation = Conversation(ME)
+    pictures = [kept.keep(conversation, picture)]
+    conversation.turns = [
+        Turn(" What is\nit? ", pictures, "A cat: “mrk”, 猫 🐈", "2 s", ANSWERED),
+        Turn("And now?", [], "It", "limit", CUT),
+    ]
+    kept.save(conversation)
+    again = another_program(kept).get(conversation.id, ME)
+    assert again is not conversation
+    assert (again.turns, again.title, again.owner) == (conversation.turns, "What is it?", ME)
+    assert again.turns[0].pictures[0].read_bytes() == picture.read_bytes()
+
+
+def test_the_conversation_changed_last_is_first(kept):
+    first, second, third = (talk(kept, name) for name in ("first", "second", "third"))
+    talk(kept, "not mine", owner=OTHER)
+    assert kept.titles(ME) == [("third", third.id), ("second", second.id), ("first", first.id)]
+    first.turns.append(Turn("more"))
+    kept.save(first)
+    assert another_program(kept).titles(ME) == [("first", first.id), ("third", third.id), ("second", second.id)]
+
+
+def test_every_caller_gets_the_same_object(kept):
+    conversation = talk(kept, "?")
+    assert kept.get(conversation.id, ME) is conversation
+    other = another_program(kept)
+    assert other.get(conversation.id, ME) is other.get(conversation.id, ME)
+
+
+def test_somebody_elses_is_none(kept):
+    conversation = talk(kept, "?")
+    for program in (kept, another_program(kept)):
+        assert program.get(conversation.id, OTHER) is None
+        assert program.get(conversation.id, "") is None
+        assert program.titles(OTHER) == []
+        assert program.get(conversation.id, ME)
+    assert kept.get("no such", ME) is None
+
+
+def test_one_that_nobody_asked_anything_is_not_kept(kept):
+    conversation = Conversation(ME)
+    kept.save(conversation)
+    assert kept.titles(ME) == []
+    assert kept.get(conversation.id, ME) is None
+
+
+def test_one_whose_only_question_was_taken_back_is_not_kept(kept):
+    conversation = talk(kept, "My secret?")
+    version = kept.version
+    conversation.turns.pop()
+    kept.save(conversation)
+    assert kept.version > version
+    assert (kept.titles(ME), conversation.name) == ([], "New chat")
+    assert another_program(kept).get(conversation.id, ME) is None
+    conversation.turns.append(Turn("Another?"))
+    kept.save(conversation)
+    assert kept.titles(ME) == [("Another?", conversation.id)]
+
+
+def test_titles(kept):
+    assert talk(kept, " a\n b ").title == "a b"
+    assert talk(kept, "  ").title == "A picture"
+    long = talk(kept, "word " * 100)
+    assert long.title.startswith("word word")
+    assert len(long.title) <= 60
+    long.title = ""
+    kept.save(long)
+    assert long.title
+    assert Conversation(ME).name == "New chat"
+
+
+def test_an_answer_that_the_programs_end_cut_off_is_stopped(kept):
+    conversation = Conversation(ME, turns=[Turn("First?", [], "Yes.", "2 s", ANSWERED), Turn("And?", [], "It is")])
+    kept.save(conversation)
+    first, cut = another_program(kept).get(conversation.id, ME).turns
+    assert (first.state, first.note) == (ANSWERED, "2 s")
+    assert (cut.state, cut.answer, cut.note) == (STOPPED, "It is", "The program ended before the answer did.")
+    assert kept.get(conversation.id, ME).turns[-1].state == WAITING  # in the program that answers it
+
+
+def test_settings_are_a_persons(kept):
+    assert kept.settings(ME) is None
+    kept.choose(ME, ["Be brief.", 7, 0.5, 0.9])
+    kept.choose(OTHER, ["", 8, 0.0, 0.9])
+    kept.choose(ME, ["Be brief.", 9, 0.5, 0.9])
+    assert another_program(kept).settings(ME) == ["Be brief.", 9, 0.5, 0.9]
+    assert kept.settings(OTHER) == ["", 8, 0.0, 0.9]
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_picture_is_kept_once_under_its_own_name(kept, picture, tmp_path):
+    conversation, other = Conversation(ME), Conversation(ME)
+    copy = kept.keep(conversation, picture)
+    assert (copy.name, copy.read_bytes()) == (picture.name, picture.read_bytes())
+    assert kept.keep(conversation, picture) == copy
+    assert kept.keep(conversation, copy) == copy  # a question taken back names the copy
+    assert files(kept.pictures) == [copy]
+    assert kept.keep(other, picture) != copy
+    namesake = tmp_path / "elsewhere" / picture.name
+    namesake.parent.mkdir()
+    namesake.write_bytes(b"another one")
+    assert kept.keep(conversation, namesake).read_bytes() == b"another one"
+    assert copy.read_bytes() == picture.read_bytes()
+
+
+def test_an_interrupted_copy_is_not_taken_for_the_picture(kept, picture, monkeypatch):
+    conversation = Conversation(ME)
+
+    def half(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:1000])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(KeyboardInterrupt):
+        kept.keep(conversation, picture)
+    monkeypatch.undo()
+    assert kept.keep(conversation, picture).read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["кот 猫 🐈 (1).png", " .png", "a%20b#c?.png", "x" * 251 + ".png", "猫" * 83 + ".png", "part", "..."],
+    ids=["unicode", "space", "address", "long", "long unicode", "part", "dots"],
+)
+def test_odd_file_names(kept, tmp_path, name):
+    odd = tmp_path / name
+    odd.write_bytes(b"picture")
+    conversation = Conversation(ME)
+    conversation.turns = [Turn("?", [kept.keep(conversation, odd)])]
+    kept.save(conversation)
+    (again,) = another_program(kept).get(conversation.id, ME).turns[0].pictures
+    assert (again.name, again.read_bytes()) == (name, b"picture")
+
+
+def test_what_is_deleted_is_gone(kept, picture):
+    conversation, other = talk(kept, "?"), talk(kept, "Another?")
+    for each in (conversation, other):
+        each.turns[0].pictures = [kept.keep(each, picture)]
+        kept.save(each)
+    kept.delete(conversation)
+    kept.save(conversation)  # by an answer that was under way
+    for program in (kept, another_program(kept)):
+        assert program.get(conversation.id, ME) is None
+        assert program.titles(ME) == [("Another?", other.id)]
+    assert files(kept.pictures) == other.turns[0].pictures
+
+
+@pytest.mark.parametrize("picture_first", [False, True])
+def test_what_is_kept_is_the_users_alone(kept, picture, picture_first):
+    conversation = talk(kept, "?") if not picture_first else Conversation(ME)
+    kept.keep(conversation, picture)
+    folders = [kept.folder, *(path for path in kept.folder.rglob("*") if path.is_dir())]
+    assert len(folders) == 4
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+
+
+# ---- Several at once ------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, number: int) -> None:
+    """What each of several programs does."""
+    kept = Conversations(folder)
+    for i in range(SAVES):
+        conversation = talk(kept, f"{number}.{i}")
+        conversation.turns.append(Turn("more"))
+        kept.save(conversation)
+        kept.choose(f"user {number}", [i])
+
+
+def test_programs_that_write_at_once_lose_nothing(kept):
+    several = multiprocessing.get_context("spawn")
+    programs = [several.Process(target=write, args=(kept.folder, number)) for number in range(PROGRAMS)]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join()
+    assert [program.exitcode for program in programs] == [0] * PROGRAMS
+    titles = kept.titles(ME)
+    assert sorted(title for title, _ in titles) == sorted(f"{n}.{i}" for n in range(PROGRAMS) for i in range(SAVES))
+    assert {len(kept.get(key, ME).turns) for _, key in titles} == {2}
+    assert [kept.settings(f"user {number}") for number in range(PROGRAMS)] == [[SAVES - 1]] * PROGRAMS
+
+
+# ---- Answers that are given up --------------------------------------------------------------------------------------
+
+
+class Waiter(Chat):
+    """A chat whose answers take for ever."""
+
+    async def answer(self, turns, progress, wishes, uploads=()):
+        try:
+            turns[-1].answer = "It is"
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            turns[-1].state = STOPPED
+            raise
+
+
+def in_a_chat(kept, steps) -> Conversation:
+    """A conversation after `steps(chat, conversation)`, a coroutine."""
+    conversation = Conversation(ME, turns=[Turn("?")])
+    chat = Waiter(None, None, kept)
+
+    async def run():
+        await steps(chat, conversation)
+        assert chat.answering(conversation) is None
+
+    asyncio.run(run())
+    return conversation
+
+
+def assert_stopped(kept, conversation, answer: str) -> None:
+    """Here and in what is kept."""
+    for each in (conversation, another_program(kept).get(conversation.id, ME)):
+        assert (each.turns[-1].state, each.turns[-1].answer, each.turns[-1].note) == (STOPPED, answer, "")
+
+
+def test_stopped_before_its_first_step(kept):
+    async def steps(chat, conversation):
+        chat.begin(conversation, Wishes())
+        assert chat.answering(conversation)
+        await chat.stop(conversation)
+
+    assert_stopped(kept, in_a_chat(kept, steps), "")
+
+
+def test_stopped_between_words(kept):
+    async def steps(chat, conversation):
+        chat.begin(conversation, Wishes())
+        await asyncio.sleep(0.05)
+        assert another_program(kept).get(conversation.id, ME)  # kept from the first moment on
+        await chat.stop(conversation)
+
+    assert_stopped(kept, in_a_chat(kept, steps), "It is")
+
+
+def test_stop_with_nothing_to_stop(kept):
+    async def steps(chat, conversation):
+        await chat.stop(conversation)
+
+    assert in_a_chat(kept, steps).turns[-1].state == WAITING
