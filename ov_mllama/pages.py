@@ -67,10 +67,12 @@ class Pages:
         """A tab says whose it is and what it shows: the first time, and after the server began anew."""
         owner = f"user {request.username}" if request.username else owner
         kept = self.conversations.get(key, owner) if key else None
-        return self._pages.setdefault(request.session_hash, Page(owner, kept or Conversation(owner)))
+        page = self._pages[request.session_hash] = Page(owner, kept or Conversation(owner))
+        return page
 
-    def open(self, owner: str, request: gr.Request) -> list:
-        """A tab was opened or loaded again: its owner, who is made up the first time, and settings."""
+    async def open(self, owner: str, request: gr.Request) -> list:
+        """A tab was opened or loaded again: its owner, who is made up the first time, and settings. It may have asked
+        for news before, which then showed it an empty conversation."""
         owner = owner or secrets.token_hex(16)
         page = self.connect(owner, request.query_params.get("chat", ""), request)
         return [owner, *(self.conversations.settings(page.owner) or Wishes())]
@@ -101,7 +103,7 @@ class Pages:
             who_answers(self.chat.model),
         ]
 
-    def news(self, owner: str, key: str, version: str, request: gr.Request):
+    async def news(self, owner: str, key: str, version: str, request: gr.Request):
         """Another word whenever a page does not show what it should; asked often, so it must be cheap.
 
         Args:
@@ -113,7 +115,7 @@ class Pages:
         shows_all = version == str(page.version) and self._look(page) == page.shown
         return gr.skip() if shows_all else secrets.token_hex(8)
 
-    def show(self, version: str, request: gr.Request) -> list:
+    async def show(self, version: str, request: gr.Request) -> list:
         """What has changed on a page, for its components; all of it if an earlier answer was lost on its way.
 
         Args:
