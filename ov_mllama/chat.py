@@ -111,8 +111,8 @@ class Chat:
         task.add_done_callback(ended)
 
     async def stop(self, conversation: Conversation) -> None:
-        """Ends the answer under way, if there is one, and waits until it has ended."""
-        if answering := self._under_way.get(conversation):
+        """Ends the answer under way, if there is one, and waits until it has ended, and those begun meanwhile too."""
+        while answering := self._under_way.get(conversation):
             answering.task.cancel()
             await asyncio.wait([answering.task])
             await asyncio.sleep(0)  # its callback

@@ -289,3 +289,21 @@ def test_stop_with_nothing_to_stop(kept):
         await chat.stop(conversation)
 
     assert in_a_chat(kept, steps).turns[-1].state == WAITING
+
+
+def test_several_who_begin_anew_at_once_get_one_answer(kept):
+    async def steps(chat, conversation):
+        async def retry():
+            await chat.stop(conversation)
+            chat.begin(conversation, Wishes())
+            return chat.answering(conversation).task
+
+        chat.begin(conversation, Wishes())
+        await asyncio.sleep(0.05)
+        tasks = await asyncio.gather(*(retry() for _ in range(3)))
+        await asyncio.sleep(0.05)
+        (under_way,) = [task for task in tasks if not task.done()]
+        assert chat.answering(conversation).task is under_way
+        await chat.stop(conversation)
+
+    assert_stopped(kept, in_a_chat(kept, steps), "It is")
