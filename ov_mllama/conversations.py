@@ -41,6 +41,7 @@ class Turn:
         answer: as far as it is written.
         note: what is to be said of the answer: the time it took, or why there is none.
         state: WAITING until the answer is there; CUT by its limit; STOPPED by whoever asked; FAILED.
+        asked: when, in seconds since 1970.
     """
 
     question: str
@@ -48,6 +49,7 @@ class Turn:
     answer: str = ""
     note: str = ""
     state: str = WAITING
+    asked: float = field(default_factory=time.time, compare=False)
 
 
 @dataclass(eq=False)
@@ -96,7 +98,7 @@ class Conversations:
             yield database
 
     def titles(self, owner: str) -> list[tuple[str, str]]:
-        """Name and id of each of a person's conversations, the one changed last first."""
+        """Name and id of each of a person's conversations, the one asked last first."""
         with self._database() as database:
             rows = database.execute(
                 "SELECT title, id FROM conversations WHERE owner = ? ORDER BY changed DESC", [owner]
@@ -138,7 +140,7 @@ class Conversations:
             {**asdict(turn), "pictures": [path.relative_to(self.pictures).as_posix() for path in turn.pictures]}
             for turn in conversation.turns
         ]
-        row = [conversation.id, conversation.owner, conversation.title, time.time(), json.dumps(turns)]
+        row = [conversation.id, conversation.owner, conversation.title, conversation.turns[-1].asked, json.dumps(turns)]
         with self._database() as database:
             database.execute("INSERT OR REPLACE INTO conversations VALUES (?, ?, ?, ?, ?)", row)
         self._open[conversation.id] = conversation
