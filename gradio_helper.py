@@ -167,7 +167,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     part.chatbot.edit(pages.edit, part.wishes, **quick)
     part.new.click(pages.begin_new, **quick)
     part.history.input(pages.reopen, [part.history], **quick)
-    gr.on([part.name.submit, part.name.blur], pages.rename, [part.name], **quick)
+    gr.on([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name], **quick)
     part.delete.click(pages.delete, part.hidden[:1], js=SURE, **quick)
     part.export.click(pages.export, None, [part.exported], **quick).then(js=DOWNLOAD, **on_the_page)
     gr.on([wish.change for wish in part.wishes], pages.choose, part.wishes, **quick)

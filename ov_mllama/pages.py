@@ -203,12 +203,13 @@ class Pages:
         page = self.page(request)
         page.conversation = self.conversations.get(key, page.owner) or Conversation(page.owner)
 
-    async def rename(self, name: str, request: gr.Request) -> None:
-        """Another name for the conversation; none is its first question again."""
+    async def rename(self, name: str, request: gr.Request) -> str:
+        """Another name for the conversation; none is its first question again. What it is called now."""
         talk = self.page(request).conversation
         if talk.turns and name != talk.name:
             talk.title = name.strip()
             self.conversations.save(talk)
+        return talk.name
 
     async def delete(self, sure: str, request: gr.Request) -> None:
         """Deletes the conversation, with its pictures, if its owner is sure."""
