@@ -5,11 +5,13 @@ import multiprocessing
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ov_mllama.chat import Chat, Wishes
 from ov_mllama.conversations import ANSWERED, CUT, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.pages import Pages
 
 ME, OTHER = "me", "somebody else"
 PROGRAMS, SAVES = 2, 40
@@ -309,3 +311,20 @@ def test_several_who_begin_anew_at_once_get_one_answer(kept):
         await chat.stop(conversation)
 
     assert_stopped(kept, in_a_chat(kept, steps), "It is")
+
+
+def test_a_page_that_asked_for_news_before_it_was_opened_shows_its_conversation(kept):
+    conversation = talk(kept, "?")
+    model = SimpleNamespace(stats=SimpleNamespace(tokens_per_s=0))
+    pages = Pages(Chat(model, None, kept))
+    request = SimpleNamespace(session_hash="tab", username=None, query_params={"chat": conversation.id})
+
+    async def load():
+        await pages.news(ME, "", "", request)
+        await pages.show("", request)
+        await pages.open(ME, request)
+        assert await pages.news(ME, "", "1", request)
+        return await pages.show("1", request)
+
+    assert conversation.id in asyncio.run(load())
+    assert pages.page(request).conversation is conversation
