@@ -259,6 +259,10 @@ def test_undo_during_an_answer(page, model):
     expect(page.box).to_have_value(WHO)
     for nothing in (page.user, page.bot, page.history):
         expect(nothing).to_have_count(0)
+    page.tab.wait_for_timeout(700)
+    steps = len(model.llm_infer_time)
+    page.tab.wait_for_timeout(700)
+    assert len(model.llm_infer_time) == steps  # nobody waits for the rest of it
     page.expect_ready()
     model.step_s = 0
     page.send.click()
