@@ -83,6 +83,7 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), folder: Path |
         options: of `generate`, for every question, such as `assistant_model=OVDraftModel(folder)`.
     """
     conversations = Conversations(folder)
+    conversations.tidy()
     gr.set_static_paths([conversations.pictures])  # served as they are: Gradio's own copies live an hour
     with ChatPage(
         title="Llama 3.2 Vision",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import platformdirs
 
+DAY_S = 24 * 60 * 60
 TITLE_LENGTH = 60  # characters of a first question that name its conversation
 TABLES = """
 CREATE TABLE IF NOT EXISTS conversations (
@@ -169,6 +170,15 @@ class Conversations:
             shutil.copyfile(file, part)
             part.replace(kept)
         return kept
+
+    def tidy(self) -> None:
+        """Deletes pictures that belong to no conversation any more: of questions taken back, or of a program that was
+        killed. Those of the last day stay, because they may belong to a question that is about to be asked."""
+        with self._database() as database:
+            known = {key for (key,) in database.execute("SELECT id FROM conversations")}
+        for folder in self.pictures.iterdir() if self.pictures.is_dir() else ():
+            if folder.name not in known and folder.stat().st_mtime < time.time() - DAY_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def settings(self, owner: str) -> list | None:
         """What a person has chosen last, as given to `choose`; None before."""

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
@@ -30,7 +31,9 @@ def shown_picture(path: Path) -> Path:
     copy = path.with_name(f"{path.name}.jpg")
     if not copy.is_file():
         try:
-            open_picture(path).save(copy, quality=90)
+            part = path.with_name(f"{secrets.token_hex(8)}.part")
+            open_picture(path).save(part, "JPEG", quality=90)
+            part.replace(copy)
         except ValueError:
             return path
     return copy

@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -206,6 +207,15 @@ def test_what_is_kept_is_the_users_alone(kept, picture, picture_first):
     folders = [kept.folder, *(path for path in kept.folder.rglob("*") if path.is_dir())]
     assert len(folders) == 4
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+
+
+def test_pictures_of_no_conversation_go_after_a_day(kept, picture):
+    asked, dropped, new = talk(kept, "Whose?"), Conversation(ME), Conversation(ME)
+    pictures = [kept.keep(conversation, picture) for conversation in (asked, dropped, new)]
+    for conversation in (asked, dropped):
+        os.utime(kept.pictures / conversation.id, (0, 0))
+    kept.tidy()
+    assert [path.is_file() for path in pictures] == [True, False, True]
 
 
 # ---- Several at once ------------------------------------------------------------------------------------------------
