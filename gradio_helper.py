@@ -47,7 +47,9 @@ LAUNCH = {
     "footer_links": [],
     "css_paths": PARTS / "page.css",
     "js": (PARTS / "page.js").read_text(encoding="utf-8"),
-    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+        body_text_color_subdued="*neutral_500", input_placeholder_color="*neutral_500"  # or they cannot be read
+    ),
 }
 
 
@@ -88,6 +90,7 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), folder: Path |
     with ChatPage(
         title="Llama 3.2 Vision",
         fill_height=True,
+        fill_width=True,
         analytics_enabled=False,
         delete_cache=(600, 3600),  # every ten minutes, uploads older than an hour; all of them when the server ends
     ) as demo:
@@ -108,7 +111,9 @@ def lay_out(about: str, examples: Iterable[dict]) -> SimpleNamespace:
     part.news, part.version, part.address = (gr.Textbox(visible="hidden") for _ in range(3))
     with gr.Sidebar(width=300):
         part.new = gr.Button("New chat")
-        part.history = gr.Radio([], show_label=False, container=False, interactive=True, elem_classes="history")
+        part.history = gr.Radio(
+            [], label="Earlier chats", show_label=False, container=False, interactive=True, elem_classes="history"
+        )
         with gr.Accordion("Settings", open=False):
             part.wishes = [
                 gr.Textbox("", label="System prompt", lines=2, interactive=True),
@@ -117,7 +122,14 @@ def lay_out(about: str, examples: Iterable[dict]) -> SimpleNamespace:
                 gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p (only with a temperature)", interactive=True),
             ]
     with gr.Row(scale=0, elem_classes="top"):
-        part.name = gr.Textbox(show_label=False, container=False, interactive=True, elem_classes="name", max_length=100)
+        part.name = gr.Textbox(
+            label="Name of this chat",
+            show_label=False,
+            container=False,
+            interactive=True,
+            elem_classes="name",
+            max_length=100,
+        )
         part.export = gr.Button("Export", size="sm", scale=0, min_width=0, elem_classes="quiet")
         part.delete = gr.Button("Delete", size="sm", scale=0, min_width=0, elem_classes="quiet")
         part.exported = gr.DownloadButton(visible="hidden", elem_id="exported")
@@ -134,11 +146,12 @@ def lay_out(about: str, examples: Iterable[dict]) -> SimpleNamespace:
         examples=written(examples),
     )
     part.box = gr.MultimodalTextbox(
+        label="Question",
         show_label=False,
         file_types=SUFFIXES,
         file_count="multiple",
         sources=["upload"],
-        placeholder="Ask a question, with or without pictures",
+        placeholder="Ask a question or add pictures",
         autofocus=True,
         interactive=True,
     )

@@ -1,4 +1,13 @@
 () => {
+  // On a narrow screen the list of chats is over the chat: it is closed at first, and when one was chosen
+  const narrow = matchMedia("(max-width: 768px)");
+  const closeList = () => { if (narrow.matches) document.querySelector(".sidebar.open > .toggle-button")?.click(); };
+  closeList();
+  document.querySelector(".sidebar").addEventListener("click", ({ target }) => {
+    if (target.closest(".history input, .sidebar-content > .column > button")) closeList();
+  });
+  document.querySelector(".history").ariaLabel = "Earlier chats";
+
   // Pictures open large, and close at a click or Escape
   document.addEventListener("click", ({ target }) => {
     const picture = target.closest(".message.component")?.querySelector("img");
@@ -12,14 +21,23 @@
     dialog.showModal();
   });
 
-  // Text that grows is followed only by who is at its end
-  let follows = true;
-  const log = () => document.querySelector("[role=log]");
-  document.addEventListener("scroll", ({ target }) => {
-    if (target === log()) follows = target.scrollTop + target.clientHeight > target.scrollHeight - 40;
-  }, true);
-  new MutationObserver(() => { if (follows && log()) log().scrollTop = log().scrollHeight; })
-    .observe(document.body, { childList: true, subtree: true, characterData: true });
+  // Text that grows is followed by who is at its end, not by who has scrolled up; a question brings everybody there
+  let follows = true, left = 0, asked = 0;
+  const follow = () => {
+    const log = document.querySelector("[role=log]"), questions = document.querySelectorAll(".user-row").length;
+    if (!log) return;
+    if (questions !== asked || log.scrollTop + log.clientHeight > log.scrollHeight - 2) follows = true;
+    else if (log.scrollTop < left - 1) follows = false;
+    asked = questions;
+    if (follows) log.scrollTop = log.scrollHeight;
+    left = log.scrollTop;
+  };
+  for (const event of ["scroll", "load"]) document.addEventListener(event, follow, true);
+  new MutationObserver(() => {
+    follow();
+    for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
+      button.ariaLabel = "Open the picture large";
+  }).observe(document.body, { childList: true, subtree: true, characterData: true });
 
   // Pictures may be dropped anywhere
   document.addEventListener("dragover", (event) => event.preventDefault());

@@ -20,7 +20,7 @@ def with_formulas(text: str) -> str:
     space inside the dollars, no digit behind the second); code stays as it is."""
     pieces = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
     formula = re.compile(r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*?[^\s$\\])\$(?![\d$])")
-    pieces[::2] = [formula.sub(r"\\\\(\1\\\\)", piece) for piece in pieces[::2]]
+    pieces[::2] = [formula.sub(r"\\(\1\\)", piece) for piece in pieces[::2]]
     return "".join(pieces)
 
 

@@ -171,14 +171,14 @@ def test_remarks_say_how_an_answer_stands():
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("so $x^2$ is", r"so \\(x^2\\) is"),
-        ("$a$, $b_1$", r"\\(a\\), \\(b_1\\)"),
+        ("so $x^2$ is", r"so \(x^2\) is"),
+        ("$a$, $b_1$", r"\(a\), \(b_1\)"),
         ("it costs $5 and $10.", None),
         ("$ 5 $", None),
         (r"\$x\$", None),
         ("$$x$$", None),
-        ("`$x$` and $y$", r"`$x$` and \\(y\\)"),
-        ("```\n$x$\n``` $y$", "```\n$x$\n``` " + r"\\(y\\)"),
+        ("`$x$` and $y$", r"`$x$` and \(y\)"),
+        ("```\n$x$\n``` $y$", "```\n$x$\n``` " + r"\(y\)"),
         ("```\n$x$", None),
         ("from $HOME to $PATH", None),
     ],
