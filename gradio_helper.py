@@ -48,7 +48,8 @@ LAUNCH = {
     "css_paths": PARTS / "page.css",
     "js": (PARTS / "page.js").read_text(encoding="utf-8"),
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
-        body_text_color_subdued="*neutral_500", input_placeholder_color="*neutral_500"  # or they cannot be read
+        body_text_color_subdued="*neutral_500",
+        input_placeholder_color="*neutral_500",  # or they cannot be read
     ),
 }
 

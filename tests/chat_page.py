@@ -82,12 +82,14 @@ class Tab:
     def __init__(self, browser, url: str, query: str = "", **context):
         self.context = browser
         if hasattr(browser, "new_context"):
-            self.context = browser.new_context(viewport={"width": 1100, "height": 900}, **context)
+            self.context = browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **context})
         self.tab = self.context.new_page()
         self.requests: list[str] = []
         self.errors: list[str] = []
+        self.console: list[str] = []  # what a developer would be warned of there
         self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.on("console", lambda line: line.type in ("error", "warning") and self.console.append(line.text))
         self.tab.goto(url + query)
         self.box = self.tab.get_by_placeholder("Ask a question")
         self.user = self.tab.locator("[data-testid=user]")  # one for each picture and each text
