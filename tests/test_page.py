@@ -64,7 +64,8 @@ class Says:
 def says(monkeypatch):
     says = Says()
     monkeypatch.setattr("ov_mllama.chat.stream_words", says.words)
-    return says
+    yield says
+    says.over = True
 
 
 def drop(page, files: dict[str, str], target: str, event="drop") -> None:
