@@ -1,8 +1,11 @@
-"""What the tests of the chat share: the demo model as slow as the 11B, and a browser's tab as a person uses it."""
+"""What the tests of the chat share: the demo model as slow as the 11B, answers made up, and a browser's tab as a person
+uses it."""
 
+import asyncio
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from playwright.sync_api import expect
 
@@ -50,6 +53,22 @@ class Slow(OVMLlamaForConditionalGeneration):
     def step(self, request, inputs):
         time.sleep(self.step_s)
         return self._step(request, inputs)
+
+
+class Says:
+    """What is answered in place of the model: `text`, which may grow until it is `over`."""
+
+    def __init__(self):
+        self.text, self.over = "", True
+
+    async def words(self, model, processor, note, progress, **inputs):
+        said = 0
+        while not self.over or said < len(self.text):
+            if said < len(self.text):
+                piece, said = self.text[said:], len(self.text)
+                yield piece
+            await asyncio.sleep(0.02)
+        note(SimpleNamespace(times="1 s"), False)
 
 
 def ahead_threads() -> list[threading.Thread]:
@@ -147,3 +166,59 @@ class Tab:
         self.tab.keyboard.press("Tab")
         expect(self.tab.get_by_label("range slider for Longest answer, tokens")).to_have_value(str(tokens))
         self.tab.wait_for_timeout(200)
+
+
+def drop(page, files: dict[str, str], target: str, event="drop") -> None:
+    """Drops, or pastes, files on a part of the page; a picture is painted there."""
+    page.tab.evaluate(
+        """async ([files, target, kind]) => {
+            const data = new DataTransfer();
+            for (const [name, type] of Object.entries(files)) {
+                const canvas = new OffscreenCanvas(40, 30);
+                const brush = canvas.getContext("2d");
+                brush.fillStyle = `hsl(${parseInt(name) * 90} 50% 50%)`;
+                brush.fillRect(5, 5, 20, 20);
+                const content = type === "image/png" ? await canvas.convertToBlob() : "no picture";
+                data.items.add(new File([content], name, { type }));
+            }
+            const options = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
+            const event = kind === "paste" ? new ClipboardEvent(kind, options) : new DragEvent(kind, options);
+            document.querySelector(target).dispatchEvent(event);
+        }""",
+        [files, target, event],
+    )
+
+
+# Of an element in the page: how far its text stands out from what is behind it, by WCAG 2
+CONTRAST = """element => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const above = [];
+    for (let e = element; e; e = e.parentElement) above.unshift(e);
+    const layers = above.map(e => getComputedStyle(e));
+    const painted = (text) => {
+        canvas.globalAlpha = 1;
+        canvas.fillStyle = "white";
+        canvas.fillRect(0, 0, 1, 1);
+        for (const style of layers) {
+            canvas.fillStyle = style.backgroundColor;
+            canvas.fillRect(0, 0, 1, 1);
+        }
+        canvas.globalAlpha = layers.reduce((alpha, style) => alpha * style.opacity, 1);
+        canvas.fillStyle = text ? layers.at(-1).color : "transparent";
+        canvas.fillRect(0, 0, 1, 1);
+        const light = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(
+            value => value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2] + 0.05;
+    };
+    const [one, other] = [painted(true), painted(false)];
+    return Math.max(one, other) / Math.min(one, other);
+}"""
+
+# Where the keyboard is: its name, and whether that can be seen; null at the page's end
+FOCUSED = """() => {
+    const e = document.activeElement, around = e.closest("label");
+    if (e === document.body) return null;
+    const seen = [e, around].some(each => each && getComputedStyle(each).outlineStyle !== "none");
+    const name = e.ariaLabel || e.innerText || e.placeholder || around?.innerText || "";
+    return [name.trim().split("\\n")[0], seen || e.matches("textarea, input")];
+}"""

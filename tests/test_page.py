@@ -1,9 +1,7 @@
 """What a person sees and can do on the chat's page, in a real browser: pictures of every kind, formulas, a phone, the
 dark, a keyboard alone, and text that would like to be a program."""
 
-import asyncio
 import re
-from types import SimpleNamespace
 
 import pillow_heif
 import pytest
@@ -11,7 +9,7 @@ from PIL import Image
 from playwright.sync_api import expect
 from transformers import AutoProcessor
 
-from chat_page import SELF, WHO, Slow, Tab, path_of
+from chat_page import CONTRAST, FOCUSED, SELF, WHO, Says, Slow, Tab, drop, path_of
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import make_demo
@@ -44,49 +42,12 @@ def page(browser, url):
     page.close()
 
 
-class Says:
-    """What is answered in place of the model: `text`, which may grow until it is `over`."""
-
-    def __init__(self):
-        self.text, self.over = "", True
-
-    async def words(self, model, processor, note, progress, **inputs):
-        said = 0
-        while not self.over or said < len(self.text):
-            if said < len(self.text):
-                piece, said = self.text[said:], len(self.text)
-                yield piece
-            await asyncio.sleep(0.02)
-        note(SimpleNamespace(times="1 s"), False)
-
-
 @pytest.fixture
 def says(monkeypatch):
     says = Says()
     monkeypatch.setattr("ov_mllama.chat.stream_words", says.words)
     yield says
     says.over = True
-
-
-def drop(page, files: dict[str, str], target: str, event="drop") -> None:
-    """Drops, or pastes, files on a part of the page; a picture is painted there."""
-    page.tab.evaluate(
-        """async ([files, target, kind]) => {
-            const data = new DataTransfer();
-            for (const [name, type] of Object.entries(files)) {
-                const canvas = new OffscreenCanvas(40, 30);
-                const brush = canvas.getContext("2d");
-                brush.fillStyle = `hsl(${parseInt(name) * 90} 50% 50%)`;
-                brush.fillRect(5, 5, 20, 20);
-                const content = type === "image/png" ? await canvas.convertToBlob() : "no picture";
-                data.items.add(new File([content], name, { type }));
-            }
-            const options = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
-            const event = kind === "paste" ? new ClipboardEvent(kind, options) : new DragEvent(kind, options);
-            document.querySelector(target).dispatchEvent(event);
-        }""",
-        [files, target, event],
-    )
 
 
 def test_it_says_who_answers_and_what_the_model_knows(page, model):
@@ -263,31 +224,6 @@ def test_on_a_phone(browser, url):
     page.close()
 
 
-CONTRAST = """element => {
-    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-    const above = [];
-    for (let e = element; e; e = e.parentElement) above.unshift(e);
-    const layers = above.map(e => getComputedStyle(e));
-    const painted = (text) => {
-        canvas.globalAlpha = 1;
-        canvas.fillStyle = "white";
-        canvas.fillRect(0, 0, 1, 1);
-        for (const style of layers) {
-            canvas.fillStyle = style.backgroundColor;
-            canvas.fillRect(0, 0, 1, 1);
-        }
-        canvas.globalAlpha = layers.reduce((alpha, style) => alpha * style.opacity, 1);
-        canvas.fillStyle = text ? layers.at(-1).color : "transparent";
-        canvas.fillRect(0, 0, 1, 1);
-        const light = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(
-            value => value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2] + 0.05;
-    };
-    const [one, other] = [painted(true), painted(false)];
-    return Math.max(one, other) / Math.min(one, other);
-}"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(browser, url, says, scheme):
     page = Tab(browser, url, color_scheme=scheme)
@@ -311,21 +247,12 @@ def test_text_can_be_read(browser, url, says, scheme):
     page.close()
 
 
-NAME = """() => {
-    const e = document.activeElement, around = e.closest("label");
-    if (e === document.body) return null;
-    const seen = [e, around].some(each => each && getComputedStyle(each).outlineStyle !== "none");
-    const name = e.ariaLabel || e.innerText || e.placeholder || around?.innerText || "";
-    return [name.trim().split("\\n")[0], seen || e.matches("textarea, input")];
-}"""
-
-
 def test_everything_is_reached_and_done_with_a_keyboard(page):
     page.ask(SAMPLE["question"], path_of(SAMPLE))
     page.expect_answers(SAMPLE["answer"], "1 picture")
     page.tab.get_by_label("Toggle Sidebar").focus()  # the page's first
     reached = []
-    while page.tab.keyboard.press("Tab") or (focused := page.tab.evaluate(NAME)):
+    while page.tab.keyboard.press("Tab") or (focused := page.tab.evaluate(FOCUSED)):
         name, seen = focused
         assert seen, f"where the keyboard is cannot be seen: {name}"
         reached.append(name)
