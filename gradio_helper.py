@@ -109,7 +109,7 @@ def lay_out(about: str, examples: Iterable[dict]) -> SimpleNamespace:
     """
     part = SimpleNamespace()
     part.owner = gr.BrowserState("", storage_key="ov_mllama", secret="none: it hides a random word")  # noqa: S106
-    part.news, part.version, part.address = (gr.Textbox(visible="hidden") for _ in range(3))
+    part.news, part.version, part.address, part.whose = (gr.Textbox(visible="hidden") for _ in range(4))
     with gr.Sidebar(width=300):
         part.new = gr.Button("New chat")
         part.history = gr.Radio(
@@ -165,9 +165,9 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     """What happens when something is done on the page."""
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     on_the_page = {"fn": None, "api_visibility": "private"}
-    demo.load(pages.open, [part.owner], [part.owner, *part.wishes], **quick)
+    demo.load(pages.open, [part.owner], [part.whose, part.owner, *part.wishes], **quick)
     demo.unload(pages.left)
-    gr.Timer(LOOK_EVERY_S).tick(pages.news, [part.owner, part.address, part.version], [part.news], **quick)
+    gr.Timer(LOOK_EVERY_S).tick(pages.news, [part.whose, part.address, part.version], [part.news], **quick)
     shown = [part.version, part.chatbot, part.box, part.history, part.address, part.name, part.foot]
     part.news.change(pages.show, [part.version], shown, trigger_mode="always_last", **quick)
     part.address.change(inputs=[part.address], js=ADDRESS, **on_the_page)
@@ -185,5 +185,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     gr.on([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name], **quick)
     part.delete.click(pages.delete, part.hidden[:1], js=SURE, **quick)
     part.export.click(pages.export, None, [part.exported], **quick).then(js=DOWNLOAD, **on_the_page)
-    gr.on([wish.change for wish in part.wishes], pages.choose, part.wishes, **quick)
+    prompt, *sliders = part.wishes
+    chosen = [prompt.blur, *(slider.release for slider in sliders)]  # changes are also what a page does when it opens
+    gr.on(chosen, pages.choose, [part.whose, *part.wishes], **quick)
     gr.on([], pages.answer_program, [part.box, *part.wishes], part.hidden, api_name="chat")

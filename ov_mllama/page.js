@@ -49,6 +49,12 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
   });
 
+  // What was typed is still there when the page is loaded again, as Gradio does when the server was away
+  const box = document.querySelector("textarea[placeholder^='Ask a question']");
+  window.addEventListener("pagehide", () => sessionStorage.setItem("typed", box.value));
+  box.value = sessionStorage.getItem("typed") ?? "";
+  box.dispatchEvent(new Event("input", { bubbles: true }));
+
   // Back and Forward go through conversations
   window.addEventListener("popstate", () => location.reload());
 }

@@ -71,11 +71,11 @@ class Pages:
         return page
 
     async def open(self, owner: str, request: gr.Request) -> list:
-        """A tab was opened or loaded again: its owner, who is made up the first time, and settings. It may have asked
-        for news before, which then showed it an empty conversation."""
+        """A tab was opened or loaded again: whose it is, for itself and to keep, made up the first time; and settings.
+        Before it has this answer it asks for no news and keeps no settings."""
         owner = owner or secrets.token_hex(16)
         page = self.connect(owner, request.query_params.get("chat", ""), request)
-        return [owner, *(self.conversations.settings(page.owner) or Wishes())]
+        return [owner, owner, *(self.conversations.settings(page.owner) or Wishes())]
 
     def left(self, request: gr.Request) -> None:
         """A tab was closed: its answers are written on, its pictures are not wanted any more."""
@@ -230,9 +230,10 @@ class Pages:
                 file.write(picture, exported_name(picture))
         return str(path)
 
-    async def choose(self, request: gr.Request, *wishes) -> None:
-        """Keeps the settings for the next time."""
-        self.conversations.choose(self.page(request).owner, [*wishes])
+    async def choose(self, owner: str, request: gr.Request, *wishes) -> None:
+        """Keeps the settings for the next time; not those that a page shows before it was opened."""
+        if owner:
+            self.conversations.choose(self.page(request).owner, [*wishes])
 
     async def being_written(self, message: dict | None, request: gr.Request) -> None:
         """What the text box holds now: its pictures are encoded ahead."""

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 
 from ov_mllama.chat import Chat, Wishes
@@ -15,7 +16,7 @@ from ov_mllama.conversations import ANSWERED, CUT, STOPPED, WAITING, Conversatio
 from ov_mllama.pages import Pages
 
 ME, OTHER = "me", "somebody else"
-PROGRAMS, SAVES = 2, 40
+PROGRAMS, SAVES = 2, 15
 
 
 @pytest.fixture
@@ -323,18 +324,20 @@ def test_several_who_begin_anew_at_once_get_one_answer(kept):
     assert_stopped(kept, in_a_chat(kept, steps), "It is")
 
 
-def test_a_page_that_asked_for_news_before_it_was_opened_shows_its_conversation(kept):
+def test_a_page_is_shown_and_keeps_settings_only_once_it_was_opened(kept):
     conversation = talk(kept, "?")
     model = SimpleNamespace(stats=SimpleNamespace(tokens_per_s=0))
     pages = Pages(Chat(model, None, kept))
     request = SimpleNamespace(session_hash="tab", username=None, query_params={"chat": conversation.id})
+    kept.choose(ME, ["Be brief.", 7, 0, 0.9])
 
     async def load():
-        await pages.news(ME, "", "", request)
-        await pages.show("", request)
-        await pages.open(ME, request)
-        assert await pages.news(ME, "", "1", request)
-        return await pages.show("1", request)
+        assert await pages.news("", "", "", request) == gr.skip()
+        await pages.choose("", request, *Wishes())
+        whose, owner, *settings = await pages.open(ME, request)
+        assert (whose, owner, settings) == (ME, ME, ["Be brief.", 7, 0, 0.9])
+        assert await pages.news(ME, "", "", request)
+        return await pages.show("", request)
 
     assert conversation.id in asyncio.run(load())
     assert pages.page(request).conversation is conversation

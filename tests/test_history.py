@@ -450,6 +450,19 @@ def test_a_conversation_is_exported_with_its_pictures(page, model, tmp_path):
         assert said in text
 
 
+def test_what_was_typed_survives_a_reload(page):
+    page.box.fill("How many")
+    page.tab.reload()
+    expect(page.box).to_have_value("How many")
+    page.box.press_sequentially(" are there?")
+    page.send.click()
+    expect(page.user).to_have_text(["How many are there?"])
+    expect(page.bot).to_have_count(2)
+    page.tab.reload()
+    expect(page.bot).to_have_count(2)
+    expect(page.box).to_have_value("")
+
+
 def test_settings_survive_a_reload(page, url):
     page.settings()
     page.allow(7)
