@@ -15,10 +15,9 @@ from gradio.utils import get_upload_folder
 import ov_mllama
 from ov_mllama.chat import Chat
 from ov_mllama.conversations import Conversations
-from ov_mllama.pages import Pages
+from ov_mllama.pages import LOOK_EVERY_S, Pages
 
 PARTS = Path(ov_mllama.__file__).parent  # of the page
-LOOK_EVERY_S = 0.2  # how soon a page shows what has changed
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"]
 WELCOME = """## What would you like to know?
 
@@ -157,6 +156,7 @@ def lay_out(about: str, examples: Iterable[dict]) -> SimpleNamespace:
         interactive=True,
     )
     part.foot = gr.Markdown(elem_classes="foot")
+    part.timer = gr.Timer(LOOK_EVERY_S)
     part.hidden = [gr.Textbox(visible=False), gr.Textbox(visible=False)]
     return part
 
@@ -165,25 +165,30 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     """What happens when something is done on the page."""
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     on_the_page = {"fn": None, "api_visibility": "private"}
-    demo.load(pages.open, [part.owner], [part.whose, part.owner, *part.wishes], **quick)
-    demo.unload(pages.left)
-    gr.Timer(LOOK_EVERY_S).tick(pages.news, [part.whose, part.address, part.version], [part.news], **quick)
-    shown = [part.version, part.chatbot, part.box, part.history, part.address, part.name, part.foot]
+    shown = [part.version, part.timer, part.chatbot, part.box, part.history, part.address, part.name, part.foot]
+    ask_for_news = (pages.news, [part.whose, part.address, part.version], [part.news])
+
+    def does(events, fn, inputs=None, outputs=None, **options):
+        return gr.on(events, fn, inputs, outputs, **options, **quick).then(*ask_for_news, **quick)
+
+    part.timer.tick(*ask_for_news, **quick)
     part.news.change(pages.show, [part.version], shown, trigger_mode="always_last", **quick)
     part.address.change(inputs=[part.address], js=ADDRESS, **on_the_page)
+    does(demo.load, pages.open, [part.owner], [part.whose, part.owner, *part.wishes])
+    demo.unload(pages.left)
 
-    part.box.submit(pages.ask, [part.box, *part.wishes], [part.box], **quick)
-    part.box.stop(pages.stop, **quick)
+    does(part.box.submit, pages.ask, [part.box, *part.wishes], [part.box])
+    does(part.box.stop, pages.stop)
     part.box.change(pages.being_written, [part.box], **quick)
-    part.chatbot.example_select(pages.example, part.wishes, **quick)
-    part.chatbot.option_select(pages.go_on, part.wishes, **quick)
-    part.chatbot.retry(pages.retry, part.wishes, **quick)
-    part.chatbot.undo(pages.undo, None, [part.box], **quick)
-    part.chatbot.edit(pages.edit, part.wishes, **quick)
-    part.new.click(pages.begin_new, **quick)
-    part.history.input(pages.reopen, [part.history], **quick)
-    gr.on([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name], **quick)
-    part.delete.click(pages.delete, part.hidden[:1], js=SURE, **quick)
+    does(part.chatbot.example_select, pages.example, part.wishes)
+    does(part.chatbot.option_select, pages.go_on, part.wishes)
+    does(part.chatbot.retry, pages.retry, part.wishes)
+    does(part.chatbot.undo, pages.undo, None, [part.box])
+    does(part.chatbot.edit, pages.edit, part.wishes)
+    does(part.new.click, pages.begin_new)
+    does(part.history.input, pages.reopen, [part.history])
+    does([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name])
+    does(part.delete.click, pages.delete, part.hidden[:1], js=SURE)
     part.export.click(pages.export, None, [part.exported], **quick).then(js=DOWNLOAD, **on_the_page)
     prompt, *sliders = part.wishes
     chosen = [prompt.blur, *(slider.release for slider in sliders)]  # changes are also what a page does when it opens

@@ -5,7 +5,6 @@
 This file knows tensors and state. What `generate` wants of a model is in `model.py`.
 """
 
-import functools
 import threading
 import time
 import weakref
@@ -106,6 +105,7 @@ class OVLanguageModel:
         self.reads_bf16 = self.chosen.bf16
         self._ir = (path, device, self.chosen.properties)
         self._compiled: ov.CompiledModel | None = None
+        self._cache_bits = 32  # until it is compiled
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self.context = self.compiled.get_context() if device_memory and device.startswith("GPU") else None
 
@@ -117,6 +117,8 @@ class OVLanguageModel:
             if self.reads_bf16:
                 model = read_in_bf16(ov.Core().read_model(model), self.shapes.cross_kv_names)
             self._compiled = ov.Core().compile_model(model, device, properties)
+            # asked now: beside an inference the plugin lets this question wait for its end, and all of Python with it
+            self._cache_bits = kv_cache_bits(self._compiled)
         return self._compiled
 
     def session(self) -> "Session":
@@ -153,13 +155,17 @@ class OVLanguageModel:
         view = view.in_bf16() if view and self.reads_bf16 else view
         return self.infer(self.compiled.create_infer_request(), language_inputs(np.zeros((1, 1), np.int64), view))
 
-    @functools.cached_property
+    @property
     def column_bytes(self) -> float:
         """Bytes that one token of one row takes in a session's KV cache."""
-        bits = 32
-        if "KV_CACHE_PRECISION" in self.compiled.get_property("SUPPORTED_PROPERTIES"):
-            bits = self.compiled.get_property("KV_CACHE_PRECISION").bitwidth
-        return 2 * len(self.shapes.self_layers) * self.shapes.num_kv_heads * self.shapes.head_dim * bits / 8
+        return 2 * len(self.shapes.self_layers) * self.shapes.num_kv_heads * self.shapes.head_dim * self._cache_bits / 8
+
+
+def kv_cache_bits(compiled: ov.CompiledModel) -> int:
+    """Of a number in the KV cache; 32 where the device does not say."""
+    if "KV_CACHE_PRECISION" in compiled.get_property("SUPPORTED_PROPERTIES"):
+        return compiled.get_property("KV_CACHE_PRECISION").bitwidth
+    return 32
 
 
 class Session:

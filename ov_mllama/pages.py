@@ -21,6 +21,11 @@ from ov_mllama.conversations import Conversation, Turn
 from ov_mllama.progress import Progress
 from ov_mllama.shown import GO_ON, as_markdown, bubbles, exported_name, shown_picture, who_answers
 
+LOOK_EVERY_S = 0.2  # how soon a page shows how an answer grows
+IDLE_LOOK_EVERY_S = (
+    1.0  # and what else has changed, such as in another tab; every look costs the browser 3 % of a second
+)
+
 
 def paths_of(message: dict) -> list[Path]:
     """The pictures of a text box, or of an example."""
@@ -136,7 +141,8 @@ class Pages:
         changed = [
             part if now != then else gr.skip() for part, now, then in zip(parts, page.shown, before, strict=True)
         ]
-        return [str(page.version), *changed]
+        timer = gr.Timer(LOOK_EVERY_S if busy else IDLE_LOOK_EVERY_S)
+        return [str(page.version), timer if busy != before[1] else gr.skip(), *changed]
 
     async def ask(self, message: dict, request: gr.Request, *wishes):
         """Asks what is in the text box, and empties it; while an answer is under way it stays there."""

@@ -204,3 +204,14 @@ def test_without_cross_attention_layers_it_is_a_llama(tmp_path):
     ids = torch.randint(100, (1, 20))
     expected = llama.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=None)[0, 20:].tolist()
     assert list(greedy(session, Prompt(ids.numpy()), None, 12)) == expected
+
+
+def test_the_plugin_is_asked_nothing_while_another_thread_may_compute(pair, model, monkeypatch):
+    """Beside an inference `get_property` waits for its end with the interpreter's lock: a chat stood still for 60 s."""
+
+    def asked(*_):
+        raise AssertionError("get_property beside an inference")
+
+    monkeypatch.setattr("openvino.CompiledModel.get_property", asked)
+    model.generate(**pair.inputs("two images"), **GREEDY)
+    model.generate(**pair.inputs("chat"), **GREEDY)
