@@ -4,10 +4,13 @@ It knows files, OpenVINO devices and notebooks, nothing of what the model comput
 """
 
 import ast
+import base64
 import importlib.metadata
+import io
 import platform
 import re
 import textwrap
+from html import escape
 from pathlib import Path
 
 import httpx
@@ -18,7 +21,8 @@ import numpy as np
 import openvino as ov
 import pandas as pd
 import psutil
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
+from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
@@ -77,11 +81,33 @@ def device_widget(default: str = "CPU", exclude: tuple[str, ...] | list[str] = (
     return ipywidgets.Dropdown(options=devices, value=default if default in devices else "AUTO", description="Device:")
 
 
+def show_picture(picture, alt: str) -> None:
+    """Shows a picture, with words for those who cannot see it.
+
+    Args:
+        picture: PIL picture or matplotlib figure, which is closed.
+        alt: what is to be seen.
+    """
+    file = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(file, format="png")
+        plt.close(picture)
+    else:
+        picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    source = f"data:image/png;base64,{data}"
+    display(HTML(f'<img alt="{escape(alt)}" src="{source}" style="max-width: 100%; height: auto">'))
+
+
+def ir_megabytes(ir_path: Path) -> float:
+    """Of both its files on disk; 0 where it was never written."""
+    return sum(path.stat().st_size for path in (ir_path, ir_path.with_suffix(".bin")) if path.is_file()) / 1e6
+
+
 def show_ports(ir_path: Path) -> None:
     """Prints what an IR takes and gives: names, element types and shapes (? is any length), and its size on disk."""
     model = ov.Core().read_model(ir_path)
-    size = sum(path.stat().st_size for path in (ir_path, ir_path.with_suffix(".bin")))
-    print(f"{ir_path.name}: {size / 1e6:.1f} MB, {len(model.get_variables())} states")
+    print(f"{ir_path.name}: {ir_megabytes(ir_path):.1f} MB, {len(model.get_variables())} states")
     for direction, ports in (("takes", model.inputs), ("gives", model.outputs)):
         for port in ports:
             shape = port.partial_shape.to_string()
@@ -117,7 +143,7 @@ def show_answers(samples, answers: list[str]) -> None:
             fontsize=9,
             color=("green" if right else "red") if "answer" in sample else "black",
         )
-    plt.show()
+    show_picture(figure, " ".join(f"{sample['question']} {a}" for sample, a in zip(samples, answers, strict=True)))
     if all("answer" in sample for sample in samples):
         right = sum(answer == sample["answer"] for answer, sample in zip(answers, samples, strict=True))
         print(f"{right} of {len(answers)} answers are right")
@@ -149,40 +175,92 @@ def show_tiles(image, inputs, processor, padding_alike: bool) -> None:
         axis.set_title(f"empty{stands_for}" if computed else "empty, not computed", fontsize=10)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
-    plt.show()
+    empty = f", and {count - real} empty ones" * (count > real)
+    show_picture(figure, f"A picture of {image.width} by {image.height} pixels, its {real} tiles{empty}")
 
 
 def show_sizes(original: Path, smaller: Path) -> None:
     """Prints the size on disk of two IRs; of the smaller one alone where the original was never written."""
-    size, whole = (path.with_suffix(".bin").stat().st_size if path.is_file() else 0 for path in (smaller, original))
-    if whole and smaller != original:
-        print(f"{whole / 1e6:10.1f} MB: {original.name}")
-    times = f", {whole / size:.1f} times smaller" * (whole > size)
-    print(f"{size / 1e6:10.1f} MB{times}: {smaller.name}")
+    size, whole = ir_megabytes(smaller), ir_megabytes(original) if smaller != original else 0
+    if whole:
+        print(f"{whole:10.1f} MB: {original.name}")
+    times = f", {whole / size:.1f} times smaller" * (whole > 1.05 * size)
+    print(f"{size:10.1f} MB{times}: {smaller.name}")
+
+
+def show_weights(before: np.ndarray, after: np.ndarray, group_size: int, name: str) -> None:
+    """Draws a layer's weights before and after compression: all of them, two groups of a row, and the groups' scales.
+
+    Args:
+        before, after: f32 [rows, channels], as the layer multiplies with them; of many rows the first ones are drawn.
+        group_size: weights of a row that share a scale, -1 for all.
+    """
+    before, after = before[:256], after[:256]
+    size = group_size if group_size > 0 else before.shape[1]
+    figure, (every, groups, scales) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    bins = np.linspace(before.min(), before.max(), 120)
+    every.hist(before.ravel(), bins, color="tab:blue", label="before")
+    every.hist(after.ravel(), bins, histtype="step", color="tab:orange", label="after")
+    every.set(title=f"{before.size:,} weights", xlabel="value", ylabel="weights", yscale="log")
+    every.legend(frameon=False)
+    for start in range(0, min(2 * size, before.shape[1]), size):
+        columns = np.arange(start, start + size)
+        groups.hlines(np.unique(after[0, columns]), start, start + size - 1, color="0.85", linewidth=0.8)
+        groups.plot(columns, before[0, columns], ".", color="tab:blue", markersize=4)
+        groups.plot(columns, after[0, columns], "_", color="tab:orange", markersize=6)
+    groups.set(title=f"groups of {size}: each has its levels", xlabel="channel of the first row")
+    gaps = np.diff(np.sort(after.reshape(-1, size)))
+    steps = np.where(gaps > 1e-6 * np.abs(after).max(), gaps, np.inf).min(-1)
+    scales.hist(steps, 60, color="tab:green")
+    scales.set(title=f"{len(steps):,} groups, a scale each", xlabel="from one level to the next", ylabel="groups")
+    alt = f"{name}: histograms of its weights before and after, two groups of them with their levels, and all scales"
+    show_picture(figure, alt)
 
 
 def show_price_list(rows: list[dict]) -> None:
-    """Shows what each variant costs: a table, and a plot over size on disk of what it loses: exact match where that is
-    known, else divergence, with two standard errors.
+    """Shows what each variant costs: a table, a plot of what it loses with intervals of two standard errors, and where
+    right answers are known, what so many questions can tell.
 
     Args:
         rows: as `ov_mllama.quality.price_list` returns them.
     """
     table = pd.DataFrame(rows).set_index("variant")
-    display(table.round({name: 4 if name.startswith("kl") else 1 for name in table}))
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
     known = "all" in table
-    size, lost = ("size_mb", "all") if known else ("size_gb", "kl")
-    for name, row in table.iterrows():
-        error = None if known else 2 * row["kl_error"]
-        axis.errorbar(row[size], row[lost], yerr=error, fmt="o", capsize=3, label=name)
-    axis.set(
-        xlabel=f"size on disk, {'MB' if known else 'GB'}",
-        ylabel="exact match, %" if known else "divergence, nats a token",
-    )
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
-    plt.show()
+    if known:
+        error = 200 * np.sqrt(table["all"] / 100 * (1 - table["all"] / 100) / table["questions"])  # binomial
+        right = [f"{share:.1f} ± {interval:.1f}" for share, interval in zip(table["all"], error, strict=True)]
+        kept = table[["size_mb", "first_token_ms", "next_token_ms", "lost", "won", "kl", "kl_error"]]
+        kept.insert(3, "right_%", right)
+        display(kept.round({name: 5 if name.startswith("kl") else 1 for name in kept}))
+    else:
+        display(table.round({name: 4 if name.startswith("kl") else 1 for name in table}))
+    shape = {"figsize": (11 if known else 7, 1.2 + 0.3 * len(table)), "layout": "constrained", "sharey": True}
+    figure, axes = plt.subplots(1, 1 + known, squeeze=False, **shape)
+    axes[0, -1].errorbar(table["kl"], table.index, xerr=2 * table["kl_error"], fmt="o", capsize=3)
+    axes[0, -1].set(xlabel="kl: divergence from the original, nats a token")
+    if known:
+        axes[0, 0].errorbar(table["all"], table.index, xerr=error, fmt="o", capsize=3)
+        axes[0, 0].set(xlabel=f"right answers of {table['questions'].iloc[0]}, %")
+    axes[0, -1].ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
+    axes[0, 0].invert_yaxis()
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    show_picture(figure, "For each variant: what it loses, with intervals of two standard errors; numbers in the table")
+    if known:
+        print(conclusion(table))
+
+
+def conclusion(table: pd.DataFrame) -> str:
+    """What can be said of variants that were asked the same questions: an answer that is right in both or wrong in both
+    tells nothing, so that the difference of `won` and `lost` has a standard error of the root of their sum."""
+    others = table.iloc[1:]
+    difference, noise = others["won"] - others["lost"], 2 * np.sqrt(others["won"] + others["lost"])
+    apart = others.index[(difference.abs() > noise)]
+    words = f"Of {table['questions'].iloc[0]} questions, the variants answer up to {others['lost'].max()} wrong that "
+    words += f"{table.index[0]} has right, and up to {others['won'].max()} the other way round. "
+    if len(apart):
+        return words + f"More than chance tells (two standard errors): {', '.join(apart)}."
+    return words + "No difference is larger than chance makes it (two standard errors)."
 
 
 def settings(source: str, given: dict) -> dict:
@@ -250,9 +328,12 @@ def execute(notebook: str | Path, out_dir: str | Path, timed: bool = False, **pa
             nb.metadata.pop("widgets", None)
             for cell in nb.cells:
                 if cell.cell_type == "code":
-                    cell.outputs = [output for output in map(readable, cell.outputs) if output]
+                    shown = (readable(output, cell.metadata.get("picture")) for output in cell.outputs)
+                    cell.outputs = [output for output in shown if output]
             nbformat.write(nb, path)
-            path.with_suffix(".html").write_text(HTMLExporter().from_notebook_node(nb)[0], encoding="utf-8")
+            where = {"metadata": {"path": str(notebook.parent)}}  # of the pictures that its text shows
+            html, _ = HTMLExporter(embed_images=True).from_notebook_node(nb, where)
+            path.with_suffix(".html").write_text(html, encoding="utf-8")
 
     for cell in nb.cells:
         if "answer" in cell.metadata.get("tags", []):
@@ -261,11 +342,19 @@ def execute(notebook: str | Path, out_dir: str | Path, timed: bool = False, **pa
     return path
 
 
-def readable(output):
-    """An output without what only a live kernel can show: a widget becomes its text, bars and pages nothing."""
+def readable(output, picture: str | None = None):
+    """An output without what only a live kernel can show: bars and pages become nothing, a widget its picture or text.
+
+    Args:
+        picture: of the cell's widget, in Markdown, `![words](docs/....png)`.
+    """
     data = output.get("data", {})
     widget, text = data.pop("application/vnd.jupyter.widget-view+json", None), data.get("text/plain")
     is_tqdm = widget and not re.match(r"\w+\(", text)  # other widgets print as Name(...)
     is_rich = text in ("", "Output()")  # NNCF's bars: a widget to draw in, and an empty last frame
     is_page = "<iframe" in "".join(data.get("text/html", ""))  # the chat, whose server ends with the kernel
-    return None if is_tqdm or is_rich or is_page else output
+    if is_tqdm or is_rich or is_page:
+        return None
+    if widget and picture:
+        data["text/markdown"] = picture
+    return output

@@ -14,6 +14,7 @@ from ov_mllama.compress import DATA_METRICS, compress_language_model, make_visio
 from ov_mllama.precision import vision_option
 from ov_mllama.settings import DATA_METRIC, GROUP_SIZES, INT4, INT8, VISION_OPTIONS, Settings
 
+WIDE = {"description_width": "initial"}  # else a widget's name is cut
 # What an IR's stamp says of samples from no named source. (Once these could be drawings, and it said "None".)
 UNNAMED_SOURCE = "the hub's photographs or those of packages"
 
@@ -114,7 +115,7 @@ def vision_encoder_selection_widget(device: str = "CPU", planned: str | None = N
         planned: on a CPU, what is chosen at first instead: `Plan.vision`, which knows what fits.
     """
     chosen = planned if planned and device == "CPU" else vision_option(device)
-    return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=chosen, description="Vision Encoder")
+    return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=chosen, description="Vision encoder", style=WIDE)
 
 
 def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.Widget]]:
@@ -137,7 +138,7 @@ def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.
         "dataset_size": ipywidgets.IntSlider(max=128),
     }
     for name, widget in widgets.items():
-        widget.description = name
+        widget.description, widget.style.description_width = name, "8em"
 
     def set_defaults(_=None):
         is_int4 = widgets["algo"].value in INT4

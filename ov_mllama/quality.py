@@ -66,9 +66,9 @@ def measure(
     Returns:
         a row: size_mb on disk; memory_mb, by which the process has grown after all answers; first_token_ms and
         next_token_ms, medians of what one waits (the first: picture and prompt); exact match by task and over "all" in
-        percent; kl, mean Kullback-Leibler divergence in nats of the reference's next-token distributions to this
-        variant's, over the reference's answers; first_divergence, mean position of the first token unlike the
-        reference's (the answer's length if there is none);
+        percent; questions, how many; lost, won, how many of them the reference answers right and this variant does
+        not, and the other way round; kl, mean Kullback-Leibler divergence in nats of the reference's next-token
+        distributions to this variant's, over the reference's answers; kl_error, its standard error;
         and the answers' tokens and log-probabilities: the reference for other variants.
     """
     transformers.logging.disable_progress_bar()
@@ -85,13 +85,18 @@ def measure(
         for rows in score(model, processor, batch, answers)
     ]
     pairs = zip(expected.get("log_probs", log_probs), log_probs, strict=True)
+    kl = np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in pairs])
+    reference_right, now = (right(processor, samples, answers) for answers in (expected["tokens"], tokens))
     row = {
         "size_mb": size / 1e6,
         "memory_mb": memory / 1e6,
         **waits(model, processor, samples[:TIMED]),
-        **exact_match(samples, processor.batch_decode(tokens, skip_special_tokens=True)),
-        "kl": float(np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in pairs]).mean()),
-        "first_divergence": float(np.mean([agreed(*pair) for pair in zip(expected["tokens"], tokens, strict=True)])),
+        **exact_match(samples, now),
+        "questions": len(samples),
+        "lost": int((reference_right & ~now).sum()),
+        "won": int((now & ~reference_right).sum()),
+        "kl": float(kl.mean()),
+        "kl_error": float(kl.std() / len(kl) ** 0.5),
     }
     return row, {"tokens": tokens, "log_probs": log_probs}
 
@@ -169,17 +174,17 @@ def score(model, processor, samples: list[dict], answers: list[list[int]]) -> li
     return [rows[: len(answer)].numpy() for rows, answer in zip(logits, answers, strict=True)]
 
 
-def agreed(expected: list[int], actual: list[int]) -> int:
-    """How many tokens two answers share from the start."""
-    pairs = zip(expected, actual, strict=False)
-    return next((i for i, (first, second) in enumerate(pairs) if first != second), len(expected))
+def right(processor, samples: list[dict], tokens: list[list[int]]) -> np.ndarray:
+    """Which answers are the right one, character for character: bool [samples]."""
+    answers = processor.batch_decode(tokens, skip_special_tokens=True)
+    return np.array([answer == sample["answer"] for sample, answer in zip(samples, answers, strict=True)])
 
 
-def exact_match(samples: list[dict], answers: list[str]) -> dict[str, float]:
-    """Percentage of answers that are the right one, over all and by task."""
-    right = [(sample["task"], answer == sample["answer"]) for sample, answer in zip(samples, answers, strict=True)]
-    tasks = ["all", *sorted({task for task, _ in right})]
-    return {task: 100 * float(np.mean([ok for name, ok in right if task in ("all", name)])) for task in tasks}
+def exact_match(samples: list[dict], is_right: np.ndarray) -> dict[str, float]:
+    """Percentage of right answers, over all and by task."""
+    tasks = np.array([sample["task"] for sample in samples])
+    shares = {"all": is_right, **{task: is_right[tasks == task] for task in sorted(set(tasks.tolist()))}}
+    return {task: 100 * float(share.mean()) for task, share in shares.items()}
 
 
 class Clock(BaseStreamer):
