@@ -23,7 +23,7 @@ class Settings:
 
     Attributes:
         algo: "int4_asym", "int4_sym", "int8_asym" or "int8_sym" (or nncf.CompressWeightsMode's members).
-        ratio: share of the layers in 4 bit, 0 to 1; the others, chosen by `sm`, get 8.
+        ratio: share of the weights in 4 bit, 0 to 1, in whole layers; the others, chosen by `sm`, get 8.
         sm: sensitivity metric (nncf.SensitivityMetric). Default with data DATA_METRIC, without DATA_FREE_METRIC.
         awq: activation-aware scaling; without data, from the weights alone. For the 11B it takes more memory than a
             16 GB machine has.

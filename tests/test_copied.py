@@ -1,4 +1,4 @@
-"""Copied into an empty folder, the files that README.md names are enough: nothing else of the repository is needed.
+"""Copied into an empty folder, the files that docs/engine.md names are enough: nothing else of the repository is.
 
 Inference with the folder `ov_mllama` alone, without NNCF and the like, is in `tests/test_house.py`.
 """

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from conftest import ROOT, demo_samples
@@ -131,7 +132,7 @@ def test_nothing_is_too_long_to_read(path):
 # ---- What docstrings and comments point to ----
 
 
-CITING = (ROOT, PACKAGE, ROOT / "benchmarks", ROOT / "tests", ROOT / "demo_model")
+CITING = (ROOT, PACKAGE, ROOT / "benchmarks", ROOT / "tests", ROOT / "demo_model", ROOT / "docs")
 
 
 @pytest.mark.parametrize("folder", CITING, ids=lambda folder: folder.name)
@@ -150,21 +151,59 @@ def test_what_is_pointed_to_exists(folder):
             assert package not in ("benchmarks", "demo_model") or code.is_file(), f"{path.name}: {package}.{module}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", "benchmarks/README.md", "demo_model/README.md"])
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "demo_model")
+    for path in folder.glob("*.md")
+)
+NOTEBOOK = "mllama-3.2.ipynb"
+
+
+def written(document: Path) -> str:
+    """The Markdown of a document; of a notebook its text cells and what its outputs show as Markdown."""
+    if document.suffix != ".ipynb":
+        return document.read_text(encoding="utf-8")
+    cells = nbformat.read(document, as_version=4).cells
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "\n".join(texts + [output.get("data", {}).get("text/markdown", "") for output in outputs])
+
+
+def anchors(document: Path) -> set[str]:
+    """What links may name of a document: its headings, as GitHub writes them, or Jupyter."""
+    headings = re.findall(r"^#+ (.*)$", written(document), re.M)
+    if document.suffix == ".ipynb":
+        return {heading.replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w -]", "", heading).replace(" ", "-").lower() for heading in headings}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, NOTEBOOK])
 def test_links_lead_somewhere(document):
     path = ROOT / document
-    text = path.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    assert links or document in ("CHANGELOG.md", "demo_model/README.md")
-    for link in links:
+    for link in re.findall(r"\]\(([^)\s]+)\)", written(path)):
+        if "://" in link:
+            continue
         target, _, anchor = link.partition("#")
-        assert not target or (path.parent / target).exists(), link
-        headings = [re.sub(r"[^\w -]", "", h).replace(" ", "-").lower() for h in re.findall(r"^#+ (.*)$", text, re.M)]
-        assert not anchor or target or anchor in headings, link
+        leads_to = path.parent / target if target else path
+        assert leads_to.exists(), link
+        assert not anchor or leads_to.suffix not in (".md", ".ipynb") or anchor in anchors(leads_to), link
 
 
-def test_the_readmes_code_runs_as_it_stands(tmp_path):
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[0]
+@pytest.mark.parametrize("document", [*DOCUMENTS, NOTEBOOK])
+def test_pictures_have_words_for_those_who_cannot_see_them(document):
+    path = ROOT / document
+    for words, source in re.findall(r"!\[(.*?)\]\((.*?)\)", written(path), re.S):
+        assert len(words.split()) >= 3, source
+    if path.suffix == ".ipynb":
+        outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+        shown = [output.data for output in outputs if "data" in output]
+        assert not any(kind.startswith("image/") for data in shown for kind in data), "use show_picture"
+        for tag in re.findall(r"<img[^>]{,3000}", "".join(data.get("text/html", "") for data in shown)):
+            assert re.match(r'<img alt="[^"]{12,}"', tag), tag[:200]
+
+
+def test_the_documents_code_runs_as_it_stands(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/engine.md").read_text(encoding="utf-8"), re.S)[0]
     shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
     environment = {"PYTHONPATH": str(ROOT), "CI": "true", "PATH": ""}
     done = subprocess.run(  # noqa: S603

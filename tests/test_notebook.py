@@ -35,11 +35,31 @@ def committed():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
+def apart(folder):
+    """A folder with all that the notebook needs and nothing that it has made; the notebook itself."""
+    for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "demo_model", ROOT / "docs"]:
+        (folder / path.name).symlink_to(path)
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def solutions(notebook) -> list[str]:
+    """The code of the exercises' solutions."""
+    (exercises,) = (cell.source for cell in notebook.cells if cell.source.startswith("## Exercises"))
+    return re.findall(r"```python\n(.*?)```", exercises, re.S)
+
+
+def with_solutions(notebook):
+    """The notebook, and behind its last cell the solutions of its exercises."""
+    notebook.cells += [nbformat.v4.new_code_cell(code, metadata={"tags": ["solution"]}) for code in solutions(notebook)]
+    return notebook
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The real file, run by the function that `make notebook` calls, into a folder of its own."""
-    path = notebook_utils.execute(NOTEBOOK, tmp_path_factory.mktemp("notebook"), QUESTIONS=20)
-    return nbformat.read(path, as_version=4)
+    """The notebook and the solutions, run by the function that `make notebook` calls, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("notebook")
+    nbformat.write(with_solutions(apart(folder)), folder / NOTEBOOK.name)
+    return nbformat.read(notebook_utils.execute(folder / NOTEBOOK.name, folder / "build", QUESTIONS=20), as_version=4)
 
 
 AS_WITH_16_GB = """import dataclasses
@@ -52,13 +72,11 @@ def on_a_small_machine(tmp_path_factory):
     """The notebook in a folder of its own, on a random checkpoint with the 11B's vocabulary and tiles; one line in it
     plans as for a model that hardly fits. Returns the folder and what was executed."""
     folder = tmp_path_factory.mktemp("small")
-    for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "demo_model"]:
-        (folder / path.name).symlink_to(path)
+    notebook = with_solutions(apart(folder))
     make_checkpoint(folder / "random", "small")
     make_llama(VOCABULARY).half().save_pretrained(folder / "guessing")
     shutil.copy(folder / "random/tokenizer.json", folder / "guessing")
     shutil.copy(folder / "random/tokenizer_config.json", folder / "guessing")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
     index = notebook.cells.index(cell_with(notebook, "plan_here("))
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(AS_WITH_16_GB))
     nbformat.write(notebook, folder / NOTEBOOK.name)
@@ -102,6 +120,35 @@ def test_openvino_is_the_same_model(executed):
     largest, difference = map(float, re.fullmatch(pattern.format("float32"), exact).groups())
     assert difference < 1e-3 < largest
     assert re.fullmatch(pattern.format("default"), default)
+
+
+def test_the_cache_grows_and_is_reset(executed):
+    *steps, reset = printed(cell_with(executed, "query_state()")).splitlines()
+    lengths = [re.findall(r"\[1, (\d), 4\]", line) for line in [*steps, reset]]
+    assert lengths == [["1", "1"], ["2", "2"], ["3", "3"], ["0", "0"]]
+    expected = printed(cell_with(executed, "class Attention(")).removeprefix("PyTorch: ").strip()
+    assert all(line.endswith(expected) for line in steps)
+
+
+def test_four_bit_weights_move_the_logits_most(executed):
+    lines = printed(cell_with(executed, '"smaller language model", small')).splitlines()
+    in_16_bit, vision, language = (float(re.search(r"at most ([\d.e+-]+),", line)[1]) for line in lines)
+    assert language > max(in_16_bit, vision)
+
+
+def test_every_solution_says_what_it_found(executed, on_a_small_machine):
+    for notebook in (executed, on_a_small_machine[1]):
+        solved = [printed(cell) for cell in notebook.cells if "solution" in cell.metadata.get("tags", [])]
+        larger, words, sizes, drafts, calibrated = solved
+        assert re.search(r"int8_cross_attn.*\{.*'u8'", larger, re.S)
+        was, now = (line.split(": ", 1)[1].split() for line in words.splitlines())
+        assert was != now
+        tiles = re.findall(r"(high|low): \d+ × \d+, (\d) tiles", sizes)
+        assert [name for name, _ in tiles] == ["high", "low"]
+        assert tiles[1][1] == "1"
+        accepted = {name: int(right) for name, right in re.findall(r"(\w+): (\d+) of \d+ accepted", drafts)}
+        assert accepted.keys() == {"first", "again"}
+        assert "openvino_vision_encoder_int8.xml" in calibrated
 
 
 def test_follow_up_and_text_only(executed):
@@ -176,6 +223,22 @@ def test_committed_outputs_are_of_one_run_without_warnings(committed):
 def test_committed_answers_are_right(committed):
     test_all_samples_are_answered_right(committed)
     test_streamed_answer_is_the_right_one(committed)
+
+
+def test_no_output_is_longer_than_a_screen(committed):
+    for cell in code_cells(committed):
+        assert printed(cell).count("\n") <= 40, cell.source
+
+
+def test_widgets_have_pictures(committed):
+    for cell in code_cells(committed):
+        for output in cell.outputs:
+            if re.match(r"(VBox|Dropdown)\(", output.get("data", {}).get("text/plain", "")):
+                assert output.data["text/markdown"] == cell.metadata.picture
+
+
+def test_five_exercises_have_solutions(committed):
+    assert len(solutions(committed)) == 5
 
 
 def test_cells_are_short_and_valid(committed):
