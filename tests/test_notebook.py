@@ -23,6 +23,7 @@ NOTEBOOK = ROOT / "mllama-3.2.ipynb"
 HELPERS = [
     "data_preprocessing",
     "gradio_helper",
+    "notebook_figures",
     "notebook_utils",
     "ov_mllama_compression",
     "ov_mllama_helper",

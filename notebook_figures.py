@@ -1,0 +1,185 @@
+"""What the notebook draws: answers, tiles, a layer's weights, what variants lose. Each picture has words for those who
+cannot see it.
+
+It knows arrays and tables, nothing of files or models.
+"""
+
+import base64
+import io
+import math
+import textwrap
+from html import escape
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
+
+
+def show_picture(picture, alt: str) -> None:
+    """Shows a picture, with words for those who cannot see it.
+
+    Args:
+        picture: PIL picture or matplotlib figure, which is closed.
+        alt: what is to be seen.
+    """
+    file = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(file, format="png", bbox_inches="tight")
+        plt.close(picture)
+    else:
+        picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    source = f"data:image/png;base64,{data}"
+    display(HTML(f'<img alt="{escape(alt)}" src="{source}" style="max-width: 100%; height: auto">'))
+
+
+def show_answers(samples, answers: list[str]) -> None:
+    """Shows each sample's picture with its question and the model's answer, a long one shortened; where the right ones
+    are known, green if it is that, else red, and their count.
+
+    Args:
+        samples: of columns "image", "question" and, if it is known, "answer" (the right one).
+    """
+    columns = 5 if max(map(len, answers)) < 120 else 2
+    rows, letters = -(-len(answers) // columns), 170 // columns  # in a line under a picture
+    figure, axes = plt.subplots(rows, columns, figsize=(15, (3.2 if columns == 5 else 5) * rows), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, sample, answer in zip(axes.flat, samples, answers, strict=False):
+        expected = sample.get("answer", answer)
+        right = answer == expected
+        width, height = sample["image"].size
+        axis.imshow(sample["image"])
+        axis.set_title(f"{width} × {height}\n" + textwrap.fill(sample["question"], letters), fontsize=9)
+        shown = textwrap.shorten(answer, 6 * letters, placeholder=" …") + f" (right: {expected})" * (not right)
+        axis.text(
+            0.5,
+            -0.04,
+            textwrap.fill(shown, letters),
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color=("green" if right else "red") if "answer" in sample else "black",
+        )
+    show_picture(figure, " ".join(f"{sample['question']} {a}" for sample, a in zip(samples, answers, strict=True)))
+    if all("answer" in sample for sample in samples):
+        right = sum(answer == sample["answer"] for answer, sample in zip(answers, samples, strict=True))
+        print(f"{right} of {len(answers)} answers are right")
+
+
+def show_tiles(image, inputs, processor, padding_alike: bool) -> None:
+    """Draws how the model gets a picture: whole, then its tiles, then the empty ones.
+
+    Args:
+        image: PIL picture.
+        inputs: what the processor made of it.
+        padding_alike: one of the empty tiles is computed for all (`OVImageEncoder.padding_alike`), else each.
+    """
+    settings = processor.image_processor
+    mean, std = (np.array(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
+    tiles = (inputs["pixel_values"][0, 0].numpy() * std + mean).clip(0, 1).transpose(0, 2, 3, 1)
+    real, count = int(inputs["aspect_ratio_mask"][0, 0].sum()), len(tiles)
+    figure, axes = plt.subplots(1, 1 + count, figsize=(2.4 * (1 + count), 2.9), layout="constrained")
+    axes[0].imshow(image)
+    axes[0].set_title(f"the picture, {image.width} × {image.height}", fontsize=10)
+    for number, axis in enumerate(axes[1:]):
+        if number < real:
+            axis.imshow(tiles[number])
+            axis.set_title(f"tile {number + 1}", fontsize=10)
+            continue
+        computed = number == real or not padding_alike
+        axis.imshow(np.full((1, 1, 3), 0.75 if computed else 0.95))
+        stands_for = f", stands for {count - real}" if padding_alike else ""
+        axis.set_title(f"empty{stands_for}" if computed else "empty, not computed", fontsize=10)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+    empty = f", and {count - real} empty ones" * (count > real)
+    show_picture(figure, f"A picture of {image.width} by {image.height} pixels, its {real} tiles{empty}")
+
+
+def show_weights(before: np.ndarray, after: np.ndarray, group_size: int, name: str) -> None:
+    """Draws a layer's weights before and after compression: all of them, two groups of a row, and the groups' scales.
+
+    Args:
+        before, after: f32 [rows, channels], as the layer multiplies with them; of many rows the first ones are drawn.
+        group_size: weights of a row that share a scale, -1 for all.
+    """
+    before, after = before[:256], after[:256]
+    size = group_size if group_size > 0 else before.shape[1]
+    figure, (every, groups, scales) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    bins = np.linspace(before.min(), before.max(), 120)
+    every.hist(before.ravel(), bins, color="tab:blue", label="before")
+    every.hist(after.ravel(), bins, histtype="step", color="tab:orange", label="after")
+    every.set(title=f"{before.size:,} weights", xlabel="value", ylabel="weights", yscale="log")
+    every.legend(frameon=False)
+    for start in range(0, min(2 * size, before.shape[1]), size):
+        columns = np.arange(start, start + size)
+        groups.hlines(np.unique(after[0, columns]), start, start + size - 1, color="0.85", linewidth=0.8)
+        groups.plot(columns, before[0, columns], ".", color="tab:blue", markersize=4)
+        groups.plot(columns, after[0, columns], "_", color="tab:orange", markersize=6)
+    groups.set(title=f"groups of {size}: each has its levels", xlabel="channel of the first row")
+    gaps = np.diff(np.sort(after.reshape(-1, size)))
+    steps = np.where(gaps > 1e-6 * np.abs(after).max(), gaps, np.inf).min(-1)
+    scales.hist(steps, 60, color="tab:green")
+    scales.set(title=f"{len(steps):,} groups, a scale each", xlabel="from one level to the next", ylabel="groups")
+    alt = f"{name}: histograms of its weights before and after, two groups of them with their levels, and all scales"
+    show_picture(figure, alt)
+
+
+def show_price_list(rows: list[dict]) -> None:
+    """Shows what each variant costs: a table, a plot of what it loses with intervals of two standard errors, and where
+    right answers are known, what so many questions can tell.
+
+    Args:
+        rows: as `ov_mllama.quality.price_list` returns them.
+    """
+    table = pd.DataFrame(rows).set_index("variant")
+    known = "all" in table
+    if known:
+        error = 200 * np.sqrt(table["all"] / 100 * (1 - table["all"] / 100) / table["questions"])  # binomial
+        right = [f"{share:.1f} ± {interval:.1f}" for share, interval in zip(table["all"], error, strict=True)]
+        shown = table[["size_mb", "first_token_ms", "next_token_ms", "lost", "won"]].round(1)
+        shown.insert(3, "right, %", right)
+        pairs = zip(1e5 * table["kl"], 2e5 * table["kl_error"], strict=True)
+        shown["kl × 10⁵"] = [f"{kl:.1f} ± {interval:.1f}" for kl, interval in pairs]
+        display(shown)
+    else:
+        display(table.round({name: 4 if name.startswith("kl") else 1 for name in table}))
+    shape = {"figsize": (11 if known else 7, 1.2 + 0.3 * len(table)), "layout": "constrained", "sharey": True}
+    figure, axes = plt.subplots(1, 1 + known, squeeze=False, **shape)
+    axes[0, -1].errorbar(table["kl"], table.index, xerr=2 * table["kl_error"], fmt="o", capsize=3)
+    axes[0, -1].set(xlabel="kl: divergence from the original, nats a token")
+    if known:
+        axes[0, 0].errorbar(table["all"], table.index, xerr=error, fmt="o", capsize=3)
+        axes[0, 0].set(xlabel=f"right answers of {table['questions'].iloc[0]}, %")
+    axes[0, -1].ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
+    axes[0, 0].invert_yaxis()
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    show_picture(figure, "For each variant: what it loses, with intervals of two standard errors; numbers in the table")
+    if known:
+        print(textwrap.fill(conclusion(table), 110))
+
+
+def conclusion(table: pd.DataFrame) -> str:
+    """What can be said of variants that were asked the same questions as the first row. An answer that is right in both
+    or wrong in both tells nothing; of `lost` and `won`, either is as likely if the variant is as good (sign test).
+    With so many variants one of them will look bad by chance: what is named is unlikely for all of them together."""
+    others = table.iloc[1:]
+    rare = 0.05 / len(others)
+    counts = zip(others.index, others["lost"].tolist(), others["won"].tolist(), strict=True)
+    apart = [name for name, lost, won in counts if by_chance(lost, won) < rare]
+    words = f"Of {table['questions'].iloc[0]} questions, the variants answer up to {others['lost'].max()} wrong that "
+    words += f"{table.index[0]} has right, and up to {others['won'].max()} the other way round. "
+    if apart:
+        return words + f"More than chance makes of {len(others)} variants: {', '.join(apart)}."
+    return words + f"Chance alone may well make that of {len(others)} variants as good as it."
+
+
+def by_chance(lost: int, won: int) -> float:
+    """How often so uneven a share comes of heads and tails."""
+    throws, fewer = lost + won, min(lost, won)
+    return min(1.0, 2 * sum(math.comb(throws, count) for count in range(fewer + 1)) / 2**throws)
