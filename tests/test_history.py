@@ -378,7 +378,7 @@ def test_a_conversation_is_called_as_its_owner_says(page, model):
     page.expect_answers(SELF, DONE)
     name = page.tab.locator(".name textarea, .name input")
     expect(name).to_have_value(WHO)
-    for called in ("Formes & Ziffern", "", "  ", "Shapes"):
+    for called in ("Zahlen & Bilder", "", "  ", "Shapes"):
         name.fill(called)
         name.press("Enter")
         expect(page.history).to_have_text([called.strip() or WHO])
