@@ -136,7 +136,8 @@ class Conversations:
             self._forget(conversation)
             return
         first = conversation.turns[0].question.strip() or "A picture"
-        conversation.title = conversation.title or " ".join(first.split())[:TITLE_LENGTH]
+        title = conversation.title or " ".join(first.split())[:TITLE_LENGTH]
+        conversation.title = title.encode(errors="replace").decode()  # halves of characters are no text for SQLite
         turns = [
             {**asdict(turn), "pictures": [path.relative_to(self.pictures).as_posix() for path in turn.pictures]}
             for turn in conversation.turns

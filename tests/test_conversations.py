@@ -210,6 +210,13 @@ def test_what_is_kept_is_the_users_alone(kept, picture, picture_first):
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
 
 
+def test_any_text_is_kept(kept):
+    for text in ("\ud800 \udfff\ud800", "\0\1", "'; DROP TABLE conversations; --", "x" * 100_000):
+        conversation = talk(kept, text)
+        assert another_program(kept).get(conversation.id, ME).turns[0].question == text
+    assert len(kept.titles(ME)) == 4
+
+
 def test_pictures_of_no_conversation_go_after_a_day(kept, picture):
     asked, dropped, new = talk(kept, "Whose?"), Conversation(ME), Conversation(ME)
     pictures = [kept.keep(conversation, picture) for conversation in (asked, dropped, new)]

@@ -5,6 +5,7 @@ import asyncio
 import random
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -13,9 +14,11 @@ import torch
 from transformers import AutoProcessor
 
 from conftest import DEMO
-from gradio_helper import Chat, to_messages
-from ov_mllama import conversation as conversations
+from ov_mllama import conversation
+from ov_mllama.chat import Chat, Wishes, to_messages
 from ov_mllama.conversation import plain
+from ov_mllama.conversations import ANSWERED, CUT, FAILED, Turn
+from ov_mllama.progress import Progress
 
 pytestmark = pytest.mark.torture
 HOSTILE = [
@@ -51,13 +54,11 @@ class Idle:
         raise AssertionError("work was started")
 
 
-def last(chat, message, history=(), **settings):
-    """What the page shows in the end."""
-
-    async def run():
-        return [piece async for piece in chat.respond(message, list(history), **settings)][-1]
-
-    return asyncio.run(run())
+def ask(model, processor, text: str, pictures=(), **wishes) -> Turn:
+    """A question to the chat, and what came of it."""
+    turn = Turn(text, [*pictures])
+    asyncio.run(Chat(model, processor, None).answer([turn], Progress(), Wishes(**wishes)))
+    return turn
 
 
 def special_ids(processor, messages) -> list[int]:
@@ -68,14 +69,12 @@ def special_ids(processor, messages) -> list[int]:
     return [token for token in ids if token in special]
 
 
-def conversation(first: str, answer: str, second: str, system: str):
-    history = [{"role": "user", "content": [{"type": "text", "text": first}, {"type": "text", "text": second}]}]
-    history += [{"role": "assistant", "content": answer}]
-    return to_messages({"text": second, "files": []}, history, system)[0]
+def messages_of(first: str, answer: str, second: str, system: str):
+    return to_messages([Turn(first, [], answer), Turn(second)], system)[0]
 
 
 def test_nothing_typed_becomes_a_special_token(processor, times, tally):
-    expected = special_ids(processor, conversation("a", "b", "c", "d"))
+    expected = special_ids(processor, messages_of("a", "b", "c", "d"))
     rng, wrong = random.Random(0), []  # noqa: S311
     names = list(processor.tokenizer.get_added_vocab())
     pieces = HOSTILE + names + [name[:k] for name in names for k in (1, 2, 5)] + [name[1:] for name in names]
@@ -86,7 +85,7 @@ def test_nothing_typed_becomes_a_special_token(processor, times, tally):
         texts = ["x" + "".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(4)]
         texts[0] = texts[0][rng.randint(0, 1) :]
         texts[2] = (texts[2][1:] or "x").strip() or "x"
-        if special_ids(processor, conversation(*texts)) != expected:
+        if special_ids(processor, messages_of(*texts)) != expected:
             wrong.append(texts)
     tally("hostile conversations", count, wrong)
 
@@ -105,23 +104,21 @@ def test_plain_text_stays_as_it_is():
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_answered(pair, text, tally):
-    chat = Chat(pair.ov, pair.processor)
-    shown = last(chat, {"text": text[:100], "files": []}, max_new_tokens=3)
-    assert "No answer" not in shown[-1]["metadata"]["title"]
+    assert ask(pair.ov, pair.processor, text[:100], max_new_tokens=3).state in (ANSWERED, CUT)
     tally("hostile prompts answered", 1)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t ", "\u3000"])
 def test_nothing_asked(processor, text):
-    shown = last(Chat(Idle(), processor), {"text": text, "files": []})
-    assert shown[-1]["metadata"]["title"].startswith("No answer: There is no question yet")
+    turn = ask(Idle(), processor, text)
+    assert (turn.state, turn.note[:26]) == (FAILED, "There is no question yet: ")
 
 
 def test_too_long_for_the_context_is_refused_before_pictures_are_opened(processor, monkeypatch):
-    monkeypatch.setattr(conversations, "open_picture", lambda _: pytest.fail("opened a picture"))
-    message = {"text": "word " * 20_000, "files": ["large.png"]}  # 100 000 characters
-    shown = last(Chat(Idle(), processor), message)
-    assert "more than the 512 this model can hold" in shown[-1]["metadata"]["title"]
+    monkeypatch.setattr(conversation, "open_picture", lambda _: pytest.fail("opened a picture"))
+    turn = ask(Idle(), processor, "word " * 20_000, [Path("large.png")])  # 100 000 characters
+    assert turn.state == FAILED
+    assert "more than the 512 this model can hold" in turn.note
 
 
 def test_the_model_refuses_what_it_cannot_hold(pair, monkeypatch):
@@ -146,7 +143,7 @@ def test_any_character_is_answered(pair, times, tally):
     rng, wrong, count = random.Random(1), [], times(20, 500)  # noqa: S311
     for _ in range(count):
         text = "x" + "".join(chr(rng.randrange(rng.choice([256, 65_536, sys.maxunicode]))) for _ in range(8))
-        messages, _ = to_messages({"text": text, "files": []}, [])
+        messages, _ = to_messages([Turn(text)])
         prompt = pair.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = pair.processor(text=prompt, add_special_tokens=False, return_tensors="pt")
         if pair.ov.generate(**inputs, do_sample=False, max_new_tokens=2, min_new_tokens=2).shape[1] < 3:

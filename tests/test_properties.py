@@ -1,5 +1,7 @@
 """Properties over generated inputs (hypothesis), each against a slower and simpler way to the same."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from gradio_helper import answered, remark, to_messages
+from ov_mllama.chat import to_messages
 from ov_mllama.conversation import plain
+from ov_mllama.conversations import Turn
 from ov_mllama.cross_attention import restrict, take_tiles, tiles_seen
 from ov_mllama.settings import GROUP_SIZES, INT4, Settings
 from ov_mllama.shapes import MASKED, MllamaShapes
@@ -159,27 +162,21 @@ def test_other_settings_have_another_file_name(run):
 
 
 def test_any_history_becomes_a_conversation(run):
-    picture = st.integers(0, 9).map(lambda number: {"file": {"path": f"{number}.png"}})
-    words = st.text(min_size=1, max_size=5).map(lambda text: {"type": "text", "text": text})
-    content = st.one_of(st.text(max_size=5), st.lists(st.one_of(words, picture), min_size=1, max_size=3))
-    entry = st.one_of(
-        st.builds(lambda c: {"role": "user", "content": c}, content),
-        st.builds(lambda c: {"role": "assistant", "content": c, "metadata": {"title": None}}, st.text(max_size=5)),
-        st.text(min_size=1, max_size=5).map(remark),
-    )
+    pictures_of = st.lists(st.integers(0, 9).map(lambda number: Path(f"{number}.png")), max_size=3)
+    turn = st.builds(Turn, st.text(max_size=5), pictures_of, st.text(max_size=5))
 
     def test(draw):
-        history, files = draw(st.lists(entry, max_size=8)), draw(st.lists(st.sampled_from(["x.png", "y.png"])))
+        before, files = draw(st.lists(turn, max_size=8)), draw(pictures_of)
         question, system = "?" + draw(st.text(max_size=5)), draw(st.text(max_size=3))
-        messages, pictures = to_messages({"text": question, "files": files}, history, system)
+        messages, pictures = to_messages([*before, Turn(question, files)], system)
         images = [part for message in messages for part in message["content"] if part["type"] == "image"]
         assert len(images) == len(pictures)
-        assert [str(path) for path in pictures[len(pictures) - len(files) :]] == files
+        assert pictures[len(pictures) - len(files) :] == files
         roles = [message["role"] for message in messages]
         assert roles[0] == "system" if system.strip() else "system" not in roles
         turns = [role for role in roles if role != "system"]
         assert turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
-        assert len(turns) == len(answered(history)) + 1
+        assert len(turns) == 2 * sum(bool(turn.answer) for turn in before) + 1
         assert messages[-1]["content"][-1] == {"type": "text", "text": plain(question.strip())}
 
     run(test, 200, 5000)
