@@ -12,7 +12,6 @@ not at all, so a run that was killed goes on where it was. `pandas.read_parquet(
 
 import argparse
 import hashlib
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -204,8 +203,7 @@ def main() -> None:
 
 def begin(address: str | None = None) -> None:
     """Ray, quietly: on this machine, or joined to a cluster."""
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # read once, when ray.data is first used
     ray.data.DataContext.get_current().enable_progress_bars = False
     here = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
     ray.init(address=address, log_to_driver=False, logging_level="error", **here)
