@@ -21,10 +21,8 @@ from ov_mllama.conversations import Conversation, Turn
 from ov_mllama.progress import Progress
 from ov_mllama.shown import GO_ON, as_markdown, bubbles, exported_name, shown_picture, who_answers
 
-LOOK_EVERY_S = 0.2  # how soon a page shows how an answer grows
-IDLE_LOOK_EVERY_S = (
-    1.0  # and what else has changed, such as in another tab; every look costs the browser 3 % of a second
-)
+LOOK_EVERY_S = 0.3  # how soon a page shows how an answer grows; a token takes the 11B as long
+IDLE_LOOK_EVERY_S = 1.0  # and what else has changed, such as in another tab: looking costs browser and server time
 
 
 def paths_of(message: dict) -> list[Path]:
@@ -151,7 +149,10 @@ class Pages:
         uploads = paths_of(message)
         if not text and not uploads:
             return gr.skip()
-        pictures = [await asyncio.to_thread(self._keep, talk, file) for file in uploads]
+        try:
+            pictures = [await asyncio.to_thread(self._keep, talk, file) for file in uploads]
+        except FileNotFoundError as error:  # Gradio keeps uploads for an hour
+            raise gr.Error(f"{Path(error.filename).name} has waited too long: please add it again.") from error
         if self.chat.answering(talk):
             gr.Info("One answer at a time: stop this one first, or wait for its end.")
             return gr.skip()
@@ -180,12 +181,15 @@ class Pages:
         """Answers the last question again."""
         talk = self.page(request).conversation
         await self.chat.stop(talk)
-        self.chat.begin(talk, Wishes(*wishes))
+        if talk.turns:  # another tab may have taken them back
+            self.chat.begin(talk, Wishes(*wishes))
 
-    async def undo(self, request: gr.Request) -> dict:
+    async def undo(self, request: gr.Request):
         """Takes the last question back into the text box."""
         talk = self.page(request).conversation
         await self.chat.stop(talk)
+        if not talk.turns:
+            return gr.skip()
         turn = talk.turns.pop()
         self.conversations.save(talk)
         return {"text": turn.question, "files": [str(picture) for picture in turn.pictures]}

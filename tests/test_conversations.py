@@ -348,3 +348,17 @@ def test_a_page_is_shown_and_keeps_settings_only_once_it_was_opened(kept):
 
     assert conversation.id in asyncio.run(load())
     assert pages.page(request).conversation is conversation
+
+
+def test_what_is_no_longer_there_is_said(kept, tmp_path):
+    pages = Pages(Chat(SimpleNamespace(stats=SimpleNamespace(tokens_per_s=0)), None, kept))
+    request = SimpleNamespace(session_hash="tab", username=None, query_params={})
+
+    async def ask():
+        await pages.open(ME, request)
+        assert await pages.undo(request) == gr.skip()
+        await pages.retry(request, *Wishes())
+        await pages.ask({"text": "?", "files": [str(tmp_path / "gone.png")]}, request, *Wishes())
+
+    with pytest.raises(gr.Error, match="gone.png has waited too long"):
+        asyncio.run(ask())
