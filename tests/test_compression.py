@@ -115,7 +115,10 @@ def test_straight_from_the_checkpoint_is_the_same_file(model_dir, tmp_path, argu
     actual = compress(tmp_path, source=SAMPLES, checkpoint=DEMO, **arguments)
     assert not (tmp_path / "openvino_language_model.xml").exists()
     assert actual.name == expected.name
-    assert actual.with_suffix(".bin").read_bytes() == expected.with_suffix(".bin").read_bytes()
+    ours, theirs = (np.frombuffer(path.with_suffix(".bin").read_bytes(), np.uint8) for path in (actual, expected))
+    # AWQ fits scales to statistics in NumPy: where arrays lie in memory may move one of them by its last bit (seen on
+    # an AMD EPYC: one of 1536)
+    assert np.mean(ours != theirs) <= (1e-5 if len(arguments) == 2 else 0)
 
 
 @pytest.mark.parametrize(
