@@ -161,11 +161,15 @@ class Tab:
         self.tab.get_by_text("Settings").click()
 
     def allow(self, tokens: int) -> None:
-        """Sets the longest answer."""
-        self.tab.get_by_label("number input for Longest answer, tokens").fill(str(tokens))
-        self.tab.keyboard.press("Tab")
-        expect(self.tab.get_by_label("range slider for Longest answer, tokens")).to_have_value(str(tokens))
-        self.tab.wait_for_timeout(200)
+        """Sets the longest answer, again where the settings, just opened, set it back."""
+        shown = self.tab.get_by_label("range slider for Longest answer, tokens")
+        for _ in range(20):
+            self.tab.get_by_label("number input for Longest answer, tokens").fill(str(tokens))
+            self.tab.keyboard.press("Tab")
+            self.tab.wait_for_timeout(300)
+            if shown.input_value() == str(tokens):
+                return
+        raise AssertionError("the number was not taken")
 
 
 def drop(page, files: dict[str, str], target: str, event="drop") -> None:
