@@ -15,10 +15,10 @@ from gradio.utils import get_upload_folder
 import ov_mllama
 from ov_mllama.chat import Chat
 from ov_mllama.conversations import Conversations
+from ov_mllama.images import SUFFIXES
 from ov_mllama.pages import LOOK_EVERY_S, Pages
 
 PARTS = Path(ov_mllama.__file__).parent  # of the page
-SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"]
 WELCOME = """## What would you like to know?
 
 Add pictures, or drop them anywhere. {}"""
@@ -148,7 +148,7 @@ def lay_out(about: str, examples: Iterable[dict]) -> SimpleNamespace:
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
-        file_types=SUFFIXES,
+        file_types=[*SUFFIXES],
         file_count="multiple",
         sources=["upload"],
         placeholder="Ask a question or add pictures",

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif")
 MAX_PIXELS = 50_000_000  # a picture's; a small file can unfold to any number
 MAX_BYTES = 50_000_000  # of a file from the network
 SECONDS = 30  # for all of it to arrive

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import ray
 from tqdm.auto import tqdm
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"}
+from ov_mllama.images import SUFFIXES
+
 COLUMNS = ("id", "path", "question", "answer", "finish", "error")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 
