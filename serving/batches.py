@@ -78,6 +78,7 @@ class Batches:
         self._waiting: deque[Asked] = deque()
         self._changed = threading.Condition()
         self._open = True
+        self._alone = 0  # how many of those in front did not fit into memory together
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
 
@@ -127,7 +128,8 @@ class Batches:
             first = self._waiting[0]
             # the processor takes pictures for all rows or for none
             batch = [asked for asked in self._waiting if bool(asked.question.pictures) == bool(first.question.pictures)]
-            batch = batch[: self.size]
+            batch = batch[: 1 if self._alone else self.size]
+            self._alone = max(0, self._alone - 1)
             for asked in batch:
                 self._waiting.remove(asked)
             return batch
@@ -136,7 +138,15 @@ class Batches:
         while batch := self._next():
             batch = [asked for asked in batch if not asked.row.cancelled.is_set()]
             try:
-                self._answer(batch)
+                try:
+                    self._answer(batch)
+                except MemoryError:  # before any of it began: what does not fit together may fit one by one
+                    if len(batch) == 1 or any(asked.row.words.tokens for asked in batch):
+                        raise
+                    with self._changed:
+                        self._waiting.extendleft(reversed(batch))
+                    self._alone += len(batch)
+                    continue
                 error = None
             except Stopped:
                 error = None

@@ -352,3 +352,20 @@ def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(clien
         list(complete(client, user(text(WHO)), stream=True))
     monkeypatch.undo()
     assert complete(client, user(text(WHO))).choices[0].message.content == SELF
+
+
+def test_what_does_not_fit_into_memory_together_is_answered_one_by_one(client, model, monkeypatch):
+    generate, sizes = model.generate, []
+
+    def small(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 1:
+            raise MemoryError("2 GB too little")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", small)
+    model.step_s = 0.05
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: complete(client, user(text(WHO))).choices[0].message.content, range(4)))
+    assert answers == [SELF] * 4
+    assert max(sizes) > 1
