@@ -1,1 +1,27 @@
 """Llama 3.2 Vision for other programs: an OpenAI-compatible server, and captions for folders of pictures."""
+
+from pathlib import Path
+
+
+def load(model_dir: Path, device: str = "CPU", language: str | None = None, encoder: str | None = None, **options):
+    """The model of a folder, the compressed one made last where no file is named, and its processor.
+
+    Args:
+        language, encoder: names of its .xml files.
+        options: of `OVMLlamaForConditionalGeneration`; `threads` of the CPU plugin, None for all.
+    """
+    from transformers import AutoProcessor
+
+    from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+    from ov_mllama.model import OVMLlamaForConditionalGeneration
+
+    threads = options.pop("threads", None)
+    model = OVMLlamaForConditionalGeneration(
+        model_dir,
+        device,
+        ov_config={"INFERENCE_NUM_THREADS": threads} if threads else None,
+        language_model_name=language or newest(model_dir, LANGUAGE_MODEL_NAME),
+        image_encoder_name=encoder or newest(model_dir, VISION_ENCODER_NAME),
+        **options,
+    )
+    return model, AutoProcessor.from_pretrained(model_dir)

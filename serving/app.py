@@ -25,11 +25,9 @@ from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import ValidationError
-from transformers import AutoProcessor
 
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
-from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.prepare import default_folder, prepare
+from serving import load
 from serving.batches import Asked, Batches
 from serving.questions import Reader, Refusal, Request
 
@@ -201,13 +199,7 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat")
     options = parser.parse_args()
     model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
-    model = OVMLlamaForConditionalGeneration(
-        model_dir,
-        options.device,
-        language_model_name=options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME),
-        image_encoder_name=options.image_encoder or newest(model_dir, VISION_ENCODER_NAME),
-    )
-    processor = AutoProcessor.from_pretrained(model_dir)
+    model, processor = load(model_dir, options.device, options.language_model, options.image_encoder)
     batches = Batches(model, processor, options.batch, options.line)
     name = options.name or model_dir.resolve().name
     app = create_app(batches, name, options.key or os.environ.get("OV_MLLAMA_KEY"), options.addresses)

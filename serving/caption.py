@@ -39,20 +39,10 @@ class Captioner:
     """
 
     def __init__(self, model_dir: str, question: str, out: str, max_new_tokens: int, threads: int | None):
-        from transformers import AutoProcessor
+        from serving import load
 
-        from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
-        from ov_mllama.model import OVMLlamaForConditionalGeneration
-
-        folder = Path(model_dir)
-        self.model = OVMLlamaForConditionalGeneration(
-            folder,
-            ov_config={"INFERENCE_NUM_THREADS": threads} if threads else None,
-            language_model_name=newest(folder, LANGUAGE_MODEL_NAME),
-            image_encoder_name=newest(folder, VISION_ENCODER_NAME),
-            image_cache_bytes=0,  # each picture is asked about once
-        )
-        self.processor = AutoProcessor.from_pretrained(folder)
+        # each picture is asked about once: none is kept
+        self.model, self.processor = load(Path(model_dir), threads=threads, image_cache_bytes=0)
         self.question, self.out, self.max_new_tokens = question, Path(out), max_new_tokens
 
     def __call__(self, batch: dict) -> dict:

@@ -30,21 +30,12 @@ class Arguments(BaseModel):
 
 def build(arguments: Arguments):
     """A replica's FastAPI app, with a model of its own."""
-    from transformers import AutoProcessor
-
-    from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
-    from ov_mllama.model import OVMLlamaForConditionalGeneration
+    from serving import load
     from serving.app import create_app
     from serving.batches import Batches
 
     model_dir = Path(arguments.model_dir)
-    model = OVMLlamaForConditionalGeneration(
-        model_dir,
-        ov_config={"INFERENCE_NUM_THREADS": arguments.threads} if arguments.threads else None,
-        language_model_name=newest(model_dir, LANGUAGE_MODEL_NAME),
-        image_encoder_name=newest(model_dir, VISION_ENCODER_NAME),
-    )
-    batches = Batches(model, AutoProcessor.from_pretrained(model_dir))
+    batches = Batches(*load(model_dir, threads=arguments.threads))
     return create_app(batches, model_dir.resolve().name, arguments.key or None)
 
 
