@@ -6,13 +6,12 @@ size the prompt's seconds, the milliseconds of a step (medians), and tokens a se
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 from transformers import AutoProcessor
 
-from benchmarks.benchmark import provenance, rounded
+from benchmarks.benchmark import provenance, report
 from ov_mllama.conversation import first_questions
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.model import OVMLlamaForConditionalGeneration
@@ -55,9 +54,7 @@ def main() -> None:
         "step_ms": {size: 1000 * float(np.median(seconds)) for size, seconds in steps.items()},
         "tokens_per_s_over_one": {size: float(size * one / np.median(seconds)) for size, seconds in steps.items()},
     }
-    if options.json:
-        options.json.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(rounded(result)))
+    report(result, options.json)
 
 
 if __name__ == "__main__":

@@ -432,6 +432,13 @@ def rounded(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def report(result: dict, path: Path | None) -> None:
+    """Prints the figures as JSON, in a line, and writes them to a file if one is named."""
+    if path:
+        path.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(rounded(result)))
+
+
 def provenance(module: str) -> dict:
     """What every figure must come with: the machine, the versions, the command (folders by their names)."""
     names = ("torch", "transformers", "openvino", "nncf")
@@ -457,18 +464,15 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or options.checkpoint.with_name(options.checkpoint.name + "-ov")
 
-    report = {
+    result = {
         **provenance("benchmarks.benchmark"),
         "bandwidth_gb_s": bandwidth(),
         "conversion": convert(options.checkpoint, out, options.variants, options.pictures),
         "variants": compare(options.checkpoint, out, options.variants, options),
     }
-    add_shares(report["variants"], report["bandwidth_gb_s"])
-    print_table(report["variants"])
-    text = json.dumps(rounded(report))
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    add_shares(result["variants"], result["bandwidth_gb_s"])
+    print_table(result["variants"])
+    report(result, options.json)
 
 
 if __name__ == "__main__":

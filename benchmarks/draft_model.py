@@ -9,7 +9,6 @@ behind a wrong one; guess_over_token, the draft model's time for a guess over th
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList
 
-from benchmarks.benchmark import Dictated, provenance, rounded
+from benchmarks.benchmark import Dictated, provenance, report
 from ov_mllama.draft_model import OVDraftModel, Schedule
 from ov_mllama.files import VISION_ENCODER_NAME, newest
 from ov_mllama.model import OVMLlamaForConditionalGeneration
@@ -86,9 +85,7 @@ def main() -> None:
         gain, accepted, guess = np.median(rounds, axis=0)
         entry = {"gain": gain, "rounds": [each for each, *_ in rounds], "accepted": accepted, "guess_over_token": guess}
         result["by_drafts"].setdefault(str(drafts or "as many as pay"), {})[chance] = entry
-    if options.json:
-        options.json.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(rounded(result)))
+    report(result, options.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig
 
-from benchmarks.benchmark import bandwidth, median, provenance, rounded
+from benchmarks.benchmark import bandwidth, median, provenance, report, rounded
 from demo_model.evaluate import heldout_samples
 from ov_mllama import costs
 from ov_mllama.cache import Prompt
@@ -90,9 +90,7 @@ def main() -> None:
         result["formats"][name] = {**quality[name], "gb": size / 1e9, "token_ms": taken, "share": share}
     default = result["formats"]["int4_asym, groups of 64"]["token_ms"]
     result["kv_cache_ms_behind_2000"] = {precision: median(taken) - default for precision, taken in long.items()}
-    if options.json:
-        options.json.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(rounded(result)))
+    report(result, options.json)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ tokens_per_s by clients, tokens_per_s_over_one; pictures_per_minute by "workers 
 
 import argparse
 import asyncio
-import json
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import psutil
 from transformers import AutoProcessor
 
-from benchmarks.benchmark import provenance, rounded
+from benchmarks.benchmark import provenance, report
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.photographs import photographs
@@ -104,9 +103,7 @@ def main() -> None:
         "rss_gb": rss,
         "pictures_per_minute": per_minute,
     }
-    if options.json:
-        options.json.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(rounded(result)))
+    report(result, options.json)
 
 
 if __name__ == "__main__":

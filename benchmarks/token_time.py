@@ -7,7 +7,6 @@ are means over all inferences of a model so far, which is why this one is not wa
 """
 
 import argparse
-import json
 import re
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from transformers import AutoProcessor
 
-from benchmarks.benchmark import bandwidth, provenance, rounded
+from benchmarks.benchmark import bandwidth, provenance, report
 from ov_mllama import costs
 from ov_mllama.cache import Prompt
 from ov_mllama.checks import image_arrays
@@ -124,9 +123,7 @@ def main() -> None:
     }
     if options.plot:
         plot(seconds, options.plot)
-    if options.json:
-        options.json.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(rounded(result), indent=1))
+    report(result, options.json)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import ValidationError
 
 from ov_mllama.prepare import default_folder, prepare
-from serving import load
+from serving import load, said_plainly
 from serving.batches import Asked, Batches
 from serving.questions import Reader, Refusal, Request
 
@@ -220,4 +220,5 @@ def mount_chat(app: FastAPI, model, processor) -> FastAPI:
 
 
 if __name__ == "__main__":
-    main()
+    with said_plainly():
+        main()

@@ -13,7 +13,7 @@ not at all, so a run that was killed goes on where it was. `pandas.read_parquet(
 import argparse
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ import ray
 from tqdm.auto import tqdm
 
 from ov_mllama.images import SUFFIXES
+from serving import load, said_plainly
 
 COLUMNS = ("id", "path", "question", "answer", "finish", "error")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
@@ -39,14 +40,12 @@ class Captioner:
     """
 
     def __init__(self, model_dir: str, question: str, out: str, max_new_tokens: int, threads: int | None):
-        from serving import load
-
         # each picture is asked about once: none is kept
         self.model, self.processor = load(Path(model_dir), threads=threads, image_cache_bytes=0)
         self.question, self.out, self.max_new_tokens = question, Path(out), max_new_tokens
 
     def __call__(self, batch: dict) -> dict:
-        """Rows "id" and "path" -> a file of results, and their ids."""
+        """Rows "id" and "path" -> a file of results; the ids, and "left": why a picture is not in it, else ""."""
         from ov_mllama.images import open_picture
 
         rows, samples = [], []
@@ -57,23 +56,40 @@ class Captioner:
             except ValueError as error:
                 row["error"] = str(error)
             rows.append(row)
-        for sample, (answer, finish) in zip(samples, self.answers(samples), strict=True):
-            sample["row"] |= {"answer": answer, "finish": finish}
-        write(rows, self.out)
-        return {"id": batch["id"]}
+        left = self.answer(samples)
+        if kept := [row for row in rows if row["id"] not in left]:
+            write(kept, self.out)
+        return {"id": batch["id"], "left": [left.get(row["id"], "") for row in rows]}
 
-    def answers(self, samples: list[dict]) -> Iterator[tuple[str, str]]:
-        """Of pictures and questions, all in one batch."""
+    def answer(self, samples: list[dict]) -> dict[str, str]:
+        """Fills in the rows of pictures: all in one batch, or one by one where that finds no memory or has a picture
+        for which the model computes nothing finite. Returns ids of those that find none even alone, and why."""
+        try:
+            answers = self.answers(samples) if samples else []
+        except (MemoryError, FloatingPointError) as error:
+            if len(samples) > 1:
+                return {key: why for sample in samples for key, why in self.answer([sample]).items()}
+            row = samples[0]["row"]
+            if isinstance(error, MemoryError):  # another time there may be more
+                return {row["id"]: str(error)}
+            row["error"] = str(error)
+            return {}
+        for sample, (answer, finish) in zip(samples, answers, strict=True):
+            sample["row"] |= {"answer": answer, "finish": finish}
+        return {}
+
+    def answers(self, samples: list[dict]) -> list[tuple[str, str]]:
+        """Answers, and why they end, of pictures and questions in one batch."""
         from ov_mllama.conversation import first_questions
 
-        if not samples:
-            return
         inputs = first_questions(self.processor, samples)
         output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
         ends = self.model.generation_config.eos_token_id
+        answers = []
         for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
             whole = any(token in tokens for token in ([ends] if isinstance(ends, int) else ends))
-            yield self.processor.decode(tokens, skip_special_tokens=True), "stop" if whole else "length"
+            answers.append((self.processor.decode(tokens, skip_special_tokens=True), "stop" if whole else "length"))
+        return answers
 
 
 def write(rows: list[dict], out: Path) -> None:
@@ -130,6 +146,7 @@ def caption(
         threads: of each; None: those of the machine.
     Raises:
         FileNotFoundError: there are no pictures.
+        MemoryError: some pictures find no memory; all others have been asked about.
     """
     folder, out = Path(pictures).resolve(), Path(out).resolve()
     found = [{"path": str(path)} for path in pictures_in(folder)]
@@ -155,9 +172,13 @@ def caption(
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=threads or 1,
     )
-    with tqdm(total=len(todo), initial=0, unit="picture", desc="Asking") as bar:
+    left: list[str] = []
+    with tqdm(total=len(todo), unit="picture", desc="Asking") as bar:
         for rows in asked.iter_batches(batch_size=None):
             bar.update(len(rows["id"]))
+            left += [why for why in rows["left"] if why]
+    if left:
+        raise MemoryError(f"{len(left)} of {len(todo)} pictures are left for another run. {left[0]}")
     return len(todo)
 
 
@@ -201,4 +222,5 @@ def begin(address: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with said_plainly():
+        main()

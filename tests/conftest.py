@@ -25,6 +25,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama  # noqa: E402
 from tiny_mllama import LLAMA3_ROPE, make_checkpoint  # noqa: E402
 
+# modules beside the package, that people copy or import
+HELPERS = (
+    "data_preprocessing",
+    "gradio_helper",
+    "notebook_figures",
+    "notebook_utils",
+    "ov_mllama_compression",
+    "ov_mllama_helper",
+)
 F32 = {"EXECUTION_MODE_HINT": "ACCURACY"}  # f32 throughout, KV cache included
 
 # what Mllama checkpoints differ in: attention heads, tiles, rotary embedding, picture size, padding tiles
@@ -162,6 +171,12 @@ def pair(tiny_folder):
     return Pair("gqa-llama3", tiny_folder)
 
 
+@pytest.fixture(scope="session")
+def processor():
+    """The demo checkpoint's."""
+    return AutoProcessor.from_pretrained(DEMO)
+
+
 @pytest.fixture(scope="module")  # while it is there, asyncio.run cannot be called
 def browser():
     """Debian's chromium."""
@@ -173,3 +188,14 @@ def browser():
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *flags])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser, url, model):
+    """A tab with the chat of a test file's `url`, answered by its `model`."""
+    from chat_page import Tab  # it imports from here
+
+    page = Tab(browser, url)
+    yield page
+    assert not page.errors
+    page.close()

@@ -12,7 +12,6 @@ import torch
 from gradio_client import Client, handle_file
 from PIL import Image, ImageChops
 from playwright.sync_api import expect
-from transformers import AutoProcessor
 
 from chat_page import SELF, WHO, Tab, path_of
 from conftest import DEMO, demo_samples
@@ -44,11 +43,6 @@ class TalkativeModel(OVMLlamaForConditionalGeneration):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return TalkativeModel(convert_mllama(DEMO, tmp_path_factory.mktemp("chat") / "ov"))
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(DEMO)
 
 
 @pytest.fixture
@@ -254,14 +248,6 @@ def test_four_clients_at_once_get_their_own_answers(url):
 
 
 # ---- Page -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def page(browser, url):
-    page = Tab(browser, url)
-    yield page
-    assert not page.errors
-    page.close()
 
 
 def test_conversation_about_a_picture(page, url):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlamaForCausalLM, MllamaForConditionalGeneration
+from transformers import LlamaForCausalLM, MllamaForConditionalGeneration
 
 from conftest import DEMO, F32, demo_samples
 from demo_model.evaluate import ask, heldout_samples
@@ -14,11 +14,6 @@ from demo_model.train_draft import conversations, loss_of, make_draft
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 QUESTIONS = 200
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(DEMO)
 
 
 @pytest.fixture(scope="module")

@@ -70,14 +70,6 @@ def url(loaded, folder):
     demo.close()
 
 
-@pytest.fixture
-def page(browser, url, model):
-    page = Tab(browser, url)
-    yield page
-    assert not page.errors
-    page.close()
-
-
 def reload(page) -> None:
     page.tab.reload()
     expect(page.tab.locator(".block.foot")).to_contain_text("Everything stays")

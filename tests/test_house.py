@@ -11,18 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from conftest import ROOT, demo_samples
+from conftest import HELPERS, ROOT, demo_samples
 
 PACKAGE = ROOT / "ov_mllama"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-HELPERS = (
-    "data_preprocessing",
-    "gradio_helper",
-    "notebook_figures",
-    "notebook_utils",
-    "ov_mllama_compression",
-    "ov_mllama_helper",
-)
 
 # Who may import whom, in order: each may import those before it. The command line wires everything together.
 ORDER = (

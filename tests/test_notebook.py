@@ -14,20 +14,12 @@ import pytest
 
 import notebook_utils
 from benchmarks.make_checkpoint import VOCABULARY, make_checkpoint
-from conftest import ROOT, demo_samples
+from conftest import HELPERS, ROOT, demo_samples
 from ov_mllama.files import LANGUAGE_MODEL_NAME
 from ov_mllama.photographs import photographs
 from tiny_mllama import make_llama
 
 NOTEBOOK = ROOT / "mllama-3.2.ipynb"
-HELPERS = [
-    "data_preprocessing",
-    "gradio_helper",
-    "notebook_figures",
-    "notebook_utils",
-    "ov_mllama_compression",
-    "ov_mllama_helper",
-]
 ENGINE = tuple(f"ov_mllama.{path.stem}" for path in sorted((ROOT / "ov_mllama").glob("[a-z]*.py")))
 
 

@@ -35,14 +35,6 @@ def url(model, tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, url):
-    page = Tab(browser, url)
-    yield page
-    assert not page.errors
-    page.close()
-
-
-@pytest.fixture
 def says(monkeypatch):
     says = Says()
     monkeypatch.setattr("ov_mllama.chat.stream_words", says.words)

@@ -11,9 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from transformers import AutoProcessor
 
-from conftest import DEMO
 from ov_mllama import conversation
 from ov_mllama.chat import Chat, Wishes, to_messages
 from ov_mllama.conversation import plain
@@ -37,11 +35,6 @@ HOSTILE = [
     "👩‍👩‍👧‍👦 e\u0301 \U0010ffff",
     "a" * 2000,
 ]
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(DEMO)
 
 
 class Idle:

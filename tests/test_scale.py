@@ -76,6 +76,31 @@ def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictu
     assert len(pd.read_parquet(out)) == len(SAMPLES) + 2
 
 
+def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(model_dir, tmp_path, monkeypatch):
+    from serving.caption import Captioner, answered
+
+    captioner = Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
+    paths = [str(path_of(sample)) for sample in SAMPLES[:3]]
+    generate, sizes = captioner.model.generate, []
+
+    def small(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if len(sizes) in (1, 4):  # all together, and the last one
+            raise MemoryError("2 GB too little")
+        return generate(**inputs)
+
+    monkeypatch.setattr(captioner.model, "generate", small)
+    batch = {"id": ["0", "1", "2"], "path": paths}
+    assert captioner(batch)["left"] == ["", "", "2 GB too little"]
+    assert sizes == [3, 1, 1, 1]
+    assert answered(tmp_path, QUESTION) == {"0", "1"}
+    monkeypatch.undo()
+    assert captioner({"id": ["2"], "path": paths[2:]})["left"] == [""]
+    table = pd.read_parquet(tmp_path).sort_values("id")
+    assert table["answer"].tolist()[2] == SAMPLES[2]["answer"]
+    assert table["error"].isna().all()
+
+
 def test_a_folder_without_pictures(tmp_path):
     from serving.caption import caption
 

@@ -11,7 +11,6 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from transformers import AutoProcessor
 
 from chat_page import SELF, WHO, Slow, path_of, wait_until
 from conftest import DEMO, F32, demo_samples
@@ -27,11 +26,6 @@ KEY = "secret"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return Slow(convert_mllama(DEMO, tmp_path_factory.mktemp("server") / "ov"), ov_config=F32)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(DEMO)
 
 
 class Server:

@@ -6,7 +6,6 @@ import time
 
 import pytest
 from playwright.sync_api import expect
-from transformers import AutoProcessor
 
 from chat_page import SELF, WHO, Slow, Tab, ahead_threads, path_of, wait_until
 from conftest import DEMO, demo_samples
@@ -34,11 +33,6 @@ def model(loaded):
     loaded.as_new(picture_s=4)
     yield loaded
     wait_until(lambda: not ahead_threads())
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(DEMO)
 
 
 @pytest.fixture
@@ -220,13 +214,6 @@ def url(loaded, processor, tmp_path_factory):
     _, address, _ = demo.launch(prevent_thread_lock=True)
     yield address
     demo.close()
-
-
-@pytest.fixture
-def page(browser, url, model):
-    page = Tab(browser, url)
-    yield page
-    page.close()
 
 
 def test_first_words_within_a_second_of_a_question_typed_for_as_long_as_its_picture_takes(page, model):
