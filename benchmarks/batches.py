@@ -12,7 +12,7 @@ import numpy as np
 from transformers import AutoProcessor
 
 from benchmarks.benchmark import provenance, report
-from ov_mllama.conversation import first_questions
+from ov_mllama.conversation import prompts_about
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.photographs import photographs
@@ -43,7 +43,7 @@ def main() -> None:
         for size in options.sizes:
             asked = [{"image": picture, "question": samples[i % len(samples)]["question"]} for i in range(size)]
             model.sessions.forget()  # every prompt is read whole
-            model.generate(**first_questions(processor, asked), **GREEDY)
+            model.generate(**prompts_about(processor, asked), **GREEDY)
             prompts.setdefault(size, []).append(model.stats.prefill_s)
             steps.setdefault(size, []).extend(model.stats.step_s)
             print(size, model.stats, flush=True)

@@ -14,7 +14,7 @@ import ov_mllama.machine
 import ov_mllama.sessions
 import ov_mllama.vision
 from benchmarks.benchmark import anonymous
-from ov_mllama.conversation import first_questions
+from ov_mllama.conversation import prompts_about
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.photographs import photographs
@@ -45,7 +45,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(options.model_dir)
     samples = {sample["name"]: sample for sample in photographs()}
     for name in ASKED:
-        inputs = first_questions(processor, [samples[name]])
+        inputs = prompts_about(processor, [samples[name]])
         model.generate(**inputs, do_sample=False, max_new_tokens=4)
         kept = (model.image_encoder.kept.nbytes + model.sessions.held_bytes) / 1e9
         note(f"after a picture of {int(inputs['aspect_ratio_mask'].sum())} tiles, {kept:.2f} GB of it kept")

@@ -20,7 +20,7 @@ from benchmarks.benchmark import bandwidth, provenance, report
 from ov_mllama import costs
 from ov_mllama.cache import Prompt
 from ov_mllama.checks import image_arrays
-from ov_mllama.conversation import first_questions
+from ov_mllama.conversation import prompts_about
 from ov_mllama.cross_attention import tiles_seen
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.model import OVMLlamaForConditionalGeneration
@@ -92,7 +92,7 @@ def main() -> None:
     names = newest(options.model_dir, LANGUAGE_MODEL_NAME), newest(options.model_dir, VISION_ENCODER_NAME)
     files = {"language_model_name": names[0], "image_encoder_name": names[1], "check_golden": False}
     sample = next(sample for sample in photographs() if sample["name"] == options.picture)
-    inputs = first_questions(AutoProcessor.from_pretrained(options.model_dir), [sample])
+    inputs = prompts_about(AutoProcessor.from_pretrained(options.model_dir), [sample])
 
     model = OVMLlamaForConditionalGeneration(options.model_dir, **files)
     without = [taken for _, taken in steps(model, inputs, STEPS)]

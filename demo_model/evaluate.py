@@ -14,24 +14,29 @@ from tqdm import tqdm
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 from demo_model.scenes import draw, random_scene
-from ov_mllama.conversation import first_questions
+from ov_mllama.conversation import prompts_about
 from ov_mllama.images import DETAILS, at_detail
 
 SIZES = ((112, 112), (224, 112), (112, 224), (224, 224), (336, 112), (112, 448), (100, 80), (300, 200), (500, 500))
 
 
-def heldout_samples(count: int, seed: int = 2026) -> Iterator[dict]:
-    """`count` held-out questions as {"image": PIL picture, "question", "answer", "task"}, one for each picture."""
+def heldout_samples(count: int, seed: int = 2026, follow_ups: bool = False) -> Iterator[dict]:
+    """`count` held-out questions as {"image": PIL picture, "question", "answer", "task"}, one for each picture; with
+    `follow_ups` also what was asked and rightly answered "before"."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         scene = random_scene(rng, *SIZES[rng.integers(len(SIZES))], held_out=True)
         task, question, answer = scene.questions[rng.integers(len(scene.questions))]
-        yield {"image": Image.fromarray(draw(scene, rng)), "question": question, "answer": answer, "task": task}
+        sample = {"image": Image.fromarray(draw(scene, rng)), "question": question, "answer": answer, "task": task}
+        if follow_ups:
+            _, *before = scene.questions[rng.integers(len(scene.questions))]
+            sample["before"] = [before]
+        yield sample
 
 
 def ask(model, processor, samples: list[dict], max_new_tokens: int = 80) -> list[str]:
     """The model's greedy answers to a batch of samples."""
-    inputs = first_questions(processor, samples)
+    inputs = prompts_about(processor, samples)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -41,12 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent)
     parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--follow-ups", action="store_true", help="ask each behind another question about its picture")
     parser.add_argument("--detail", choices=DETAILS, default="high", help="low: every picture shrunk into one tile")
     parser.add_argument("--show-errors", type=int, default=0)
     options = parser.parse_args()
     processor = AutoProcessor.from_pretrained(options.model)
     model = MllamaForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
-    samples, results, errors = list(heldout_samples(options.questions)), {}, []
+    samples, results, errors = list(heldout_samples(options.questions, follow_ups=options.follow_ups)), {}, []
     for sample in samples:
         sample["image"] = at_detail(sample["image"], options.detail, model.config.vision_config.image_size)
     for start in tqdm(range(0, len(samples), 50)):

@@ -28,13 +28,18 @@ def plain(text: str) -> str:
     return re.sub(r"(^|<)\|", "\\1\u200b|", whole)
 
 
-def first_questions(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch of prompts, each the "question" about the "image" of a sample, padded on the left."""
-    messages = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample["question"]}]}]
-        for sample in samples
-    ]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+def prompts_about(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of prompts, each the "question" about the "image" of a sample, padded on the left. What was asked and
+    answered "before", (question, answer) pairs, goes first in those that have it."""
+    text = []
+    for sample in samples:
+        messages = []
+        for question, answer in sample.get("before", ()):
+            messages += [{"role": "user", "content": [{"type": "text", "text": question}]}]
+            messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        messages += [{"role": "user", "content": [{"type": "text", "text": sample["question"]}]}]
+        messages[0]["content"].insert(0, {"type": "image"})
+        text.append(processor.apply_chat_template(messages, add_generation_prompt=True))
     images = [[sample["image"]] for sample in samples]
     return processor(text=text, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
 

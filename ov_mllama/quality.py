@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
-from ov_mllama.conversation import first_questions
+from ov_mllama.conversation import prompts_about
 from ov_mllama.convert import checkpoint_folder, load_checkpoint
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 
@@ -152,7 +152,7 @@ def batches(items: list) -> list[list]:
 
 def greedy(model, processor, samples: list[dict]) -> list[list[int]]:
     """Tokens of the greedy answers, without what pads them."""
-    inputs = first_questions(processor, samples)
+    inputs = prompts_about(processor, samples)
     output = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
     return [[token for token in row if token != processor.tokenizer.pad_token_id] for row in output.tolist()]
 
@@ -160,7 +160,7 @@ def greedy(model, processor, samples: list[dict]) -> list[list[int]]:
 @torch.no_grad()
 def score(model, processor, samples: list[dict], answers: list[list[int]]) -> list[np.ndarray]:
     """Log-probabilities f32 [tokens, vocab] of what follows each token of given answers."""
-    inputs, longest = first_questions(processor, samples), max(map(len, answers))
+    inputs, longest = prompts_about(processor, samples), max(map(len, answers))
     start = inputs["input_ids"].shape[1]
     appended = torch.full((len(answers), longest), processor.tokenizer.pad_token_id)
     for row, answer in zip(appended, answers, strict=True):
@@ -204,7 +204,7 @@ def waits(model, processor, samples: list[dict]) -> dict[str, float]:
     """Median milliseconds to the first token and from each token to the next, one question at a time."""
     first, following = [], []
     for sample in samples:
-        clock, inputs = Clock(), first_questions(processor, [sample])
+        clock, inputs = Clock(), prompts_about(processor, [sample])
         model.generate(**inputs, **GREEDY, streamer=clock)
         steps = np.diff(clock.times) * 1000
         first.append(steps[0])

@@ -80,9 +80,9 @@ class Captioner:
 
     def answers(self, samples: list[dict]) -> list[tuple[str, str]]:
         """Answers, and why they end, of pictures and questions in one batch."""
-        from ov_mllama.conversation import first_questions
+        from ov_mllama.conversation import prompts_about
 
-        inputs = first_questions(self.processor, samples)
+        inputs = prompts_about(self.processor, samples)
         output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
         ends = self.model.generation_config.eos_token_id
         answers = []

@@ -28,7 +28,8 @@ def demo_ir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def heldout():
-    return list(heldout_samples(QUESTIONS, seed=1))
+    follow_ups = heldout_samples(QUESTIONS // 4, seed=2, follow_ups=True)
+    return [*heldout_samples(QUESTIONS - QUESTIONS // 4, seed=1), *follow_ups]
 
 
 def answers_to(model, processor, samples) -> list[str]:

@@ -12,7 +12,7 @@ import ov_mllama.compress
 from conftest import CASES, DEMO, F32
 from demo_model.evaluate import heldout_samples
 from ov_mllama.compress import make_draft_model
-from ov_mllama.conversation import first_questions
+from ov_mllama.conversation import prompts_about
 from ov_mllama.draft_model import STEP, TOKENS, OVDraftModel, Schedule
 from ov_mllama.settings import Settings
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
@@ -266,7 +266,7 @@ def test_the_demos_own_is_mostly_right(tmp_path):
     model, processor = OVMLlamaForConditionalGeneration(model_dir, ov_config=F32), AutoProcessor.from_pretrained(DEMO)
     own = OVDraftModel(make_draft_model(DEMO / "draft", tmp_path / "draft"), ov_config=F32, drafts=3)
     for sample in heldout_samples(40):
-        inputs = first_questions(processor, [sample])
+        inputs = prompts_about(processor, [sample])
         plain = model.generate(**inputs, do_sample=False, max_new_tokens=60)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=60, assistant_model=own)
         assert output.tolist() == plain.tolist()
