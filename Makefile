@@ -50,7 +50,8 @@ build/slice/config.json: .venv/.run
 	$(BIN)/python -m benchmarks.make_checkpoint --out build/slice --text-layers 5 --vision-layers 4 --global-layers 1
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 quick: .venv/.dev
 	$(BIN)/python -m pytest tests/test_parity.py tests/test_sessions.py tests/test_house.py -k 'gqa-llama3 or sessions or house'

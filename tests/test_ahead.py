@@ -14,6 +14,8 @@ from ov_mllama.images import at_detail
 from ov_mllama.inference import Stopped, run, turn_of
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 
+pytestmark = pytest.mark.alone
+
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 PICTURE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 

@@ -24,6 +24,8 @@ from ov_mllama.progress import Progress
 from ov_mllama.shown import GO_ON, bubbles, with_formulas
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
+pytestmark = pytest.mark.alone
+
 SAMPLES = demo_samples()
 LONG = 1500  # max_new_tokens for which the model below talks to the end
 

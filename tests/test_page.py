@@ -15,6 +15,8 @@ from data_preprocessing import questions_about
 from gradio_helper import make_demo
 from ov_mllama_helper import convert_mllama
 
+pytestmark = pytest.mark.alone
+
 SAMPLE = demo_samples()[0]
 PHONE = {"width": 390, "height": 844}
 READABLE = 4.5  # contrast of text, by WCAG 2 AA

@@ -35,6 +35,8 @@ from ov_mllama.vision import ImageInputs, image_keys
 from ov_mllama_compression import vision_encoder_selection_widget
 from tiny_mllama import make_llama
 
+pytestmark = pytest.mark.alone
+
 PLAIN = Settings()
 GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=None)
 MUCH = float("inf")

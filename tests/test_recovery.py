@@ -20,7 +20,7 @@ from ov_mllama.cross_attention import no_images
 from ov_mllama.language import language_inputs
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 
-pytestmark = pytest.mark.torture
+pytestmark = [pytest.mark.torture, pytest.mark.alone]
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 
 

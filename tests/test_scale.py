@@ -19,6 +19,8 @@ from chat_page import SELF, WHO, path_of, wait_until
 from conftest import DEMO, ROOT, demo_samples
 from ov_mllama_helper import convert_mllama
 
+pytestmark = pytest.mark.alone
+
 SAMPLES = demo_samples()
 QUESTION = "Describe this image."
 

@@ -19,6 +19,8 @@ from ov_mllama_helper import convert_mllama
 from serving.app import create_app
 from serving.batches import Batches
 
+pytestmark = pytest.mark.alone
+
 SAMPLES = demo_samples()
 KEY = "secret"
 

@@ -18,6 +18,8 @@ from ov_mllama.progress import PictureClock, Progress
 from ov_mllama.shown import GO_ON
 from ov_mllama_helper import convert_mllama
 
+pytestmark = pytest.mark.alone
+
 SAMPLES = demo_samples()
 TYPED, OTHER, THIRD = SAMPLES[0], SAMPLES[2], SAMPLES[1]
 STOP_S = 1.5  # a person who stops an answer sees it stopped within so long
