@@ -6,23 +6,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def load(model_dir: Path, device: str = "CPU", language: str | None = None, encoder: str | None = None, **options):
+def load(
+    model_dir: Path,
+    device: str = "CPU",
+    language: str | None = None,
+    encoder: str | None = None,
+    threads: int | None = None,
+    **options,
+):
     """The model of a folder, the compressed one made last where no file is named, and its processor.
 
     Args:
         language, encoder: names of its .xml files.
-        options: of `OVMLlamaForConditionalGeneration`; `threads` of the CPU plugin, None for all.
+        threads: of a process that shares its machine with others; None for all.
+        options: of `OVMLlamaForConditionalGeneration`.
     """
     from transformers import AutoProcessor
 
     from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
     from ov_mllama.model import OVMLlamaForConditionalGeneration
 
-    threads = options.pop("threads", None)
+    # bound to cores, the threads of each process would take the machine's first ones and leave the others idle
+    shared = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     model = OVMLlamaForConditionalGeneration(
         model_dir,
         device,
-        ov_config={"INFERENCE_NUM_THREADS": threads} if threads else None,
+        ov_config=shared if threads else None,
         language_model_name=language or newest(model_dir, LANGUAGE_MODEL_NAME),
         image_encoder_name=encoder or newest(model_dir, VISION_ENCODER_NAME),
         **options,

@@ -143,7 +143,7 @@ def caption(
         max_new_tokens: the answers' limit.
         batch: pictures that share the model's steps.
         workers: processes that load the model.
-        threads: of each; None: those of the machine.
+        threads: of each; None: its share of the cluster's cores.
     Raises:
         FileNotFoundError: there are no pictures.
         MemoryError: some pictures find no memory; all others have been asked about.
@@ -164,6 +164,8 @@ def caption(
     ]
     if not todo:
         return 0
+    if workers > 1:
+        threads = threads or max(1, int(ray.cluster_resources()["CPU"]) // workers)
     data = ray.data.from_items(todo, override_num_blocks=-(-len(todo) // batch))
     asked = data.map_batches(
         Captioner,
@@ -193,7 +195,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4, help="pictures that share the model's steps")
     parser.add_argument("--workers", type=int, default=1, help="processes that load the model")
-    parser.add_argument("--threads", type=int, help="of each of them")
+    parser.add_argument("--threads", type=int, help="of each of them; default: its share of the cores")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine alone")
     options = parser.parse_args()
     from ov_mllama.prepare import default_folder, prepare

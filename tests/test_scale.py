@@ -100,6 +100,16 @@ def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(model_dir, t
     assert table["error"].isna().all()
 
 
+def test_workers_share_a_machine_without_taking_the_same_cores(model_dir):
+    """Bound to cores, two workers of one thread each both took the first: half of the pictures a minute."""
+    from serving import load
+
+    model, _ = load(model_dir, threads=1)
+    for compiled in (model.language_model.compiled, model.image_encoder._compile().get_compiled_model()):
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+        assert compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
 def test_a_folder_without_pictures(tmp_path):
     from serving.caption import caption
 
