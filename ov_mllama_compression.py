@@ -11,8 +11,7 @@ from pathlib import Path
 import ipywidgets
 
 from ov_mllama.compress import DATA_METRICS, compress_language_model, make_vision_encoder
-from ov_mllama.precision import vision_option
-from ov_mllama.settings import DATA_METRIC, GROUP_SIZES, INT4, INT8, VISION_OPTIONS, Settings
+from ov_mllama.settings import DATA_METRIC, GROUP_SIZES, INT4, INT8, NEEDS_NO_PICTURES, VISION_OPTIONS, Settings
 
 WIDE = {"description_width": "initial"}  # else a widget's name is cut
 # What an IR's stamp says of samples from no named source. (Once these could be drawings, and it said "None".)
@@ -107,15 +106,14 @@ def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
 # ---- Widgets --------------------------------------------------------------------------------------------------------
 
 
-def vision_encoder_selection_widget(device: str = "CPU", planned: str | None = None) -> ipywidgets.Dropdown:
+def vision_encoder_selection_widget(device: str = "CPU") -> ipywidgets.Dropdown:
     """A drop-down of VISION_OPTIONS.
 
     Args:
-        device: what suits it is chosen at first (`precision.vision_option`).
-        planned: on a CPU, what is chosen at first instead: `Plan.vision`, which knows what fits.
+        device: there for the published notebook's sake: the same is chosen at first for all.
     """
-    chosen = planned if planned and device == "CPU" else vision_option(device)
-    return ipywidgets.Dropdown(options=list(VISION_OPTIONS), value=chosen, description="Vision encoder", style=WIDE)
+    options = {"options": list(VISION_OPTIONS), "value": NEEDS_NO_PICTURES}
+    return ipywidgets.Dropdown(**options, description="Vision encoder", style=WIDE)
 
 
 def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.Widget]]:

@@ -6,6 +6,7 @@ words come as they are found, until somebody stops them.
 
 import asyncio
 import contextlib
+import itertools
 import re
 import threading
 from collections.abc import AsyncGenerator
@@ -31,17 +32,35 @@ def plain(text: str) -> str:
 def prompts_about(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
     """A batch of prompts, each the "question" about the "image" of a sample, padded on the left. What was asked and
     answered "before", (question, answer) pairs, goes first in those that have it."""
-    text = []
+    text: list[str] = []
     for sample in samples:
-        messages = []
-        for question, answer in sample.get("before", ()):
-            messages += [{"role": "user", "content": [{"type": "text", "text": question}]}]
-            messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        messages += [{"role": "user", "content": [{"type": "text", "text": sample["question"]}]}]
-        messages[0]["content"].insert(0, {"type": "image"})
+        said = [*(words for pair in sample.get("before", ()) for words in pair), sample["question"]]
+        contents = [[{"type": "text", "text": words}] for words in said]
+        contents[0] = [{"type": "image"}, *contents[0]]
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
         text.append(processor.apply_chat_template(messages, add_generation_prompt=True))
     images = [[sample["image"]] for sample in samples]
     return processor(text=text, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
+
+
+def prompt_text(model, processor, messages: list[dict], max_new_tokens: int) -> str:
+    """A conversation as the chat template writes it, up to where the answer begins.
+
+    Args:
+        messages, max_new_tokens: as for `prompt_tensors`.
+    Raises:
+        ValueError: more text than the model's context holds.
+    """
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    context = model.config.text_config.max_position_embeddings
+    if length + max_new_tokens > context:
+        raise ValueError(
+            f"The conversation has {length} tokens, and with {max_new_tokens} for the answer that is more than the "
+            f"{context} this model can hold: start a new one, or ask for a shorter answer."
+        )
+    return text
 
 
 def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_new_tokens: int, detail: str = "high"):
@@ -55,14 +74,7 @@ def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_n
     Raises:
         ValueError: a picture that cannot be used, an unknown `detail`, or more text than the model's context holds.
     """
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-    context = model.config.text_config.max_position_embeddings
-    if length + max_new_tokens > context:
-        raise ValueError(
-            f"The conversation has {length} tokens, and with {max_new_tokens} for the answer that is more than the "
-            f"{context} this model can hold: start a new one, or ask for a shorter answer."
-        )
+    text = prompt_text(model, processor, messages, max_new_tokens)
     opened = [open_picture(picture) for picture in pictures]
     tile = model.config.vision_config.image_size
     images = [at_detail(image, detail, tile) for image in opened] or None

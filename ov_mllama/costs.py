@@ -145,7 +145,7 @@ def compression_cost(settings: Settings, config: MllamaConfig | LlamaConfig) -> 
     return Cost(disk, memory, seconds)
 
 
-def vision_cost(option: str, config: MllamaConfig, pictures: int) -> Cost:
+def vision_cost(option: str, config: MllamaConfig, pictures: int = 0) -> Cost:
     """Of making the vision encoder smaller.
 
     Args:

@@ -65,7 +65,6 @@ class Machine:
     memory: float
     disk: float
     cores: int = 2
-    cpu: Cpu = Cpu(vnni=True)
     downloads: float | None = None
 
     @classmethod
@@ -77,7 +76,7 @@ class Machine:
             cache: where checkpoints are downloaded to, likewise; default there too.
         """
         apart = cache is not None and existing(cache).stat().st_dev != existing(folder).stat().st_dev
-        return cls(free_memory(), free_disk(folder), cores(), Cpu.here(), free_disk(cache or folder) if apart else None)
+        return cls(free_memory(), free_disk(folder), cores(), free_disk(cache or folder) if apart else None)
 
 
 def cores() -> int:

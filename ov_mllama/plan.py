@@ -23,7 +23,6 @@ from ov_mllama.costs import (
 )
 from ov_mllama.files import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
 from ov_mllama.machine import Machine
-from ov_mllama.precision import vision_option
 from ov_mllama.settings import NEEDS_NO_PICTURES, VISION_OPTIONS, Settings
 from ov_mllama.shapes import MllamaShapes
 
@@ -63,14 +62,12 @@ class Plan:
         machine: for which.
         write_16_bit: whether to write the language model in 16 bit too. Where it could not be run, it would only take
             disk: `compress(..., checkpoint=...)` makes the same smaller IR without it.
-        vision: option for the vision encoder.
         compare_with_pytorch: whether the original fits in float32, and after it the 16-bit IRs computed in float32.
         steps: by name, in order.
     """
 
     machine: Machine
     write_16_bit: bool
-    vision: str
     compare_with_pytorch: bool
     steps: dict[str, Step]
 
@@ -124,7 +121,6 @@ def plan(
     draft: LlamaConfig | None = None,
     draft_downloaded: bool = True,
     for_chat: bool = False,
-    pictures: int = 8,
 ) -> Plan:
     """What to do with a checkpoint on a machine.
 
@@ -134,16 +130,12 @@ def plan(
         made: file names of the IRs that are there already; they are not made again.
         draft: config of the draft model, if there is to be one.
         draft_downloaded: as `downloaded`, of its checkpoint.
-        for_chat: only what a chat needs: no language model in 16 bit, no calibration with pictures.
-        pictures: to calibrate the vision encoder with, where that is done.
+        for_chat: only what a chat needs: no language model in 16 bit.
     """
     size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
     original = 2 * (size.language + size.vision)
-    vision = NEEDS_NO_PICTURES if for_chat else vision_option("CPU", machine.cpu)
-    if vision_cost(vision, config, pictures).memory > machine.memory:
-        vision = NEEDS_NO_PICTURES
-    vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[vision]}.xml")
-    small, smaller = compression_cost(settings, config), vision_cost(vision, config, pictures)
+    vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[NEEDS_NO_PICTURES]}.xml")
+    small, smaller = compression_cost(settings, config), vision_cost(NEEDS_NO_PICTURES, config)
     guessing = compression_cost(Settings(), draft) if draft else Cost()
     download = original * (not downloaded) + (2 * weights(draft).language if draft and not draft_downloaded else 0)
     loaded = small.disk + smaller.disk + guessing.disk
@@ -157,7 +149,9 @@ def plan(
             "convert": Step(f"convert the {both}, 16 bit", conversion_cost(config, *missing)),
             "compress": Step(to_compress, Cost() if settings.file_name in made else small),
             "draft": Step("compress the draft model", Cost() if DRAFT_MODEL_NAME in made else guessing),
-            "vision": Step(f"make the vision encoder smaller, {vision}", Cost() if vision_name in made else smaller),
+            "vision": Step(
+                f"make the vision encoder smaller, {NEEDS_NO_PICTURES}", Cost() if vision_name in made else smaller
+            ),
         }
         left_out = {"download": not download, "draft": not draft}
         return {name: step for name, step in steps.items() if not left_out.get(name)}
@@ -178,7 +172,7 @@ def plan(
     }
     float32 = answering_memory(config, 2 * original)
     steps = {name: step.on(machine.cores) for name, step in steps.items()}
-    return Plan(machine, write_16_bit, vision, write_16_bit and float32 <= machine.memory, steps)
+    return Plan(machine, write_16_bit, write_16_bit and float32 <= machine.memory, steps)
 
 
 def lacking_disk(steps: dict[str, Step], machine: Machine) -> list[str]:
@@ -225,7 +219,8 @@ def by_memory(config: MllamaConfig, settings: Settings, sizes: Iterable[int] = (
         )
         also = ["the 16-bit model beside it"] * made.write_16_bit
         also += ["a comparison with PyTorch in float32"] * made.compare_with_pytorch
-        first = "nothing: too little memory" if made.lacking else f"{settings.algo}, vision encoder: {made.vision}"
+        both = f"{settings.algo}, vision encoder: {NEEDS_NO_PICTURES}"
+        first = "nothing: too little memory" if made.lacking else both
         rows.append(
             (f"{size} GB", first, gigabytes(making), gigabytes(answering), gigabytes(made.disk), ", ".join(also) or "–")
         )

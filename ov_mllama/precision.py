@@ -68,7 +68,7 @@ def choose(
 def language_precision(weights: str, cpu: Cpu) -> tuple[str | None, str]:
     """Precision, None for OpenVINO's own choice, and why. A token waits for the weights to be read."""
     if weights.startswith("int") and cpu.amx:
-        return "f32", "with AMX, a token takes three quarters of bf16's time"
+        return "f32", "with AMX, a token takes half to three quarters of bf16's time"
     return None, "OpenVINO's choice for this CPU"
 
 
@@ -77,11 +77,3 @@ def vision_precision(cpu: Cpu) -> tuple[str | None, str]:
     if cpu.bf16 and not cpu.amx and not cpu.amd:
         return "f32", "without AMX, an Intel CPU is slower in bf16"
     return None, "OpenVINO's choice for this CPU"
-
-
-def vision_option(device: str = "CPU", cpu: Cpu | None = None) -> str:
-    """Which of `settings.VISION_OPTIONS` to take where nobody chooses. Compressed weights are twice as fast as 16 bit,
-    closer to it than the calibrated encoder, and need no pictures; with AMX they were not measured, and the calibrated
-    one is faster than 16 bit there."""
-    calibrated = device.split(".")[0] == "CPU" and (cpu or Cpu.here()).amx
-    return "INT8 quantization" if calibrated else "INT8 weights compression"

@@ -11,7 +11,7 @@ from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_mllam
 from ov_mllama.files import CONVERTER_VERSION, is_current
 from ov_mllama.machine import Machine
 from ov_mllama.plan import Plan, Step, loading, plan
-from ov_mllama.settings import Settings
+from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
 
 DRAFT_FOLDER = "draft"  # of a draft model, in the folder of the large one
 
@@ -90,5 +90,5 @@ def prepare(checkpoint: str | Path, model_dir: str | Path, draft: str | Path | N
     compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
     if draft:
         make_draft_model(draft, model_dir / DRAFT_FOLDER)
-    make_vision_encoder(model_dir, made.vision)
+    make_vision_encoder(model_dir, NEEDS_NO_PICTURES)
     return model_dir

@@ -1,11 +1,13 @@
 """Questions that wait share the model's steps: one thread takes them in batches, in the order in which they came."""
 
 import asyncio
+import copy
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
+from ov_mllama.conversation import prompt_text
 from ov_mllama.inference import Stopped
 from serving.questions import Question, Refusal
 from serving.rows import Choice, Ends, Row, Schemas
@@ -18,14 +20,17 @@ SAID_PLAINLY = (ValueError, FloatingPointError)  # the model's refusals are sent
 class Asked:
     """A question in line, and what its answer consists of so far.
 
+    Args:
+        text: the question as the chat template writes it.
+
     Attributes:
         row: of the batch that answers it.
     """
 
-    def __init__(self, question: Question, schemas: Schemas, tokenizer):
+    def __init__(self, question: Question, text: str, schemas: Schemas, tokenizer):
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
         matcher = schemas.matcher(question.schema) if question.schema is not None else None
-        self.question, self.row = question, Row(question, self._say, matcher, tokenizer)
+        self.question, self.text, self.row = question, text, Row(question, self._say, matcher, tokenizer)
         self.error: Exception | None = None
 
     def _say(self, piece: str | None) -> None:
@@ -72,6 +77,8 @@ class Batches:
 
     def __init__(self, model, processor, size: int = 8, line: int = 32):
         self.model, self.processor, self.size, self.line = model, processor, size, line
+        # padding is a switch of the tokenizer, for all threads that use it: the one that pads has its own
+        self._padding = copy.deepcopy(processor)
         ends = model.generation_config.eos_token_id
         self.ends = [ends] if isinstance(ends, int) else list(ends)
         self.schemas = Schemas(processor.tokenizer, self.ends)
@@ -88,18 +95,11 @@ class Batches:
         Raises:
             Refusal: too many wait already, the context is too short for it, or its schema is none.
         """
-        text = self.text(question)
-        length = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        context = self.model.config.text_config.max_position_embeddings
-        if length + question.max_new_tokens > context:
-            raise Refusal(
-                400,
-                f"The messages have {length} tokens, and with {question.max_new_tokens} for the answer that is more "
-                f"than the {context} this model can hold: send fewer, or ask for a shorter answer.",
-                "context_length_exceeded",
-                "messages",
-            )
-        asked = Asked(question, self.schemas, self.processor.tokenizer)
+        try:
+            text = prompt_text(self.model, self.processor, question.messages, question.max_new_tokens)
+        except ValueError as error:
+            raise Refusal(400, str(error), "context_length_exceeded", "messages") from error
+        asked = Asked(question, text, self.schemas, self.processor.tokenizer)
         with self._changed:
             if len(self._waiting) >= self.line:
                 sentence = f"{len(self._waiting)} requests wait already: try again in a few seconds."
@@ -107,10 +107,6 @@ class Batches:
             self._waiting.append(asked)
             self._changed.notify()
         return asked
-
-    def text(self, question: Question) -> str:
-        """A question as the chat template writes it."""
-        return self.processor.apply_chat_template(question.messages, add_generation_prompt=True)
 
     def close(self) -> None:
         """Ends the thread, after the batch under way."""
@@ -164,8 +160,8 @@ class Batches:
         if not batch:
             return
         images = [asked.question.pictures for asked in batch]
-        inputs = self.processor(
-            text=[self.text(asked.question) for asked in batch],
+        inputs = self._padding(
+            text=[asked.text for asked in batch],
             images=images if images[0] else None,
             add_special_tokens=False,
             padding=True,

@@ -218,6 +218,7 @@ def main() -> None:
 def begin(address: str | None = None) -> None:
     """Ray, quietly: on this machine, or joined to a cluster."""
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # read once, when ray.data is first used
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or an actor with arguments is warned of as an error
     ray.data.DataContext.get_current().enable_progress_bars = False
     here = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
     ray.init(address=address, log_to_driver=False, logging_level="error", **here)

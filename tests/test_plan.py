@@ -26,13 +26,12 @@ from ov_mllama.convert import convert_mllama
 from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.language import PREFILL_TOKENS
-from ov_mllama.machine import Cpu, Machine, group_memory
+from ov_mllama.machine import Machine, group_memory
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.plan import SYSTEM, by_memory, plan
 from ov_mllama.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_here, prepare
-from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
+from ov_mllama.settings import Settings
 from ov_mllama.vision import ImageInputs, image_keys
-from ov_mllama_compression import vision_encoder_selection_widget
 from tiny_mllama import make_llama
 
 pytestmark = pytest.mark.alone
@@ -175,24 +174,6 @@ def test_what_does_not_fit_is_said(config):
     (sentence,) = plan(config, Machine(8 * 2**30 - SYSTEM, 60e9), PLAIN).lacking
     assert re.search(r"takes 11\.\d GB of memory and 4\.6 GB are free: close other programs", sentence)
     assert "too little memory" in by_memory(config, PLAIN, [8])
-
-
-def test_the_vision_encoder_follows_the_cpu_as_far_as_memory_goes(config):
-    amx = Cpu(amx=True, bf16=True, vnni=True)
-    options = {
-        "INT8 quantization": Machine(13e9, MUCH, 2, amx),
-        "INT8 weights compression": Machine(3e9, MUCH, 2, amx),
-    }
-    for option, here in options.items():
-        assert plan(config, here, PLAIN).vision == option
-    assert plan(config, Machine(13e9, MUCH), PLAIN).vision == NEEDS_NO_PICTURES
-    assert plan(config, Machine(13e9, MUCH, 2, amx), PLAIN, for_chat=True).vision == NEEDS_NO_PICTURES
-    for device, planned, chosen in [
-        ("CPU", "INT8 quantization", "INT8 quantization"),
-        ("CPU", NEEDS_NO_PICTURES, NEEDS_NO_PICTURES),
-        ("GPU", "INT8 quantization", NEEDS_NO_PICTURES),
-    ]:
-        assert vision_encoder_selection_widget(device, planned).value == chosen
 
 
 def test_a_draft_model_is_planned_too(config):

@@ -11,9 +11,9 @@ from ov_mllama.cache import Prompt
 from ov_mllama.cross_attention import tiles_seen
 from ov_mllama.language import OVLanguageModel
 from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.precision import PRECISION, Cpu, choose, vision_option
+from ov_mllama.precision import PRECISION, Cpu, choose
 from ov_mllama.vision import ImageInputs, image_keys
-from ov_mllama_compression import compress, optimize_vision_encoder, vision_encoder_selection_widget
+from ov_mllama_compression import compress, optimize_vision_encoder
 
 AMX = Cpu(amx=True, bf16=True, vnni=True)
 ZEN = Cpu(bf16=True, vnni=True, amd=True)
@@ -96,14 +96,6 @@ def test_openvino_is_told(copy, monkeypatch, cpu):
     exact = OVMLlamaForConditionalGeneration(copy, ov_config=F32, **names)
     assert exact.language_model.compiled.get_property(GROUP) == 0
     assert exact.language_model.compiled.get_property("KV_CACHE_PRECISION").get_type_name() == "f32"
-
-
-def test_the_widget_follows_the_cpu(monkeypatch):
-    assert vision_option(cpu=AMX) == "INT8 quantization"
-    assert {vision_option(cpu=cpu) for cpu in (ZEN, INTEL, OLD)} == {"INT8 weights compression"}
-    monkeypatch.setattr(Cpu, "here", lambda: AMX)
-    assert vision_encoder_selection_widget("CPU").value == "INT8 quantization"
-    assert vision_encoder_selection_widget("GPU.0").value == "INT8 weights compression"
 
 
 @pytest.mark.skipif(not Cpu.here().bf16, reason="this CPU has no bf16")

@@ -26,7 +26,8 @@ GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 def test_names_and_defaults(pair):
     assert (pair.model_dir / LANGUAGE_MODEL).is_file()
     assert (pair.model_dir / IMAGE_ENCODER).is_file()
-    assert vision_encoder_selection_widget().value
+    for device in ((), ("CPU",), ("GPU.0",)):
+        assert vision_encoder_selection_widget(*device).value == "INT8 weights compression"
     model = OVMLlamaForConditionalGeneration(
         pair.model_dir, "CPU", F32, language_model_name=None, image_encoder_name=None, dynamic_shape=False
     )

@@ -302,6 +302,27 @@ def test_questions_that_wait_share_steps_and_get_their_own_answers(client, model
     assert steps < 0.7 * len_of_answers
 
 
+def test_others_may_use_the_processor_while_a_batch_is_padded(client, model, processor):
+    """Padding is a switch of the tokenizer that all its threads share: the chat page's, and those that count tokens."""
+    done = threading.Event()
+
+    def others():
+        while not done.wait(0.001):
+            processor.tokenizer("another conversation")
+
+    other = threading.Thread(target=others)
+    other.start()
+    questions = [WHO, "Who are you?", "Hello!", "How are you, and what have you been doing all these days?"]
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(complete, client, user(text(questions[i % 4]))) for i in range(80)]
+            errors = [each.exception() for each in asked]
+    finally:
+        done.set()
+    assert not any(errors), errors
+    assert asked[0].result().choices[0].message.content == SELF
+
+
 def test_a_full_line_says_when_to_come_again(client, model):
     model.step_s = 0.1
     with ThreadPoolExecutor(16) as pool:
