@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from ov_mllama.conversation import prompt_text
 from ov_mllama.inference import Stopped
+from ov_mllama.machine import give_back
 from serving.questions import Question, Refusal
 from serving.rows import Choice, Ends, Row, Schemas
 
@@ -155,6 +156,7 @@ class Batches:
                 error = Refusal(500, f"{type(failed).__name__}: {failed}", kind="server_error")
             for asked in batch:
                 asked.end(error if asked.row.finish is None else None)
+            give_back()  # or a server keeps, of many sizes of batches, what each has freed
 
     def _answer(self, batch: list[Asked]) -> None:
         if not batch:
