@@ -50,7 +50,7 @@ build/slice/config.json: .venv/.run
 	$(BIN)/python -m benchmarks.make_checkpoint --out build/slice --text-layers 5 --vision-layers 4 --global-layers 1
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
 	$(BIN)/python -m pytest -m alone
 
 quick: .venv/.dev
