@@ -62,11 +62,11 @@ class Clients:
     def __init__(self, url: str, until: float, tokens: int):
         self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
         self.until, self.options = until, {"model": "model", "max_tokens": tokens}
-        self.asked, self.counts, self.longest_s = questions(), collections.Counter(), 0.0
+        self.asked = questions()
 
-    def run(self, number: int) -> None:
-        """One client."""
-        chance = random.Random(number)  # noqa: S311
+    def run(self, number: int) -> tuple[collections.Counter, float]:
+        """One client: how often its questions ended how, with all "tokens", and the longest wait in seconds."""
+        chance, counts, longest_s = random.Random(number), collections.Counter(), 0.0  # noqa: S311
         while time.monotonic() < self.until:
             started = time.monotonic()
             try:
@@ -77,8 +77,9 @@ class Clients:
             except openai.OpenAIError as error:
                 ended, tokens = "lost", 0
                 print(f"lost: {error}", flush=True)
-            self.counts.update({ended: 1, "tokens": tokens})
-            self.longest_s = max(self.longest_s, time.monotonic() - started)
+            counts.update({ended: 1, "tokens": tokens})
+            longest_s = max(longest_s, time.monotonic() - started)
+        return counts, longest_s
 
     def one(self, chance: random.Random) -> tuple[str, int]:
         """A question: how it ended, and its tokens."""
@@ -120,18 +121,17 @@ def main() -> None:
     threading.Thread(target=watch, daemon=True).start()
     try:
         with ThreadPoolExecutor(options.clients) as pool:
-            list(pool.map(clients.run, range(options.clients)))
+            counts, longest_s = zip(*pool.map(clients.run, range(options.clients)), strict=True)
     finally:
         over.set()
         server.terminate()
         server.wait()
-    counts = {name: clients.counts[name] for name in ("answered", "left", "refused", "lost")}
-    speed = clients.counts["tokens"] / (time.monotonic() - started)
+    total, seconds = sum(counts, collections.Counter()), time.monotonic() - started
     result = {
         **provenance("benchmarks.load"),
-        **counts,
-        "tokens_per_s": speed,
-        "longest_s": clients.longest_s,
+        **{name: total[name] for name in ("answered", "left", "refused", "lost")},
+        "tokens_per_s": total["tokens"] / seconds,
+        "longest_s": max(longest_s),
         "anonymous_gb": memory,
     }
     report(result, options.json)

@@ -13,12 +13,10 @@ import time
 from pathlib import Path
 
 import psutil
-from transformers import AutoProcessor
 
 from benchmarks.benchmark import provenance, report
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
-from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.photographs import photographs
+from serving import load
 from serving.batches import Batches
 from serving.questions import Question
 
@@ -66,13 +64,8 @@ def main() -> None:
     parser.add_argument("--captions", nargs="*", default=["1x1", "1x4", "1x8", "2x4"], help="workers x batch")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model = OVMLlamaForConditionalGeneration(
-        options.model_dir,
-        language_model_name=newest(options.model_dir, LANGUAGE_MODEL_NAME),
-        image_encoder_name=newest(options.model_dir, VISION_ENCODER_NAME),
-        check_golden=False,
-    )
-    batches = Batches(model, AutoProcessor.from_pretrained(options.model_dir))
+    model, processor = load(options.model_dir, check_golden=False)
+    batches = Batches(model, processor)
     picture = photographs()[0]["image"]
     asyncio.run(ask_all(batches, picture, 1, 1, 4))  # its picture is kept from here on
     speed = {}

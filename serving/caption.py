@@ -7,7 +7,7 @@ not at all, so a run that was killed goes on where it was. `pandas.read_parquet(
     id: the picture's content (SHA-256), one row for each, however often and under whatever name it is there
     path: the first file with it
     question; answer; finish: "stop", or "length" where the limit has cut it
-    error: why there is no answer, of what cannot be opened
+    error: why there is no answer, of what cannot be opened or gives nothing finite
 """
 
 import argparse

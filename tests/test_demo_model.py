@@ -11,6 +11,7 @@ from demo_model.evaluate import ask, heldout_samples
 from demo_model.scenes import TASKS, digit_drawings, draw, random_scene
 from demo_model.train import SYSTEM, Batches, random_size, to_tiles
 from demo_model.train_draft import conversations, loss_of, make_draft
+from ov_mllama.conversation import prompts_about
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 QUESTIONS = 200
@@ -157,6 +158,14 @@ def test_samples_are_answered_right(demo_ir, processor, config):
     model = OVMLlamaForConditionalGeneration(demo_ir, ov_config=config)
     samples = demo_samples()
     assert answers_to(model, processor, samples) == [sample["answer"] for sample in samples]
+
+
+def test_a_follow_up_is_asked_behind_what_was_asked_before(processor):
+    (sample,) = heldout_samples(1, follow_ups=True)
+    ((asked, answered),) = sample["before"]
+    text = processor.decode(prompts_about(processor, [sample])["input_ids"][0])
+    turns = [turn.partition("<|end_header_id|>")[2].strip() for turn in text.split("<|eot_id|>")]
+    assert turns == [f"<|image|>{asked}", answered, sample["question"], ""]
 
 
 def test_held_out_questions(demo, demo_ir, processor, heldout):
