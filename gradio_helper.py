@@ -15,6 +15,7 @@ from gradio.utils import get_upload_folder
 import ov_mllama
 from ov_mllama.chat import Chat
 from ov_mllama.conversations import Conversations
+from ov_mllama.ending import end_soon
 from ov_mllama.images import SUFFIXES
 from ov_mllama.pages import LOOK_EVERY_S, Pages
 
@@ -58,6 +59,10 @@ class ChatPage(gr.Blocks):
 
     def launch(self, *args, **options):
         return super().launch(*args, **{**LAUNCH, **options})
+
+    def block_thread(self):
+        end_soon(self.server)  # on Ctrl-C
+        super().block_thread()
 
 
 def written(examples: Iterable[dict]) -> list[dict]:

@@ -2,21 +2,21 @@
 
 import argparse
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
 
-import openvino as ov
 from transformers import AutoConfig, AutoProcessor
 
 from ov_mllama.checks import check_vocabulary
 from ov_mllama.conversations import Conversations
-from ov_mllama.costs import gigabytes
 from ov_mllama.draft_model import OVDraftModel
+from ov_mllama.ending import said_plainly
 from ov_mllama.files import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
-from ov_mllama.machine import free_memory, has_own_memory
+from ov_mllama.machine import check_device
 from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.prepare import DRAFT_FOLDER, default_folder, loading_here, plan_here, prepare
+from ov_mllama.prepare import DRAFT_FOLDER, default_folder, plan_here, prepare, say_what_loads
 
 DEMO = "demo_model"
 logger = logging.getLogger("ov_mllama")
@@ -50,12 +50,7 @@ def run_chat(options: argparse.Namespace) -> None:
     check_model_dir(model_dir, (language, vision))
     draft = load_draft(options) if options.draft else None  # what it takes to make it, while nothing large is in memory
     examples = questions_about(options.checkpoint or model_dir)[:3]
-    print(f"⌛ Loading {language} and {vision} from {model_dir}", flush=True)
-    step = loading_here(model_dir, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft))
-    print(f"   about {step.time} on two cores; answers take up to {gigabytes(step.cost.memory)} of memory", flush=True)
-    free = free_memory()
-    if free < step.cost.memory and not has_own_memory(options.device):
-        print(f"⚠️ Only {gigabytes(free)} are free: close other programs, or all of it will be slow", flush=True)
+    say_what_loads(model_dir, options.device, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft))
     model = OVMLlamaForConditionalGeneration(
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
@@ -68,17 +63,8 @@ def run_chat(options: argparse.Namespace) -> None:
     threading.Thread(target=lambda: [part.language_model.warm_up() for part in parts], daemon=True).start()
     print(f"✅ The chat is at {url} – Ctrl-C ends it. Conversations are kept in {Conversations().folder}", flush=True)
     demo.block_thread()
-
-
-def check_device(device: str) -> None:
-    """Refuses a device that OpenVINO does not find here; what is made of several ("AUTO:GPU,CPU") it looks at itself.
-
-    Raises:
-        ValueError: with those that it finds.
-    """
-    found = [*ov.Core().available_devices, "AUTO"]
-    if ":" not in device and device.split(".")[0] not in {name.split(".")[0] for name in found}:
-        raise ValueError(f"There is no device {device} here, only {', '.join(found)}.")
+    sys.stdout.flush()
+    os._exit(0)  # what is kept has been written; else Python waits for the step under way, or is aborted within it
 
 
 def load_draft(options: argparse.Namespace) -> OVDraftModel:
@@ -117,13 +103,8 @@ def main() -> None:
     page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))
     options = parser.parse_args()
     logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    try:
+    with said_plainly():
         options.run(options)
-    except (OSError, ValueError, MemoryError) as refusal:  # a sentence that names the fix
-        logger.debug("Refused, or gone wrong, here:", exc_info=True)
-        sys.exit(f"❌ {refusal}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

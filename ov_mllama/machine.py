@@ -95,6 +95,17 @@ def free_disk(folder: str | Path) -> float:
     return shutil.disk_usage(existing(folder)).free
 
 
+def check_device(device: str) -> None:
+    """Refuses a device that OpenVINO does not find here; what is made of several ("AUTO:GPU,CPU") it looks at itself.
+
+    Raises:
+        ValueError: with those that it finds.
+    """
+    found = [*ov.Core().available_devices, "AUTO"]
+    if ":" not in device and device.split(".")[0] not in {name.split(".")[0] for name in found}:
+        raise ValueError(f"There is no device {device} here, only {', '.join(found)}.")
+
+
 def has_own_memory(device: str) -> bool:
     """Whether an OpenVINO device computes in memory of its own, as a graphics card does: the machine's free memory then
     says nothing about what fits. ("AUTO" does not tell.)"""

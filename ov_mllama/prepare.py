@@ -8,8 +8,9 @@ from transformers import AutoConfig
 
 from ov_mllama.checks import check_vocabulary
 from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_mllama
+from ov_mllama.costs import gigabytes
 from ov_mllama.files import CONVERTER_VERSION, is_current
-from ov_mllama.machine import Machine
+from ov_mllama.machine import Machine, free_memory, has_own_memory
 from ov_mllama.plan import Plan, Step, loading, plan
 from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
 
@@ -58,6 +59,20 @@ def loading_here(model_dir: str | Path, *files: str | Path) -> Step:
     """What it takes to load these IRs of a folder, by their .xml, and to answer with them."""
     config, paths = AutoConfig.from_pretrained(model_dir), [Path(model_dir, file) for file in files]
     return loading(config, sum(path.with_suffix(".bin").stat().st_size for path in paths))
+
+
+def say_what_loads(model_dir: str | Path, device: str, *files: str | Path) -> None:
+    """Says what is loaded, how long that takes and how much memory it is to answer with, and whether that is there.
+
+    Args:
+        files: as for `loading_here`; the language model and the vision encoder first.
+    """
+    step, free = loading_here(model_dir, *files), free_memory()
+    most = gigabytes(step.cost.memory)
+    print(f"⌛ Loading {files[0]} and {files[1]} from {model_dir}", flush=True)
+    print(f"   about {step.time} on two cores; an answer takes up to {most} of memory", flush=True)
+    if free < step.cost.memory and not has_own_memory(device):
+        print(f"⚠️ Only {gigabytes(free)} are free: close other programs, or all of it will be slow", flush=True)
 
 
 def has_weights(folder: Path) -> bool:

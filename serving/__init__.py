@@ -1,8 +1,5 @@
 """Llama 3.2 Vision for other programs: an OpenAI-compatible server, and captions for folders of pictures."""
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -37,12 +34,3 @@ def load(
         **options,
     )
     return model, AutoProcessor.from_pretrained(model_dir)
-
-
-@contextlib.contextmanager
-def said_plainly() -> Iterator[None]:
-    """Ends the program with a sentence where something is refused."""
-    try:
-        yield
-    except (OSError, ValueError, MemoryError) as refusal:
-        sys.exit(f"❌ {refusal}")

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,13 +27,16 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import ValidationError
 
-from ov_mllama.prepare import default_folder, prepare
-from serving import load, said_plainly
+from ov_mllama.ending import end_soon, said_plainly
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
+from ov_mllama.machine import check_device
+from ov_mllama.prepare import default_folder, prepare, say_what_loads
+from serving import load
 from serving.batches import Asked, Batches
 from serving.questions import Reader, Refusal, Request
 
 MAX_BYTES = 50_000_000  # of a request's body: base64 makes a picture a third larger
-LOOK_EVERY_S = 0.25  # whether a client that waits for a whole answer is still there
+LOOK_EVERY_S = 0.25  # whether a client that waits is still there
 
 
 def create_app(
@@ -41,13 +45,19 @@ def create_app(
     """The server's endpoints.
 
     Args:
-        batches: what answers.
+        batches: what answers; closed when the app ends.
         name: of the model.
         key: that clients give as a bearer token; None asks for none.
         addresses: whether pictures may be fetched from the network.
         max_bytes: of a request.
     """
-    app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(batches.close)  # a process that ends within an inference is aborted
+
+    app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
     reader = Reader(batches.model.config.vision_config.image_size, addresses=addresses)
     created = int(time.time())
 
@@ -110,8 +120,9 @@ def usage(asked: Asked) -> CompletionUsage:
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
 
 
-async def whole(asked: Asked, request: Request, http: HttpRequest) -> JSONResponse:
-    """The answer when it is there; nobody's if the client has gone."""
+@contextlib.asynccontextmanager
+async def while_there(asked: Asked, http: HttpRequest) -> AsyncIterator[None]:
+    """Ends the answer once its client goes away, which nothing else says before there is a response."""
 
     async def watch() -> None:
         while not await http.is_disconnected():
@@ -120,10 +131,15 @@ async def whole(asked: Asked, request: Request, http: HttpRequest) -> JSONRespon
 
     watching = asyncio.create_task(watch())
     try:
-        async with contextlib.aclosing(asked.pieces()) as pieces:
-            text = "".join([piece async for piece in pieces])
+        yield
     finally:
         watching.cancel()
+
+
+async def whole(asked: Asked, request: Request, http: HttpRequest) -> JSONResponse:
+    """The answer when it is there; nobody's if the client has gone."""
+    async with while_there(asked, http), contextlib.aclosing(asked.pieces()) as pieces:
+        text = "".join([piece async for piece in pieces])
     message = ChatCompletionMessage(role="assistant", content=text)
     choice = Choice(index=0, finish_reason=finish_of(asked), message=message, logprobs=None)
     completion = ChatCompletion(
@@ -146,7 +162,8 @@ async def stream(asked: Asked, request: Request, http: HttpRequest) -> Streaming
     """The answer as server-sent events. What goes wrong before the first words is an error as usual."""
     pieces = asked.pieces()
     try:
-        first = await anext(pieces, "")
+        async with while_there(asked, http):
+            first = await anext(pieces, "")
     except BaseException:
         await pieces.aclose()
         raise
@@ -198,25 +215,51 @@ def main() -> None:
     parser.add_argument("--line", type=int, default=32, help="how many may wait")
     parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat")
     options = parser.parse_args()
+    place = bound(options.host, options.port)
+    check_device(options.device)
     model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
-    model, processor = load(model_dir, options.device, options.language_model, options.image_encoder)
+    language = options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME)
+    vision = options.image_encoder or newest(model_dir, VISION_ENCODER_NAME)
+    check_model_dir(model_dir, (language, vision))
+    say_what_loads(model_dir, options.device, language, vision)
+    model, processor = load(model_dir, options.device, language, vision)
     batches = Batches(model, processor, options.batch, options.line)
     name = options.name or model_dir.resolve().name
     app = create_app(batches, name, options.key or os.environ.get("OV_MLLAMA_KEY"), options.addresses)
     if options.chat:
-        app = mount_chat(app, model, processor)
+        app = mount_chat(app, model, processor, options.model_dir or options.checkpoint)
     print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    end_soon(server)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[place])
 
 
-def mount_chat(app: FastAPI, model, processor) -> FastAPI:
-    """The chat page, at /chat."""
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, where nobody is answered yet: taken before minutes are spent on a model.
+
+    Raises:
+        OSError: another program has it.
+    """
+    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((host, port))
+    except OSError as error:
+        place.close()
+        raise OSError(f"{host}:{port} cannot be had ({error.strerror}): choose another with --port.") from error
+    return place
+
+
+def mount_chat(app: FastAPI, model, processor, checkpoint: str | Path) -> FastAPI:
+    """The chat page, at /chat; its examples are the checkpoint's."""
     import gradio as gr
 
+    from data_preprocessing import questions_about
     from gradio_helper import LAUNCH, make_demo
 
     looks = {name: LAUNCH[name] for name in ("max_file_size", "footer_links", "css_paths", "js", "theme")}
-    return gr.mount_gradio_app(app, make_demo(model, processor), "/chat", **looks)
+    return gr.mount_gradio_app(app, make_demo(model, processor, questions_about(checkpoint)[:3]), "/chat", **looks)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Batches:
             raise Refusal(400, str(error), "context_length_exceeded", "messages") from error
         asked = Asked(question, text, self.schemas, self.processor.tokenizer)
         with self._changed:
-            if len(self._waiting) >= self.line:
+            if len(self._line()) >= self.line:
                 sentence = f"{len(self._waiting)} requests wait already: try again in a few seconds."
                 raise Refusal(429, sentence, "rate_limit_exceeded", kind="requests", headers={"Retry-After": "5"})
             self._waiting.append(asked)
@@ -116,10 +116,17 @@ class Batches:
             self._changed.notify()
         self._thread.join()
 
+    def _line(self) -> deque[Asked]:
+        """Who waits, without those that have gone: neither they nor their pictures keep a place."""
+        for asked in [each for each in self._waiting if each.row.cancelled.is_set()]:
+            self._waiting.remove(asked)
+            asked.end()
+        return self._waiting
+
     def _next(self) -> list[Asked]:
         """The question that waits longest, and those after it that can share its steps; none at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or not self._open)
+            self._changed.wait_for(lambda: self._line() or not self._open)
             if not self._open:
                 return []
             first = self._waiting[0]
@@ -133,7 +140,6 @@ class Batches:
 
     def _work(self) -> None:
         while batch := self._next():
-            batch = [asked for asked in batch if not asked.row.cancelled.is_set()]
             try:
                 try:
                     self._answer(batch)
@@ -159,8 +165,6 @@ class Batches:
             give_back()  # or a server keeps, of many sizes of batches, what each has freed
 
     def _answer(self, batch: list[Asked]) -> None:
-        if not batch:
-            return
         images = [asked.question.pictures for asked in batch]
         inputs = self._padding(
             text=[asked.text for asked in batch],

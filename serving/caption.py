@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import ray
 from tqdm.auto import tqdm
 
+from ov_mllama.ending import said_plainly
 from ov_mllama.images import SUFFIXES
-from serving import load, said_plainly
+from serving import load
 
 COLUMNS = ("id", "path", "question", "answer", "finish", "error")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])

@@ -16,7 +16,7 @@ from chat_page import SELF, WHO, Slow, path_of, wait_until
 from conftest import DEMO, F32, demo_samples
 from ov_mllama.conversation import prompt_tensors
 from ov_mllama_helper import convert_mllama
-from serving.app import create_app
+from serving.app import bound, create_app
 from serving.batches import Batches
 
 pytestmark = pytest.mark.alone
@@ -357,6 +357,54 @@ def test_a_client_that_goes_away_frees_the_model(client, model):
     assert steps_of(model) == steps < 15
     model.step_s = 0
     assert complete(client, user(text(WHO))).choices[0].message.content == SELF
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_before_the_first_word_frees_the_model_and_the_line(client, model, stream):
+    model.as_new(picture_s=4)
+
+    def leave(messages):
+        with pytest.raises(openai.APITimeoutError):
+            complete(client, messages, stream=stream, timeout=0.6)
+
+    with ThreadPoolExecutor(7) as pool:
+        looking = pool.submit(leave, about(SAMPLES[0]))
+        wait_until(lambda: model.looks)
+        waiting = [pool.submit(leave, user(text(WHO))) for _ in range(6)]  # as many as there is room for
+        for left in [looking, *waiting]:
+            left.result()
+    wait_until(lambda: model.given_up, 2)
+    assert complete(client, user(text(WHO)), timeout=3).choices[0].message.content == SELF
+
+
+def test_who_leaves_the_line_leaves_room(client, model):
+    model.as_new(picture_s=4)
+    with ThreadPoolExecutor(7) as pool:
+        looking = pool.submit(complete, client, about(SAMPLES[0]))
+        wait_until(lambda: model.looks)
+        waiting = [pool.submit(complete, client, user(text(WHO)), timeout=0.6) for _ in range(6)]
+        assert all(isinstance(left.exception(), openai.APITimeoutError) for left in waiting)
+        wait_until(lambda: not refused_for_now(client), 2)
+        assert looking.result().choices[0].message.content == SAMPLES[0]["answer"]
+
+
+def refused_for_now(client) -> bool:
+    """Whether there is no room for another."""
+    try:
+        complete(client, user(text(WHO)), timeout=0.5)
+    except openai.RateLimitError:
+        return True
+    except openai.APITimeoutError:
+        pass
+    return False
+
+
+def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(url):
+    port = int(url.rpartition(":")[2])
+    with pytest.raises(OSError, match=f"{port} cannot be had .* --port"):
+        bound("127.0.0.1", port)
+    with bound("127.0.0.1", 0) as free:
+        assert free.getsockname()[1]
 
 
 def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(client, model, monkeypatch):
