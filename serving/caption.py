@@ -11,9 +11,11 @@ not at all, so a run that was killed goes on where it was. `pandas.read_parquet(
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,7 +24,9 @@ import ray
 from tqdm.auto import tqdm
 
 from ov_mllama.ending import said_plainly
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
 from ov_mllama.images import SUFFIXES
+from ov_mllama.prepare import default_folder, prepare, say_what_loads
 from serving import load
 
 COLUMNS = ("id", "path", "question", "answer", "finish", "error")
@@ -158,7 +162,8 @@ def caption(
         part.unlink()
     done = answered(out, question)
     first: dict[str, str] = {}
-    for row in ray.data.from_items(found).map(digest).iter_rows():
+    read = ray.data.from_items(found).map(digest).iter_rows()
+    for row in tqdm(read, desc="Reading", total=len(found), unit="picture", leave=False):
         first.setdefault(row["id"] or row["path"], row["path"])
     todo = [
         {"id": key, "path": path} for key, path in sorted(first.items(), key=lambda item: item[1]) if key not in done
@@ -171,18 +176,37 @@ def caption(
     asked = data.map_batches(
         Captioner,
         fn_constructor_args=(str(Path(model_dir).resolve()), question, str(out), max_new_tokens, threads),
-        batch_size=batch,
+        batch_size=None,  # a block of the above, as it is
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=threads or 1,
     )
     left: list[str] = []
-    with tqdm(total=len(todo), unit="picture", desc="Asking") as bar:
-        for rows in asked.iter_batches(batch_size=None):
+    with ticking(tqdm(total=len(first), initial=len(first) - len(todo), unit="picture", desc="Asking")) as bar:
+        for rows in asked.iter_batches(batch_size=None, prefetch_batches=0):
             bar.update(len(rows["id"]))
             left += [why for why in rows["left"] if why]
     if left:
         raise MemoryError(f"{len(left)} of {len(todo)} pictures are left for another run. {left[0]}")
     return len(todo)
+
+
+@contextlib.contextmanager
+def ticking(bar: tqdm) -> Iterator[tqdm]:
+    """A bar whose clock goes on where nothing else does: a batch of the 11B's takes more than a minute."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(1):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        with bar:
+            yield bar
+    finally:
+        over.set()
+        thread.join()
 
 
 def main() -> None:
@@ -199,9 +223,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of each of them; default: its share of the cores")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine alone")
     options = parser.parse_args()
-    from ov_mllama.prepare import default_folder, prepare
-
     model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
+    files = [newest(model_dir, name) for name in (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME)]
+    check_model_dir(model_dir, (files[0], files[1]))
+    say_what_loads(model_dir, "CPU", *files)
     begin(options.address)
     asked = caption(
         options.pictures,

@@ -25,7 +25,7 @@ ORDER = (
     *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
     "model",
     *("conversation", "ahead", "quality", "conversations", "shown", "chat", "pages"),
-    "__main__",
+    *("ending", "__main__"),
 )
 # What running a converted model must not need
 NOT_FOR_INFERENCE = {"nncf", "gradio", "datasets", "ipywidgets", "convert", "compress", "graphs", "tracing"}
