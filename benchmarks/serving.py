@@ -34,7 +34,7 @@ async def ask_all(batches: Batches, picture, clients: int, rounds: int, tokens: 
     async def client(number: int) -> None:
         nonlocal total
         for i in range(rounds):
-            asked = batches.ask(question(picture, f"What is number {number * rounds + i} here?", tokens))
+            asked = await batches.ask(question(picture, f"What is number {number * rounds + i} here?", tokens))
             async for _ in asked.pieces():
                 pass
             total += len(asked.row.words.tokens)

@@ -26,16 +26,18 @@ from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
 from ov_mllama.ending import end_soon, said_plainly
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
 from ov_mllama.machine import check_device
 from ov_mllama.prepare import default_folder, prepare, say_what_loads
 from serving import load
-from serving.batches import Asked, Batches
+from serving.batches import IMAGE_ROOM, Asked, Batches
 from serving.questions import Reader, Refusal, Request
 
 MAX_BYTES = 50_000_000  # of a request's body: base64 makes a picture a third larger
+SAY_EVERY_S = 10.0  # that an answer is still waited for: proxies cut what is silent for a minute
 LOOK_EVERY_S = 0.25  # whether a client that waits is still there
 
 
@@ -59,11 +61,15 @@ def create_app(
 
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
     reader = Reader(batches.model.config.vision_config.image_size, addresses=addresses)
-    created = int(time.time())
+    here = Model(id=name, created=int(time.time()), object="model", owned_by="local")
+
+    def check_name(given: str) -> None:
+        if given != name:
+            raise Refusal(404, f"The model {given!r} is not here, {name!r} is.", "model_not_found", "model")
 
     def allow(http: HttpRequest) -> None:
         given = http.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not secrets.compare_digest(given.encode(), key.encode()):
+        if key and not same(given, key):
             raise Refusal(401, "Incorrect API key provided.", "invalid_api_key")
 
     @app.get("/health")
@@ -73,33 +79,48 @@ def create_app(
     @app.get("/v1/models")
     async def models(http: HttpRequest) -> dict:
         allow(http)
-        model = Model(id=name, created=created, object="model", owned_by="local")
-        return {"object": "list", "data": [model.model_dump()]}
+        return {"object": "list", "data": [here.model_dump()]}
+
+    @app.get("/v1/models/{given:path}")
+    async def model(given: str, http: HttpRequest) -> dict:
+        allow(http)
+        check_name(given)
+        return here.model_dump()
 
     @app.post("/v1/chat/completions")
     async def complete(http: HttpRequest):
         allow(http)
+        batches.check_room()  # before anything large is read
         try:
             request = Request.model_validate_json(await body_of(http, max_bytes))
         except ValidationError as error:
             wrong = error.errors(include_url=False)[0]
             where = ".".join(map(str, wrong["loc"]))
             raise Refusal(400, f"{where or 'The body'}: {wrong['msg']}", "invalid_value", where or None) from error
-        if request.model != name:
-            raise Refusal(404, f"The model {request.model!r} is not here, {name!r} is.", "model_not_found", "model")
+        check_name(request.model)
         question = await asyncio.to_thread(reader.read, request)
-        asked = batches.ask(question)
+        asked = await batches.ask(question)
         return await (stream if request.stream else whole)(asked, request, http)
 
     @app.exception_handler(Refusal)
     async def refused(http: HttpRequest, refusal: Refusal) -> JSONResponse:
         return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
+    @app.exception_handler(HTTPException)
+    async def not_here(http: HttpRequest, error: HTTPException) -> JSONResponse:
+        refusal = Refusal(error.status_code, f"{http.method} {http.url.path}: {error.detail}.")
+        return JSONResponse(refusal.body, error.status_code, error.headers)
+
     @app.exception_handler(Exception)
     async def failed(http: HttpRequest, error: Exception) -> JSONResponse:
         return JSONResponse(Refusal(500, f"{type(error).__name__}: {error}", kind="server_error").body, 500)
 
     return app
+
+
+def same(given: str, key: str) -> bool:
+    """Whether a key is right, in a time that does not say how much of it is."""
+    return secrets.compare_digest(given.encode(), key.encode())
 
 
 async def body_of(http: HttpRequest, max_bytes: int) -> bytes:
@@ -159,13 +180,22 @@ def finish_of(asked: Asked):
 
 
 async def stream(asked: Asked, request: Request, http: HttpRequest) -> StreamingResponse:
-    """The answer as server-sent events. What goes wrong before the first words is an error as usual."""
+    """The answer as server-sent events. What goes wrong before it begins is an error as usual; where that takes long,
+    it begins with comments, so that nothing between here and the client takes it for dead."""
     pieces = asked.pieces()
+    first = asyncio.ensure_future(anext(pieces, ""))
+
+    def leave() -> None:
+        first.cancel()
+        asked.row.cancelled.set()
+
     try:
         async with while_there(asked, http):
-            first = await anext(pieces, "")
+            await asyncio.wait([first], timeout=SAY_EVERY_S)
+        if first.done():
+            first.result()
     except BaseException:
-        await pieces.aclose()
+        leave()
         raise
 
     key, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
@@ -180,20 +210,23 @@ async def stream(asked: Asked, request: Request, http: HttpRequest) -> Streaming
         return event([ChunkChoice(index=0, delta=ChoiceDelta(**delta), finish_reason=finish)])
 
     async def events() -> AsyncIterator[str]:
-        async with contextlib.aclosing(pieces):
+        try:
             yield words(role="assistant", content="")
-            try:
-                if first:
-                    yield words(content=first)
-                async for piece in pieces:
-                    yield words(content=piece)
-            except Refusal as refusal:
-                yield f"data: {json.dumps(refusal.body)}\n\n"
-                return
+            while not first.done():
+                yield ": waiting\n\n"
+                await asyncio.wait([first], timeout=SAY_EVERY_S)
+            if await first:
+                yield words(content=first.result())
+            async for piece in pieces:
+                yield words(content=piece)
             yield words(finish_of(asked))
             if request.stream_options and request.stream_options.include_usage:
                 yield event([], usage(asked))
             yield "data: [DONE]\n\n"
+        except Refusal as refusal:
+            yield f"data: {json.dumps(refusal.body)}\n\n"
+        finally:
+            leave()
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -213,7 +246,7 @@ def main() -> None:
     parser.add_argument("--addresses", action="store_true", help="fetch pictures from addresses that clients name")
     parser.add_argument("--batch", type=int, default=8, help="how many questions share the model's steps")
     parser.add_argument("--line", type=int, default=32, help="how many may wait")
-    parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat")
+    parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat; with a key as its password")
     options = parser.parse_args()
     place = bound(options.host, options.port)
     check_device(options.device)
@@ -222,12 +255,12 @@ def main() -> None:
     vision = options.image_encoder or newest(model_dir, VISION_ENCODER_NAME)
     check_model_dir(model_dir, (language, vision))
     say_what_loads(model_dir, options.device, language, vision)
-    model, processor = load(model_dir, options.device, language, vision)
+    model, processor = load(model_dir, options.device, language, vision, image_cache_bytes=IMAGE_ROOM)
     batches = Batches(model, processor, options.batch, options.line)
-    name = options.name or model_dir.resolve().name
-    app = create_app(batches, name, options.key or os.environ.get("OV_MLLAMA_KEY"), options.addresses)
+    name, key = options.name or model_dir.resolve().name, options.key or os.environ.get("OV_MLLAMA_KEY")
+    app = create_app(batches, name, key, options.addresses)
     if options.chat:
-        app = mount_chat(app, model, processor, options.model_dir or options.checkpoint)
+        app = mount_chat(app, model, processor, options.model_dir or options.checkpoint, key)
     print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     end_soon(server)
@@ -236,7 +269,7 @@ def main() -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address, where nobody is answered yet: taken before minutes are spent on a model.
+    """A socket at an address, taken before minutes are spent on a model; who comes meanwhile waits.
 
     Raises:
         OSError: another program has it.
@@ -245,21 +278,25 @@ def bound(host: str, port: int) -> socket.socket:
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         place.bind((host, port))
-    except OSError as error:
+        place.listen()  # else another may be bound to it meanwhile
+    except (OSError, OverflowError) as error:
         place.close()
-        raise OSError(f"{host}:{port} cannot be had ({error.strerror}): choose another with --port.") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"{host}:{port} cannot be had ({why}): choose another with --port.") from error
     return place
 
 
-def mount_chat(app: FastAPI, model, processor, checkpoint: str | Path) -> FastAPI:
-    """The chat page, at /chat; its examples are the checkpoint's."""
+def mount_chat(app: FastAPI, model, processor, checkpoint: str | Path, key: str | None) -> FastAPI:
+    """The chat page, at /chat, whose password is the key, if there is one; its examples are the checkpoint's."""
     import gradio as gr
 
     from data_preprocessing import questions_about
     from gradio_helper import LAUNCH, make_demo
 
     looks = {name: LAUNCH[name] for name in ("max_file_size", "footer_links", "css_paths", "js", "theme")}
-    return gr.mount_gradio_app(app, make_demo(model, processor, questions_about(checkpoint)[:3]), "/chat", **looks)
+    demo = make_demo(model, processor, questions_about(checkpoint)[:3])
+    auth = (lambda name, given: same(given, key)) if key else None
+    return gr.mount_gradio_app(app, demo, "/chat", auth=auth, **looks)
 
 
 if __name__ == "__main__":

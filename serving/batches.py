@@ -1,11 +1,15 @@
 """Questions that wait share the model's steps: one thread takes them in batches, in the order in which they came."""
 
 import asyncio
+import contextlib
 import copy
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+
+from llguidance import LLMatcher
 
 from ov_mllama.conversation import prompt_text
 from ov_mllama.inference import Stopped
@@ -15,6 +19,9 @@ from serving.rows import Choice, Ends, Row, Schemas
 
 logger = logging.getLogger(__name__)
 
+PICTURES = 4  # that a batch has at most, different ones: each of its questions waits for all of them
+PICTURE_TENSORS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+IMAGE_ROOM = 2_000_000_000  # bytes of encoded pictures to keep: so many of four tiles, of the 11B
 SAID_PLAINLY = (ValueError, FloatingPointError)  # the model's refusals are sentences already
 
 
@@ -23,15 +30,17 @@ class Asked:
 
     Args:
         text: the question as the chat template writes it.
+        matcher: that the answer follows; None for free text.
 
     Attributes:
         row: of the batch that answers it.
+        alone: whether it shares no steps, because a batch with it went wrong.
     """
 
-    def __init__(self, question: Question, text: str, schemas: Schemas, tokenizer):
+    def __init__(self, question: Question, text: str, matcher: LLMatcher | None, tokenizer):
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
-        matcher = schemas.matcher(question.schema) if question.schema is not None else None
         self.question, self.text, self.row = question, text, Row(question, self._say, matcher, tokenizer)
+        self.alone = False
         self.error: Exception | None = None
 
     def _say(self, piece: str | None) -> None:
@@ -86,28 +95,41 @@ class Batches:
         self._waiting: deque[Asked] = deque()
         self._changed = threading.Condition()
         self._open = True
-        self._alone = 0  # how many of those in front did not fit into memory together
+        self._took_s = 1.0  # the last batch
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
 
-    def ask(self, question: Question) -> Asked:
+    async def ask(self, question: Question) -> Asked:
         """Puts a question in line.
 
         Raises:
             Refusal: too many wait already, the context is too short for it, or its schema is none.
         """
+        text, matcher = await asyncio.to_thread(self._read, question)  # a second for each megabyte of text
+        asked = Asked(question, text, matcher, self.processor.tokenizer)
+        with self._changed:
+            self.check_room()
+            self._waiting.append(asked)
+            self._changed.notify()
+        return asked
+
+    def _read(self, question: Question) -> tuple[str, LLMatcher | None]:
+        """A question as the chat template writes it, and what its answer follows."""
         try:
             text = prompt_text(self.model, self.processor, question.messages, question.max_new_tokens)
         except ValueError as error:
             raise Refusal(400, str(error), "context_length_exceeded", "messages") from error
-        asked = Asked(question, text, self.schemas, self.processor.tokenizer)
+        return text, self.schemas.matcher(question.schema) if question.schema is not None else None
+
+    def check_room(self) -> None:
+        """Raises Refusal: too many wait already."""
         with self._changed:
-            if len(self._line()) >= self.line:
-                sentence = f"{len(self._waiting)} requests wait already: try again in a few seconds."
-                raise Refusal(429, sentence, "rate_limit_exceeded", kind="requests", headers={"Retry-After": "5"})
-            self._waiting.append(asked)
-            self._changed.notify()
-        return asked
+            if (waiting := len(self._line())) < self.line:
+                return
+        seconds = round(min(60, max(1, self._took_s)))  # clients wait no longer at a time
+        sentence = f"{waiting} requests wait already: try again in {seconds} s."
+        headers = {"Retry-After": str(seconds)}
+        raise Refusal(429, sentence, "rate_limit_exceeded", kind="requests", headers=headers)
 
     def close(self) -> None:
         """Ends the thread, after the batch under way."""
@@ -129,39 +151,39 @@ class Batches:
             self._changed.wait_for(lambda: self._line() or not self._open)
             if not self._open:
                 return []
-            first = self._waiting[0]
-            # the processor takes pictures for all rows or for none
-            batch = [asked for asked in self._waiting if bool(asked.question.pictures) == bool(first.question.pictures)]
-            batch = batch[: 1 if self._alone else self.size]
-            self._alone = max(0, self._alone - 1)
+            first, batch, looks = self._waiting[0], [], frozenset[int]()
+            for asked in self._waiting:
+                together = looks | asked.question.looks
+                # the processor takes pictures for all rows or for none
+                alike = bool(asked.question.pictures) == bool(first.question.pictures) and not asked.alone
+                if asked is first or (alike and len(together) <= PICTURES):
+                    batch.append(asked)
+                    looks = together
+                if first.alone or len(batch) == self.size:
+                    break
             for asked in batch:
                 self._waiting.remove(asked)
             return batch
 
     def _work(self) -> None:
         while batch := self._next():
+            started, error = time.perf_counter(), None
             try:
-                try:
-                    self._answer(batch)
-                except MemoryError:  # before any of it began: what does not fit together may fit one by one
-                    if len(batch) == 1 or any(asked.row.words.tokens for asked in batch):
-                        raise
+                self._answer(batch)
+            except Stopped:
+                pass
+            except Exception as failed:  # noqa: BLE001 - `refusal_of` says it
+                if len(batch) > 1 and not any(asked.row.words.tokens for asked in batch):
+                    # one may have spoiled it for the others; what has no room together may have it one by one
+                    for asked in batch:
+                        asked.alone = True
                     with self._changed:
                         self._waiting.extendleft(reversed(batch))
-                    self._alone += len(batch)
                     continue
-                error = None
-            except Stopped:
-                error = None
-            except SAID_PLAINLY as refused:
-                error = Refusal(400, str(refused), "invalid_value")
-            except MemoryError as refused:
-                error = Refusal(503, str(refused), "out_of_memory", kind="server_error", headers={"Retry-After": "30"})
-            except Exception as failed:
-                logger.exception("A batch could not be answered")
-                error = Refusal(500, f"{type(failed).__name__}: {failed}", kind="server_error")
+                error = refusal_of(failed, len(batch))
             for asked in batch:
                 asked.end(error if asked.row.finish is None else None)
+            self._took_s = time.perf_counter() - started
             give_back()  # or a server keeps, of many sizes of batches, what each has freed
 
     def _answer(self, batch: list[Asked]) -> None:
@@ -173,6 +195,11 @@ class Batches:
             padding=True,
             return_tensors="pt",
         )
+        if images[0] and len(batch) > 1:
+            there = self._looked_at(inputs, batch)
+            batch, inputs = [batch[i] for i in there], {name: tensor[there] for name, tensor in inputs.items()}
+            if not batch:
+                return
         rows = [asked.row for asked in batch]
         for row, mask in zip(rows, inputs["attention_mask"], strict=True):
             row.prompt_tokens = int(mask.sum())
@@ -186,3 +213,24 @@ class Batches:
             stopping_criteria=[Ends(rows, self.ends)],
             stop=AllCancelled(batch),
         )
+
+    def _looked_at(self, inputs, batch: list[Asked]) -> list[int]:
+        """Encodes the pictures of each row; those of clients that have gone, or go meanwhile, are left out. Returns the
+        rows of the others: nobody waits for pictures that nobody asks about."""
+        there = []
+        for i, asked in enumerate(batch):
+            tensors = {name: inputs[name][i : i + 1] for name in PICTURE_TENSORS}
+            with contextlib.suppress(Stopped):
+                self.model.encode_images(**tensors, stop=asked.row.cancelled)
+                there.append(i)
+        return there
+
+
+def refusal_of(error: Exception, questions: int) -> Refusal:
+    """What is said of an error to those who share a batch of so many questions."""
+    if isinstance(error, MemoryError):
+        return Refusal(503, str(error), "out_of_memory", kind="server_error", headers={"Retry-After": "30"})
+    if isinstance(error, SAID_PLAINLY) and questions == 1:
+        return Refusal(400, str(error), "invalid_value")
+    logger.error("A batch could not be answered", exc_info=error)
+    return Refusal(500, f"{type(error).__name__}: {error}", kind="server_error")

@@ -5,6 +5,7 @@ import binascii
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ov_mllama.conversation import plain
 from ov_mllama.images import at_detail, open_picture
 
-DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
+DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[^,;]+)*;base64,", re.ASCII | re.IGNORECASE)
+MAX_PIXELS = 100_000_000  # of a request's pictures: 0.3 GB, while they wait
 # What would change the answer and is not there: refused, unless it asks for nothing
 UNSUPPORTED = ("tools", "functions", "logit_bias", "logprobs", "frequency_penalty", "presence_penalty", "audio")
 
@@ -68,7 +70,7 @@ class Request(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
     n: int | None = Field(None, ge=1)
     stream: bool | None = False
@@ -102,6 +104,11 @@ class Question:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     schema: dict | None = None
+
+    @property
+    def looks(self) -> frozenset[int]:
+        """Numbers of its pictures, by which the same one is known again."""
+        return frozenset(picture.info.get("look", id(picture)) for picture in self.pictures)
 
 
 class Reader:
@@ -150,14 +157,20 @@ class Reader:
         if role not in ("system", "user", "assistant"):
             raise Refusal(400, f"A role is system, user or assistant, not {role!r}.", "invalid_value", f"{where}.role")
         content = message.get("content") or ""
+        if not isinstance(content, str | list):
+            raise Refusal(400, "A content is a text or a list of parts.", "invalid_value", f"{where}.content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         read = []
         for i, part in enumerate(parts):
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                read.append({"type": "text", "text": plain(part["text"])})
+            if kind in ("text", "refusal") and isinstance(part.get(kind), str):
+                read.append({"type": "text", "text": plain(part[kind])})
             elif kind == "image_url" and role == "user":
-                pictures.append(self._picture(part, f"{where}.content[{i}].image_url"))
+                field = f"{where}.content[{i}].image_url"
+                pictures.append(self._picture(part, field))
+                if sum(picture.width * picture.height for picture in pictures) > MAX_PIXELS:
+                    sentence = f"A request's pictures have at most {MAX_PIXELS // 1_000_000} million pixels in all."
+                    raise Refusal(400, sentence, "too_large", field)
                 read.append({"type": "image"})
             else:
                 sentence = f"A part is a text, or in a user's message an image_url, not {kind!r}."
@@ -165,14 +178,16 @@ class Reader:
         return {"role": role, "content": read}
 
     def _picture(self, part: dict, where: str) -> Image.Image:
-        given = part.get("image_url") or {}
-        url, detail = (given, None) if isinstance(given, str) else (given.get("url"), given.get("detail"))
+        given = part.get("image_url")
+        given = {"url": given} if isinstance(given, str) else given
+        url, detail = (given.get("url"), given.get("detail")) if isinstance(given, dict) else (None, None)
         if not isinstance(url, str):
             raise Refusal(400, "An image_url has a url.", "invalid_value", where)
         source: str | bytes = url
         if match := DATA_URI.match(url):
+            encoded = "".join(unquote(url[match.end() :]).split())
             try:
-                source = base64.b64decode(url[match.end() :], validate=True)
+                source = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
             except binascii.Error as error:
                 raise Refusal(400, "The picture is no base64.", "invalid_base64", where) from error
         elif not url.startswith(("http://", "https://")):
@@ -181,9 +196,11 @@ class Reader:
             sentence = "Pictures are not fetched from addresses here: send a data URI, data:image/...;base64,..."
             raise Refusal(400, sentence, "invalid_image_url", where)
         try:
-            return at_detail(open_picture(source), "high" if detail in (None, "auto") else detail, self.tile)
+            picture = at_detail(open_picture(source), "high" if detail in (None, "auto") else detail, self.tile)
         except ValueError as error:
             raise Refusal(400, str(error), "invalid_image", where) from error
+        picture.info["look"] = hash((url, detail))
+        return picture
 
 
 def schema_of(form: ResponseFormat | None) -> dict | None:

@@ -32,10 +32,10 @@ def build(arguments: Arguments):
     """A replica's FastAPI app, with a model of its own."""
     from serving import load
     from serving.app import create_app
-    from serving.batches import Batches
+    from serving.batches import IMAGE_ROOM, Batches
 
     model_dir = Path(arguments.model_dir)
-    batches = Batches(*load(model_dir, threads=arguments.threads))
+    batches = Batches(*load(model_dir, threads=arguments.threads, image_cache_bytes=IMAGE_ROOM))
     return create_app(batches, model_dir.resolve().name, arguments.key or None)
 
 

@@ -11,6 +11,8 @@ from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
 
 from serving.questions import Question, Refusal
 
+GREEDY_BELOW = 1e-5  # a temperature: what is divided by less may be infinite
+
 
 class Words:
     """Tokens -> text, as soon as nothing that may follow can change it.
@@ -82,7 +84,7 @@ class Row:
     """One answer under way.
 
     Args:
-        say: called with each piece of text, from the model's thread.
+        say: called with each piece of text, from the model's thread, and with None at the end.
         matcher: that the answer follows; None for free text.
 
     Attributes:
@@ -90,7 +92,7 @@ class Row:
         finish: why it ended, in OpenAI's words; None before.
     """
 
-    def __init__(self, question: Question, say: Callable[[str], None], matcher: LLMatcher | None, tokenizer):
+    def __init__(self, question: Question, say: Callable[[str | None], None], matcher: LLMatcher | None, tokenizer):
         self.question, self.say, self.matcher = question, say, matcher
         self.words = Words(tokenizer, question.stop)
         self.cancelled = threading.Event()
@@ -110,7 +112,7 @@ class Row:
             mask = torch.zeros(len(scores), dtype=torch.bool)
             mask[: len(bits)] = torch.from_numpy(bits.astype(bool))
             scores = scores.masked_fill(~mask, -torch.inf)
-        if not self.question.temperature:
+        if self.question.temperature < GREEDY_BELOW:
             return int(scores.argmax())
         scores = (scores / self.question.temperature)[None]
         if self.question.top_p < 1:
@@ -140,6 +142,7 @@ class Row:
         self.finish = finish
         if piece := self.words.end():
             self.say(piece)
+        self.say(None)  # others of the batch may have minutes to go
 
 
 class Choice(LogitsProcessor):

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -14,9 +15,9 @@ import uvicorn
 
 from chat_page import SELF, WHO, Slow, path_of, wait_until
 from conftest import DEMO, F32, demo_samples
-from ov_mllama.conversation import prompt_tensors
+from ov_mllama.conversation import prompt_tensors, prompt_text
 from ov_mllama_helper import convert_mllama
-from serving.app import bound, create_app
+from serving.app import bound, create_app, mount_chat
 from serving.batches import Batches
 
 pytestmark = pytest.mark.alone
@@ -33,11 +34,11 @@ def model(tmp_path_factory):
 class Server:
     """An app on a free port."""
 
-    def __init__(self, app):
+    def __init__(self, app, **options):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))
+        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning", **options))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started)
@@ -117,6 +118,18 @@ def test_a_picture_and_what_it_took(client, model, processor):
     assert completion.usage.prompt_tokens == model.stats.prompt_tokens
     assert completion.usage.completion_tokens == model.stats.new_tokens
     assert completion.usage.total_tokens == model.stats.prompt_tokens + model.stats.new_tokens
+
+
+@pytest.mark.parametrize(
+    "begins",
+    ["DATA:IMAGE/PNG;BASE64,", "data:image/png;charset=utf-8;base64,", "data:application/octet-stream;base64,"],
+)
+def test_pictures_as_programs_write_them(client, begins):
+    encoded = base64.encodebytes(path_of(SAMPLES[0]).read_bytes()).decode()  # in lines
+    for uri in (begins + encoded, begins + quote(encoded.strip().rstrip("="))):
+        part = {"type": "image_url", "image_url": {"url": uri}}
+        completion = complete(client, user(part, text(SAMPLES[0]["question"])))
+        assert completion.choices[0].message.content == SAMPLES[0]["answer"]
 
 
 def test_two_pictures(client, model, processor):
@@ -235,6 +248,11 @@ def test_a_wrong_key(url):
 def test_models_and_health(client, url):
     assert [model.id for model in client.models.list()] == ["demo"]
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert client.models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError, match="'demo' is"):
+        client.models.retrieve("gpt")
+    assert httpx.get(f"{url}/v1/chat/completions").json()["error"]["message"].endswith("Method Not Allowed.")
+    assert httpx.get(f"{url}/v1/else").json()["error"]["message"] == "GET /v1/else: Not Found."
     with pytest.raises(openai.NotFoundError, match="'demo' is"):
         client.chat.completions.create(model="gpt", messages=user(text("?")))
 
@@ -249,6 +267,9 @@ def test_models_and_health(client, url):
         (user({"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}), {}, None),
         (user({"type": "image_url", "image_url": {"url": "/etc/passwd"}}), {}, None),
         (user({"type": "image_url", "image_url": None}), {}, None),
+        (user({"type": "image_url", "image_url": [1]}), {}, "messages[0].content[0].image_url"),
+        ([{"role": "user", "content": 5}], {}, "messages[0].content"),
+        (user(text("?")), {"seed": 2**64}, "seed"),
         ([{"role": "assistant", "content": [picture(SAMPLES[0])]}], {}, "messages[0].content[0]"),
         (user(text("?")), {"n": 2}, "n"),
         (user(text("?")), {"stop": ["a"] * 5}, "stop"),
@@ -270,12 +291,30 @@ def test_what_is_not_understood_is_refused_and_says_where(client, messages, opti
     assert param is None or error.param == param
 
 
+def test_more_pixels_than_memory_is_for(client, monkeypatch):
+    monkeypatch.setattr("serving.questions.MAX_PIXELS", 60_000)
+    assert complete(client, about(SAMPLES[0])).choices[0].message.content == SAMPLES[0]["answer"]
+    error = refusal(client, user(picture(SAMPLES[0]), picture(SAMPLES[0]), text("?")))
+    assert error.param == "messages[0].content[1].image_url"
+
+
 def test_no_json_and_too_much_of_it(url):
     headers = {"Authorization": f"Bearer {KEY}"}
     assert httpx.post(f"{url}/v1/chat/completions", content=b"{", headers=headers).status_code == 400
     answer = httpx.post(f"{url}/v1/chat/completions", content=b" " * 3_000_000, headers=headers)
     assert answer.status_code == 413
     assert "at most 2 MB" in answer.json()["error"]["message"]
+
+
+def test_a_key_is_also_the_password_of_the_chat(model, processor, batches):
+    app = mount_chat(create_app(batches, "demo", KEY), model, processor, DEMO, KEY)
+    server = Server(app, lifespan="off")  # other tests go on with these batches
+    with httpx.Client(base_url=server.url) as browser:
+        assert browser.get("/chat/config").status_code == 401
+        assert browser.post("/chat/login", data={"username": "me", "password": "wrong"}).status_code == 400
+        assert browser.post("/chat/login", data={"username": "me", "password": KEY}).is_success
+        assert browser.get("/chat/config").is_success
+    server.close()
 
 
 # ---- Several at once ------------------------------------------------------------------------------------------------
@@ -323,6 +362,114 @@ def test_others_may_use_the_processor_while_a_batch_is_padded(client, model, pro
     assert asked[0].result().choices[0].message.content == SELF
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_short_answer_does_not_wait_for_a_long_one(client, model, stream):
+    model.as_new(step_s=0.2)
+    ended = {}
+
+    def ask(limit):
+        answer = complete(client, user(text(WHO)), max_tokens=limit, stream=stream)
+        if stream:
+            assert list(answer)[-1].choices[0].finish_reason
+        ended[limit] = time.perf_counter()
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(complete, client, user(text(WHO)), max_tokens=2)
+        wait_until(lambda: model.turn.acquire(blocking=False) is False or model.turn.release())
+        list(pool.map(ask, (2, 100)))
+        first.result()
+    assert ended[100] - ended[2] > 4 * model.step_s
+
+
+def test_pictures_of_those_who_left_are_not_looked_at(client, model):
+    model.as_new(picture_s=1.5)
+
+    def leave(sample):
+        with pytest.raises(openai.APITimeoutError):
+            complete(client, about(sample), timeout=2)
+
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(complete, client, about(SAMPLES[0]))
+        wait_until(lambda: model.looks)
+        left = [pool.submit(leave, sample) for sample in SAMPLES[1:4]]
+        time.sleep(0.3)
+        last = pool.submit(complete, client, about(SAMPLES[4]))
+        assert last.result().choices[0].message.content == SAMPLES[4]["answer"]
+        assert first.result().choices[0].message.content == SAMPLES[0]["answer"]
+        for each in left:
+            each.result()
+    assert len(model.looks) <= 3  # the first, perhaps one that was begun, the last
+    assert model.given_up <= 1
+
+
+def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, model, processor, monkeypatch):
+    generate, sizes = model.generate, []
+
+    def poisoned(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if any("poison" in words for words in processor.batch_decode(inputs["input_ids"])):
+            raise FloatingPointError("not finite")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", poisoned)
+    model.step_s = 0.05
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(complete, client, user(text(words))) for words in (WHO, WHO, "poison", WHO)]
+        errors = [each.exception() for each in asked]
+    assert max(sizes) > 1
+    assert isinstance(errors[2], openai.BadRequestError)
+    assert [asked[i].result().choices[0].message.content for i in (0, 1, 3)] == [SELF] * 3
+
+
+def test_next_to_no_temperature_is_none(client):
+    assert complete(client, user(text(WHO)), temperature=1e-45).choices[0].message.content == SELF
+
+
+def test_others_are_served_while_a_long_text_is_read(client, url, monkeypatch):
+    reading = threading.Event()
+
+    def slowly(*arguments):
+        reading.set()
+        time.sleep(2)
+        return prompt_text(*arguments)
+
+    monkeypatch.setattr("serving.batches.prompt_text", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(complete, client, user(text(WHO)))
+        assert reading.wait(2)
+        assert httpx.get(f"{url}/health", timeout=1).is_success
+        assert asked.result().choices[0].message.content == SELF
+
+
+def test_a_stream_that_takes_long_to_begin_is_not_silent(client, model, url, monkeypatch):
+    monkeypatch.setattr("serving.app.SAY_EVERY_S", 0.2)
+    model.as_new(picture_s=1)
+    body = {"model": "demo", "messages": about(SAMPLES[0]), "stream": True}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=0.8) as answer:
+        lines = list(answer.iter_lines())
+    assert lines.count(": waiting") > 2
+    model.as_new(picture_s=1)
+    chunks = complete(client, about(SAMPLES[0]), stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SAMPLES[0]["answer"]
+
+    def fails(**inputs):
+        time.sleep(0.5)
+        raise ValueError("out of order")
+
+    monkeypatch.setattr(model, "generate", fails)
+    with pytest.raises(openai.APIError, match="out of order"):
+        list(complete(client, user(text(WHO)), stream=True))
+
+
+def test_who_leaves_a_stream_that_has_not_begun_frees_the_model(client, model, monkeypatch):
+    monkeypatch.setattr("serving.app.SAY_EVERY_S", 0.2)
+    model.as_new(picture_s=5)
+    with complete(client, about(SAMPLES[0]), stream=True):
+        wait_until(lambda: model.looks)
+    wait_until(lambda: model.given_up, 2)
+
+
 def test_a_full_line_says_when_to_come_again(client, model):
     model.step_s = 0.1
     with ThreadPoolExecutor(16) as pool:
@@ -331,7 +478,8 @@ def test_a_full_line_says_when_to_come_again(client, model):
     refused = [error for error in errors if error]
     assert refused
     assert all(isinstance(error, openai.RateLimitError) for error in refused)
-    assert all(error.response.headers["retry-after"] == "5" for error in refused)
+    assert all(1 <= int(error.response.headers["retry-after"]) <= 60 for error in refused)
+    assert all(f"in {error.response.headers['retry-after']} s" in error.body["message"] for error in refused)
     assert len(refused) <= 16 - 6
 
 
@@ -403,8 +551,10 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(url):
     port = int(url.rpartition(":")[2])
     with pytest.raises(OSError, match=f"{port} cannot be had .* --port"):
         bound("127.0.0.1", port)
-    with bound("127.0.0.1", 0) as free:
-        assert free.getsockname()[1]
+    with bound("127.0.0.1", 0) as mine, pytest.raises(OSError, match="cannot be had"):
+        bound("127.0.0.1", mine.getsockname()[1])  # by a second server, while the first one loads
+    with pytest.raises(OSError, match="--port"):
+        bound("127.0.0.1", 99999)
 
 
 def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(client, model, monkeypatch):
