@@ -5,7 +5,7 @@ machines see the same folders and have this project installed. Each batch become
 not at all, so a run that was killed goes on where it was. `pandas.read_parquet("captions.parquet")` reads all; columns:
 
     id: the picture's content (SHA-256), one row for each, however often and under whatever name it is there
-    path: the first file with it
+    path: the first file with it; what is no UTF-8 in its name is "\ufffd"
     question; answer; finish: "stop", or "length" where the limit has cut it
     error: why there is no answer, of what cannot be opened or gives nothing finite
 """
@@ -14,8 +14,9 @@ import argparse
 import contextlib
 import hashlib
 import os
+import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,12 +25,13 @@ import ray
 from tqdm.auto import tqdm
 
 from ov_mllama.ending import said_plainly
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
-from ov_mllama.images import SUFFIXES
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest, writing
+from ov_mllama.images import SUFFIXES, open_picture
 from ov_mllama.prepare import default_folder, prepare, say_what_loads
 from serving import load
 
 COLUMNS = ("id", "path", "question", "answer", "finish", "error")
+PART = re.compile(r"\.[0-9a-f]{32}\.\d+")  # a file of results while it is written
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
 
 
@@ -50,21 +52,26 @@ class Captioner:
         self.question, self.out, self.max_new_tokens = question, Path(out), max_new_tokens
 
     def __call__(self, batch: dict) -> dict:
-        """Rows "id" and "path" -> a file of results; the ids, and "left": why a picture is not in it, else ""."""
-        from ov_mllama.images import open_picture
-
-        rows, samples = [], []
-        for key, path in zip(batch["id"], batch["path"], strict=True):
-            row = dict.fromkeys(COLUMNS) | {"id": str(key), "path": str(path), "question": self.question}
+        """Rows "id" and "path" (bytes) -> a file of results; the ids, "left": why one is not in it, else "", and "end":
+        why there can be no more files, else ""."""
+        rows, samples, left = [], [], {}
+        for key, path in zip(batch["id"], map(os.fsdecode, batch["path"]), strict=True):
+            row = dict.fromkeys(COLUMNS) | {"id": str(key), "path": shown(path), "question": self.question}
             try:
-                samples.append({"image": open_picture(str(path)), "question": self.question, "row": row})
+                Path(path).open("rb").close()
+                samples.append({"image": open_picture(path), "question": self.question, "row": row})
+            except OSError as error:  # another time it may be there
+                left[row["id"]] = f"{row['path']} cannot be read ({error.strerror})."
             except ValueError as error:
-                row["error"] = str(error)
+                row["error"] = shown(str(error))
             rows.append(row)
-        left = self.answer(samples)
-        if kept := [row for row in rows if row["id"] not in left]:
-            write(kept, self.out)
-        return {"id": batch["id"], "left": [left.get(row["id"], "") for row in rows]}
+        left |= self.answer(samples)
+        end = ""
+        try:
+            write([row for row in rows if row["id"] not in left], self.out)
+        except OSError as error:  # a full disk: what follows would be answered for nothing
+            end = f"{self.out} cannot be written to: {error}"
+        return {"id": batch["id"], "left": [left.get(row["id"], "") for row in rows], "end": [end] * len(rows)}
 
     def answer(self, samples: list[dict]) -> dict[str, str]:
         """Fills in the rows of pictures: all in one batch, or one by one where that finds no memory or has a picture
@@ -98,32 +105,67 @@ class Captioner:
 
 
 def write(rows: list[dict], out: Path) -> None:
-    """A file of results, named after its pictures: written again it is the same one."""
-    name = hashlib.sha256("".join(row["id"] for row in rows).encode()).hexdigest()[:32]
+    """A file of results, if there are any, named after their pictures and the question: again it is the same one."""
+    if not rows:
+        return
+    name = hashlib.sha256("\0".join(row["id"] + row["question"] for row in rows).encode()).hexdigest()[:32]
     part = out / f".{name}.{os.getpid()}"  # readers of the folder leave hidden files out
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
     part.replace(out / f"{name}.parquet")
 
 
+def shown(path: str) -> str:
+    """A path as text that can be written: on Linux, names are bytes, and old ones no UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def digest(row: dict) -> dict:
-    """A file's content as "id" beside its "path"; none if it cannot be read."""
+    """A file's content as "id" beside its "path"; one of its own if it cannot be read."""
     try:
-        with Path(row["path"]).open("rb") as file:
+        with open(row["path"], "rb") as file:  # noqa: PTH123 - bytes
             return {"id": hashlib.file_digest(file, "sha256").hexdigest(), "path": row["path"]}
     except OSError:
-        return {"id": "", "path": row["path"]}
+        return {"id": f"unread {hashlib.sha256(row['path']).hexdigest()}", "path": row["path"]}
 
 
-def pictures_in(folder: Path) -> Iterable[Path]:
+def different(paths: list[Path]) -> dict[str, bytes]:
+    """Ids of the pictures, and of each the first path."""
+    read = ray.data.from_items([{"path": os.fsencode(path)} for path in paths]).map(digest).iter_rows()
+    first: dict[str, bytes] = {}
+    for row in tqdm(read, desc="Reading", total=len(paths), unit="picture", leave=False):
+        first[row["id"]] = min(row["path"], first.get(row["id"], row["path"]))
+    return dict(sorted(first.items(), key=lambda item: item[1]))
+
+
+def threads_of(workers: int, threads: int | None) -> int | None:
+    """Threads of each worker: its share of the cores; None, all of them, for one alone.
+
+    Raises:
+        ValueError: no machine has as many, and Ray would wait for one.
+    """
+    most = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes()))
+    if threads and threads > most:
+        raise ValueError(f"No machine here has {threads} cores for a process, only {most}.")
+    return threads or (max(1, int(ray.cluster_resources()["CPU"]) // workers) if workers > 1 else None)
+
+
+def pictures_in(folder: Path) -> list[Path]:
     """All pictures of a folder and those within it, by their names, in order."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def answered(out: Path, question: str) -> set[str]:
-    """Ids of the pictures that have been asked already."""
+    """Ids of the pictures that have been asked already.
+
+    Raises:
+        ValueError: there is something else in the folder.
+    """
     done: set[str] = set()
     for part in out.glob("*.parquet"):
-        table = pq.read_table(part, columns=["id", "question"])
+        try:
+            table = pq.read_table(part, columns=["id", "question"])
+        except pa.ArrowException as error:
+            raise ValueError(f"{part} is no file of captions: move it away, or choose another folder.") from error
         done |= {row["id"] for row in table.to_pylist() if row["question"] == question}
     return done
 
@@ -151,42 +193,40 @@ def caption(
         threads: of each; None: its share of the cluster's cores.
     Raises:
         FileNotFoundError: there are no pictures.
-        MemoryError: some pictures find no memory; all others have been asked about.
+        ValueError: the folder of the results holds something else, or no machine has so many cores.
+        OSError: some pictures found no memory or could not be read, all others have been asked about; or the results
+            cannot be written.
     """
     folder, out = Path(pictures).resolve(), Path(out).resolve()
-    found = [{"path": str(path)} for path in pictures_in(folder)]
+    found = pictures_in(folder)
     if not found:
         raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
-    out.mkdir(parents=True, exist_ok=True)
-    for part in out.glob(".*"):  # of a run that was killed
-        part.unlink()
-    done = answered(out, question)
-    first: dict[str, str] = {}
-    read = ray.data.from_items(found).map(digest).iter_rows()
-    for row in tqdm(read, desc="Reading", total=len(found), unit="picture", leave=False):
-        first.setdefault(row["id"] or row["path"], row["path"])
-    todo = [
-        {"id": key, "path": path} for key, path in sorted(first.items(), key=lambda item: item[1]) if key not in done
-    ]
-    if not todo:
-        return 0
-    if workers > 1:
-        threads = threads or max(1, int(ray.cluster_resources()["CPU"]) // workers)
-    data = ray.data.from_items(todo, override_num_blocks=-(-len(todo) // batch))
-    asked = data.map_batches(
-        Captioner,
-        fn_constructor_args=(str(Path(model_dir).resolve()), question, str(out), max_new_tokens, threads),
-        batch_size=None,  # a block of the above, as it is
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=threads or 1,
-    )
-    left: list[str] = []
-    with ticking(tqdm(total=len(first), initial=len(first) - len(todo), unit="picture", desc="Asking")) as bar:
-        for rows in asked.iter_batches(batch_size=None, prefetch_batches=0):
-            bar.update(len(rows["id"]))
-            left += [why for why in rows["left"] if why]
+    threads = threads_of(workers, threads)
+    with writing(out):
+        for part in out.glob(".*"):  # of a run that was killed
+            if PART.fullmatch(part.name):
+                part.unlink()
+        done, first = answered(out, question), different(found)
+        todo = [{"id": key, "path": path} for key, path in first.items() if key not in done]
+        if not todo:
+            return 0
+        data = ray.data.from_items(todo, override_num_blocks=-(-len(todo) // batch))
+        asked = data.map_batches(
+            Captioner,
+            fn_constructor_args=(str(Path(model_dir).resolve()), question, str(out), max_new_tokens, threads),
+            batch_size=None,  # a block of the above, as it is
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=threads or 1,
+        )
+        left: list[str] = []
+        with ticking(tqdm(total=len(first), initial=len(first) - len(todo), unit="picture", desc="Asking")) as bar:
+            for rows in asked.iter_batches(batch_size=None, prefetch_batches=0):
+                if rows["end"][0]:
+                    raise OSError(rows["end"][0])
+                bar.update(len(rows["id"]))
+                left += [why for why in rows["left"] if why]
     if left:
-        raise MemoryError(f"{len(left)} of {len(todo)} pictures are left for another run. {left[0]}")
+        raise OSError(f"{len(left)} of {len(todo)} pictures are left for another run. {left[0]}")
     return len(todo)
 
 
@@ -209,6 +249,13 @@ def ticking(bar: tqdm) -> Iterator[tqdm]:
         thread.join()
 
 
+def positive(text: str) -> int:
+    """A number of the command line that is at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,10 +264,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("captions.parquet"))
     parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=4, help="pictures that share the model's steps")
-    parser.add_argument("--workers", type=int, default=1, help="processes that load the model")
-    parser.add_argument("--threads", type=int, help="of each of them; default: its share of the cores")
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument("--batch", type=positive, default=4, help="pictures that share the model's steps")
+    parser.add_argument("--workers", type=positive, default=1, help="processes that load the model")
+    parser.add_argument("--threads", type=positive, help="of each of them; default: its share of the cores")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine alone")
     options = parser.parse_args()
     model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))

@@ -90,15 +90,63 @@ def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(model_dir, t
         return generate(**inputs)
 
     monkeypatch.setattr(captioner.model, "generate", small)
-    batch = {"id": ["0", "1", "2"], "path": paths}
+    batch = {"id": ["0", "1", "2"], "path": list(map(os.fsencode, paths))}
     assert captioner(batch)["left"] == ["", "", "2 GB too little"]
     assert sizes == [3, 1, 1, 1]
     assert answered(tmp_path, QUESTION) == {"0", "1"}
     monkeypatch.undo()
-    assert captioner({"id": ["2"], "path": paths[2:]})["left"] == [""]
+    assert captioner({"id": ["2"], "path": batch["path"][2:]})["left"] == [""]
     table = pd.read_parquet(tmp_path).sort_values("id")
     assert table["answer"].tolist()[2] == SAMPLES[2]["answer"]
     assert table["error"].isna().all()
+
+
+def test_what_cannot_be_read_now_is_asked_another_time(model_dir, tmp_path):
+    from serving.caption import Captioner, answered
+
+    captioner = Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
+    batch = {"id": ["0", "1"], "path": [os.fsencode(path_of(SAMPLES[0])), b"/gone/p\xeacture.png"]}
+    assert captioner(batch)["left"] == ["", "/gone/p\ufffdcture.png cannot be read (No such file or directory)."]
+    assert answered(tmp_path, QUESTION) == {"0"}
+
+
+def test_where_no_more_can_be_written_it_ends(model_dir, tmp_path, monkeypatch):
+    from serving import caption
+
+    captioner = caption.Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(caption.pq, "write_table", full)
+    [end] = captioner({"id": ["0"], "path": [os.fsencode(path_of(SAMPLES[0]))]})["end"]
+    assert "cannot be written to" in end
+    assert "No space" in end
+
+
+def test_two_questions_and_what_else_is_in_the_folder(ray_here, model_dir, pictures, tmp_path):
+    from serving.caption import caption
+
+    out, strange = tmp_path / "captions.parquet", os.fsdecode(b"p\xeacture.png")
+    Image.effect_noise((112, 112), 5).save(pictures / strange)
+    out.mkdir()
+    (out / ".env").write_text("mine")
+    (out / f".{'0' * 32}.123").write_text("half a file")
+    for question in (QUESTION, "How many shapes are there?"):
+        assert caption(pictures, question, out, model_dir, batch=8) == len(SAMPLES) + 2
+    assert caption(pictures, QUESTION, out, model_dir) == 0
+    table = pd.read_parquet(out)
+    assert table.groupby("question")["id"].nunique().tolist() == [len(SAMPLES) + 2] * 2
+    assert len(table) == 2 * (len(SAMPLES) + 2)
+    assert {path.name for path in out.glob(".*")} <= {".env", ".lock"}
+    assert (out / ".env").read_text() == "mine"
+    [row] = table[table["path"].str.contains("\ufffd") & (table["question"] == QUESTION)].to_dict("records")
+    assert row["answer"]
+    (out / "other.parquet").write_text("something else")
+    with pytest.raises(ValueError, match=r"other.parquet is no file of captions"):
+        caption(pictures, QUESTION, out, model_dir)
+    with pytest.raises(ValueError, match="64 cores"):
+        caption(pictures, QUESTION, out, model_dir, threads=64)
 
 
 def test_workers_share_a_machine_without_taking_the_same_cores(model_dir):
@@ -144,7 +192,7 @@ def test_killed_at_random_moments_it_asks_each_picture_once(ray_here, model_dir,
     caption(pictures, QUESTION, out, model_dir, batch=1)
     table = pd.read_parquet(out)
     assert len(table) == table["id"].nunique() == len(SAMPLES) + more + 1
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] in ([], [".lock"])
 
 
 # ---- Replicas -------------------------------------------------------------------------------------------------------
