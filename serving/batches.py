@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from llguidance import LLMatcher
+from transformers.models.mllama.image_processing_mllama import get_optimal_tiled_canvas
 
 from ov_mllama.conversation import prompt_text
 from ov_mllama.inference import Stopped
@@ -19,9 +20,9 @@ from serving.rows import Choice, Ends, Row, Schemas
 
 logger = logging.getLogger(__name__)
 
-PICTURES = 4  # that a batch has at most, different ones: each of its questions waits for all of them
+TILES = 16  # that a batch has at most, of different pictures: each of its questions waits for all of them
 PICTURE_TENSORS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-IMAGE_ROOM = 2_000_000_000  # bytes of encoded pictures to keep: so many of four tiles, of the 11B
+IMAGE_ROOM = 2_000_000_000  # bytes of encoded pictures to keep: so many tiles, of the 11B
 SAID_PLAINLY = (ValueError, FloatingPointError)  # the model's refusals are sentences already
 
 
@@ -151,19 +152,29 @@ class Batches:
             self._changed.wait_for(lambda: self._line() or not self._open)
             if not self._open:
                 return []
-            first, batch, looks = self._waiting[0], [], frozenset[int]()
+            first, batch, tiles = self._waiting[0], [], dict[int, int]()
             for asked in self._waiting:
-                together = looks | asked.question.looks
-                # the processor takes pictures for all rows or for none
-                alike = bool(asked.question.pictures) == bool(first.question.pictures) and not asked.alone
-                if asked is first or (alike and len(together) <= PICTURES):
+                together = tiles | self._tiles(asked.question)
+                # else the processor fills up with blank pictures, and the model looks at one of them
+                alike = len(asked.question.pictures) == len(first.question.pictures) and not asked.alone
+                if asked is first or (alike and sum(together.values()) <= TILES):
                     batch.append(asked)
-                    looks = together
+                    tiles = together
                 if first.alone or len(batch) == self.size:
                     break
             for asked in batch:
                 self._waiting.remove(asked)
             return batch
+
+    def _tiles(self, question: Question) -> dict[int, int]:
+        """How many tiles a question's pictures have, by numbers by which the same picture is known again."""
+        vision = self.model.config.vision_config
+        side, most = vision.image_size, vision.max_num_tiles
+        tiles = {}
+        for picture in question.pictures:
+            high, wide = get_optimal_tiled_canvas(picture.height, picture.width, most, side)
+            tiles[picture.info.get("look", id(picture))] = (high // side) * (wide // side)
+        return tiles
 
     def _work(self) -> None:
         while batch := self._next():

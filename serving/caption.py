@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,7 +237,7 @@ def ticking(bar: tqdm) -> Iterator[tqdm]:
     over = threading.Event()
 
     def tick() -> None:
-        while not over.wait(1):
+        while sys.stderr.isatty() and not over.wait(1):
             bar.refresh()
 
     thread = threading.Thread(target=tick, daemon=True)

@@ -105,11 +105,6 @@ class Question:
     stop: tuple[str, ...] = ()
     schema: dict | None = None
 
-    @property
-    def looks(self) -> frozenset[int]:
-        """Numbers of its pictures, by which the same one is known again."""
-        return frozenset(picture.info.get("look", id(picture)) for picture in self.pictures)
-
 
 class Reader:
     """Reads requests.

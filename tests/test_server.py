@@ -341,6 +341,21 @@ def test_questions_that_wait_share_steps_and_get_their_own_answers(client, model
     assert steps < 0.7 * len_of_answers
 
 
+def test_each_picture_of_a_batch_is_looked_at_once(client, model, processor):
+    asked = [(SAMPLES[1]["question"], SAMPLES[1]), ("Which?", SAMPLES[2], SAMPLES[4]), ("What?", SAMPLES[2])]
+    expected = [alone(model, processor, *each) for each in asked]
+    model.as_new(picture_s=0.3)
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(complete, client, about(SAMPLES[0]))
+        wait_until(lambda: model.looks)
+        answers = [
+            pool.submit(complete, client, user(*map(picture, samples), text(words))) for words, *samples in asked
+        ]
+        assert [answer.result().choices[0].message.content for answer in answers] == expected
+        first.result()
+    assert len(model.looks) == 4
+
+
 def test_others_may_use_the_processor_while_a_batch_is_padded(client, model, processor):
     """Padding is a switch of the tokenizer that all its threads share: the chat page's, and those that count tokens."""
     done = threading.Event()
