@@ -261,7 +261,7 @@ def test_a_checkpoint_is_never_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert default_folder("meta-llama/Llama-3.2-11B-Vision-Instruct") == Path("models/Llama-3.2-11B-Vision-Instruct")
     assert default_folder("models/mine") == default_folder(tmp_path / "models/mine") == Path("models/mine-ov")
-    shutil.copytree(DEMO, "models/mine", ignore=shutil.ignore_patterns("draft", "samples", "*.py"))
+    shutil.copytree(DEMO, "models/mine", ignore=shutil.ignore_patterns("draft", "samples", "*.py", "__pycache__"))
     before = {path: path.read_bytes() for path in Path("models/mine").iterdir()}
     with pytest.raises(ValueError, match="is the checkpoint itself: choose another folder"):
         convert_mllama("models/mine", tmp_path / "models/mine")

@@ -63,17 +63,39 @@ def ray_here():
 def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictures, tmp_path):
     from serving.caption import caption
 
-    out = tmp_path / "captions.parquet"
-    assert caption(pictures, QUESTION, out, model_dir) == len(SAMPLES) + 1
+    out, strange = tmp_path / "captions.parquet", os.fsdecode(b"p\xeacture.png")
+    Image.effect_noise((112, 112), 5).save(pictures / strange)
+    assert caption(pictures, QUESTION, out, model_dir) == len(SAMPLES) + 2
     table = pd.read_parquet(out)
-    assert len(table) == table["id"].nunique() == len(SAMPLES) + 1
+    assert len(table) == table["id"].nunique() == len(SAMPLES) + 2
     broken = table[table["error"].notna()]
     assert broken["path"].tolist() == [str(pictures / "broken.png")]
     assert "not a picture" in broken["error"].item()
+    [noise] = table[table["path"].str.contains("\ufffd")].to_dict("records")
+    assert noise["answer"]
     answers = {path.rpartition("/")[2]: answer for path, answer in zip(table["path"], table["answer"], strict=True)}
     assert answers[path_of(SAMPLES[2]).name] == SAMPLES[2]["answer"]
     assert answers[path_of(SAMPLES[8]).name] == SAMPLES[8]["answer"]
+
+    (out / ".env").write_text("mine")
+    (out / f".{'0' * 32}.123").write_text("half a file")
+    assert caption(pictures, "How many shapes are there?", out, model_dir, batch=8) == len(SAMPLES) + 2
     assert caption(pictures, QUESTION, out, model_dir) == 0
+    table = pd.read_parquet(out)
+    assert table.groupby("question")["id"].nunique().tolist() == [len(SAMPLES) + 2] * 2
+    assert len(table) == 2 * (len(SAMPLES) + 2)
+    assert {path.name for path in out.glob(".*")} <= {".env", ".lock"}
+    assert (out / ".env").read_text() == "mine"
+
+
+def test_a_folder_with_something_else_and_more_threads_than_cores(ray_here, model_dir, pictures, tmp_path):
+    from serving.caption import caption
+
+    (tmp_path / "other.parquet").write_text("something else")
+    with pytest.raises(ValueError, match=r"other.parquet is no file of captions"):
+        caption(pictures, QUESTION, tmp_path, model_dir)
+    with pytest.raises(ValueError, match="64 cores"):
+        caption(pictures, QUESTION, tmp_path / "out", model_dir, threads=64)
 
 
 def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(model_dir, tmp_path, monkeypatch):
@@ -122,31 +144,6 @@ def test_where_no_more_can_be_written_it_ends(model_dir, tmp_path, monkeypatch):
     [end] = captioner({"id": ["0"], "path": [os.fsencode(path_of(SAMPLES[0]))]})["end"]
     assert "cannot be written to" in end
     assert "No space" in end
-
-
-def test_two_questions_and_what_else_is_in_the_folder(ray_here, model_dir, pictures, tmp_path):
-    from serving.caption import caption
-
-    out, strange = tmp_path / "captions.parquet", os.fsdecode(b"p\xeacture.png")
-    Image.effect_noise((112, 112), 5).save(pictures / strange)
-    out.mkdir()
-    (out / ".env").write_text("mine")
-    (out / f".{'0' * 32}.123").write_text("half a file")
-    for question in (QUESTION, "How many shapes are there?"):
-        assert caption(pictures, question, out, model_dir, batch=8) == len(SAMPLES) + 2
-    assert caption(pictures, QUESTION, out, model_dir) == 0
-    table = pd.read_parquet(out)
-    assert table.groupby("question")["id"].nunique().tolist() == [len(SAMPLES) + 2] * 2
-    assert len(table) == 2 * (len(SAMPLES) + 2)
-    assert {path.name for path in out.glob(".*")} <= {".env", ".lock"}
-    assert (out / ".env").read_text() == "mine"
-    [row] = table[table["path"].str.contains("\ufffd") & (table["question"] == QUESTION)].to_dict("records")
-    assert row["answer"]
-    (out / "other.parquet").write_text("something else")
-    with pytest.raises(ValueError, match=r"other.parquet is no file of captions"):
-        caption(pictures, QUESTION, out, model_dir)
-    with pytest.raises(ValueError, match="64 cores"):
-        caption(pictures, QUESTION, out, model_dir, threads=64)
 
 
 def test_workers_share_a_machine_without_taking_the_same_cores(model_dir):
