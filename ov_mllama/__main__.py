@@ -13,10 +13,10 @@ from ov_mllama.checks import check_vocabulary
 from ov_mllama.conversations import Conversations
 from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.ending import said_plainly
-from ov_mllama.files import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
+from ov_mllama.files import DRAFT_MODEL_NAME
 from ov_mllama.machine import check_device
 from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.prepare import DRAFT_FOLDER, default_folder, plan_here, prepare, say_what_loads
+from ov_mllama.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
 
 DEMO = "demo_model"
 logger = logging.getLogger("ov_mllama")
@@ -45,9 +45,7 @@ def run_chat(options: argparse.Namespace) -> None:
         options.checkpoint = options.checkpoint or DEMO
         options.model_dir = run_prepare(options)
     model_dir = options.model_dir
-    language = options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME)
-    vision = options.image_encoder or newest(model_dir, VISION_ENCODER_NAME)
-    check_model_dir(model_dir, (language, vision))
+    language, vision = files_to_load(model_dir, options.language_model, options.image_encoder)
     draft = load_draft(options) if options.draft else None  # what it takes to make it, while nothing large is in memory
     examples = questions_about(options.checkpoint or model_dir)[:3]
     say_what_loads(model_dir, options.device, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft))

@@ -9,7 +9,14 @@ from transformers import AutoConfig
 from ov_mllama.checks import check_vocabulary
 from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_mllama
 from ov_mllama.costs import gigabytes
-from ov_mllama.files import CONVERTER_VERSION, is_current
+from ov_mllama.files import (
+    CONVERTER_VERSION,
+    LANGUAGE_MODEL_NAME,
+    VISION_ENCODER_NAME,
+    check_model_dir,
+    is_current,
+    newest,
+)
 from ov_mllama.machine import Machine, free_memory, has_own_memory
 from ov_mllama.plan import Plan, Step, loading, plan
 from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
@@ -59,6 +66,17 @@ def loading_here(model_dir: str | Path, *files: str | Path) -> Step:
     """What it takes to load these IRs of a folder, by their .xml, and to answer with them."""
     config, paths = AutoConfig.from_pretrained(model_dir), [Path(model_dir, file) for file in files]
     return loading(config, sum(path.with_suffix(".bin").stat().st_size for path in paths))
+
+
+def files_to_load(model_dir: Path, language: str | None = None, vision: str | None = None) -> tuple[str, str]:
+    """Names of a folder's language model and vision encoder, the compressed ones made last where none are given.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_model_dir`.
+    """
+    files = language or newest(model_dir, LANGUAGE_MODEL_NAME), vision or newest(model_dir, VISION_ENCODER_NAME)
+    check_model_dir(model_dir, files)
+    return files
 
 
 def say_what_loads(model_dir: str | Path, device: str, *files: str | Path) -> None:

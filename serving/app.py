@@ -29,9 +29,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ov_mllama.ending import end_soon, said_plainly
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest
 from ov_mllama.machine import check_device
-from ov_mllama.prepare import default_folder, prepare, say_what_loads
+from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
 from serving import load
 from serving.batches import IMAGE_ROOM, Asked, Batches
 from serving.questions import Reader, Refusal, Request
@@ -91,16 +90,18 @@ def create_app(
     async def complete(http: HttpRequest):
         allow(http)
         batches.check_room()  # before anything large is read
-        try:
-            request = Request.model_validate_json(await body_of(http, max_bytes))
-        except ValidationError as error:
-            wrong = error.errors(include_url=False)[0]
-            where = ".".join(map(str, wrong["loc"]))
-            raise Refusal(400, f"{where or 'The body'}: {wrong['msg']}", "invalid_value", where or None) from error
+        request = await request_of(http, max_bytes)
         check_name(request.model)
         question = await asyncio.to_thread(reader.read, request)
         asked = await batches.ask(question)
         return await (stream if request.stream else whole)(asked, request, http)
+
+    errors_in_openais_form(app)
+    return app
+
+
+def errors_in_openais_form(app: FastAPI) -> None:
+    """Whatever is not answered, a path that is not there included."""
 
     @app.exception_handler(Refusal)
     async def refused(http: HttpRequest, refusal: Refusal) -> JSONResponse:
@@ -115,12 +116,20 @@ def create_app(
     async def failed(http: HttpRequest, error: Exception) -> JSONResponse:
         return JSONResponse(Refusal(500, f"{type(error).__name__}: {error}", kind="server_error").body, 500)
 
-    return app
-
 
 def same(given: str, key: str) -> bool:
     """Whether a key is right, in a time that does not say how much of it is."""
     return secrets.compare_digest(given.encode(), key.encode())
+
+
+async def request_of(http: HttpRequest, max_bytes: int) -> Request:
+    """A request, or a refusal that names the field."""
+    try:
+        return Request.model_validate_json(await body_of(http, max_bytes))
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise Refusal(400, f"{where or 'The body'}: {wrong['msg']}", "invalid_value", where or None) from error
 
 
 async def body_of(http: HttpRequest, max_bytes: int) -> bytes:
@@ -251,11 +260,9 @@ def main() -> None:
     place = bound(options.host, options.port)
     check_device(options.device)
     model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
-    language = options.language_model or newest(model_dir, LANGUAGE_MODEL_NAME)
-    vision = options.image_encoder or newest(model_dir, VISION_ENCODER_NAME)
-    check_model_dir(model_dir, (language, vision))
-    say_what_loads(model_dir, options.device, language, vision)
-    model, processor = load(model_dir, options.device, language, vision, image_cache_bytes=IMAGE_ROOM)
+    files = files_to_load(model_dir, options.language_model, options.image_encoder)
+    say_what_loads(model_dir, options.device, *files)
+    model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_ROOM)
     batches = Batches(model, processor, options.batch, options.line)
     name, key = options.name or model_dir.resolve().name, options.key or os.environ.get("OV_MLLAMA_KEY")
     app = create_app(batches, name, key, options.addresses)

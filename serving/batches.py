@@ -96,7 +96,7 @@ class Batches:
         self._waiting: deque[Asked] = deque()
         self._changed = threading.Condition()
         self._open = True
-        self._took_s = 1.0  # the last batch
+        self._took_s = 10.0  # the last batch; before there is one, a guess that suits the 11B
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
 

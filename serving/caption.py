@@ -26,9 +26,9 @@ import ray
 from tqdm.auto import tqdm
 
 from ov_mllama.ending import said_plainly
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, newest, writing
+from ov_mllama.files import writing
 from ov_mllama.images import SUFFIXES, open_picture
-from ov_mllama.prepare import default_folder, prepare, say_what_loads
+from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
 from serving import load
 
 COLUMNS = ("id", "path", "question", "answer", "finish", "error")
@@ -272,9 +272,7 @@ def main() -> None:
     parser.add_argument("--address", help="of a Ray cluster; default: this machine alone")
     options = parser.parse_args()
     model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
-    files = [newest(model_dir, name) for name in (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME)]
-    check_model_dir(model_dir, (files[0], files[1]))
-    say_what_loads(model_dir, "CPU", *files)
+    say_what_loads(model_dir, "CPU", *files_to_load(model_dir))
     begin(options.address)
     asked = caption(
         options.pictures,
