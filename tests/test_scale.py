@@ -79,7 +79,7 @@ def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictu
 
     (out / ".env").write_text("mine")
     (out / f".{'0' * 32}.123").write_text("half a file")
-    assert caption(pictures, "How many shapes are there?", out, model_dir, batch=8) == len(SAMPLES) + 2
+    assert caption(pictures, "How many shapes are there?", out, model_dir) == len(SAMPLES) + 2
     assert caption(pictures, QUESTION, out, model_dir) == 0
     table = pd.read_parquet(out)
     assert table.groupby("question")["id"].nunique().tolist() == [len(SAMPLES) + 2] * 2
