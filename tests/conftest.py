@@ -207,3 +207,14 @@ def page(browser, url, model):
     yield page
     assert not page.errors
     page.close()
+
+
+@pytest.fixture
+def client(url, model):
+    """OpenAI's, of a test file's `url`, answered by its `model`, which is as new."""
+    import openai
+
+    from openai_client import KEY
+
+    model.as_new()
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)

@@ -2,20 +2,16 @@
 
 import base64
 import json
-import socket
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from chat_page import SELF, WHO, Slow, path_of, wait_until
+from chat_page import SELF, WHO, Slow, path_of
 from conftest import DEMO, F32, demo_samples
-from ov_mllama.conversation import prompt_tensors, prompt_text
+from openai_client import KEY, about, alone, complete, picture, refusal, served, text, user
 from ov_mllama_helper import convert_mllama
 from serving.app import bound, create_app, mount_chat
 from serving.batches import Batches
@@ -23,7 +19,6 @@ from serving.batches import Batches
 pytestmark = pytest.mark.alone
 
 SAMPLES = demo_samples()
-KEY = "secret"
 
 
 @pytest.fixture(scope="module")
@@ -31,73 +26,10 @@ def model(tmp_path_factory):
     return Slow(convert_mllama(DEMO, tmp_path_factory.mktemp("server") / "ov"), ov_config=F32)
 
 
-class Server:
-    """An app on a free port."""
-
-    def __init__(self, app, **options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning", **options))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        wait_until(lambda: self.server.started)
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join()
-
-
 @pytest.fixture(scope="module")
-def batches(model, processor):
-    batches = Batches(model, processor, size=4, line=6)
-    yield batches
-    batches.close()
-
-
-@pytest.fixture(scope="module")
-def url(batches):
-    server = Server(create_app(batches, "demo", KEY, max_bytes=2_000_000))
-    yield server.url
-    server.close()
-
-
-@pytest.fixture
-def client(url, model):
-    model.as_new()
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
-
-
-def picture(sample, **more) -> dict:
-    encoded = base64.b64encode(path_of(sample).read_bytes()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}", **more}}
-
-
-def text(words: str) -> dict:
-    return {"type": "text", "text": words}
-
-
-def user(*parts) -> list[dict]:
-    return [{"role": "user", "content": [*parts]}]
-
-
-def about(sample) -> list[dict]:
-    return user(picture(sample), text(sample["question"]))
-
-
-def complete(client, messages, **options):
-    return client.chat.completions.create(model="demo", messages=messages, **options)
-
-
-def alone(model, processor, question: str, *samples) -> str:
-    """The model's own answer."""
-    content = [*({"type": "image"} for _ in samples), text(question)]
-    inputs, _ = prompt_tensors(
-        model, processor, [{"role": "user", "content": content}], [path_of(sample) for sample in samples], 100
-    )
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=100)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def url(model, processor):
+    with served(create_app(Batches(model, processor, size=4, line=6), "demo", KEY, max_bytes=2_000_000)) as url:
+        yield url
 
 
 # ---- Answers --------------------------------------------------------------------------------------------------------
@@ -199,6 +131,10 @@ def test_a_seed_repeats_chance_and_no_seed_does_not(client):
     assert complete(client, user(text(WHO)), temperature=2.0, top_p=1e-6).choices[0].message.content == SELF
 
 
+def test_next_to_no_temperature_is_none(client):
+    assert complete(client, user(text(WHO)), temperature=1e-45).choices[0].message.content == SELF
+
+
 def test_low_detail_is_one_tile(client, model):
     sample = max(SAMPLES, key=lambda sample: path_of(sample).stat().st_size)
     seen = []
@@ -229,13 +165,6 @@ def test_an_answer_follows_a_schema(client, temperature):
 
 
 # ---- Refusals -------------------------------------------------------------------------------------------------------
-
-
-def refusal(client, messages=None, **options) -> openai.APIStatusError:
-    with pytest.raises(openai.APIStatusError) as refused:
-        complete(client, messages or user(text("?")), **options)
-    assert set(refused.value.response.json()["error"]) == {"message", "type", "param", "code"}
-    return refused.value
 
 
 def test_a_wrong_key(url):
@@ -306,261 +235,13 @@ def test_no_json_and_too_much_of_it(url):
     assert "at most 2 MB" in answer.json()["error"]["message"]
 
 
-def test_a_key_is_also_the_password_of_the_chat(model, processor, batches):
-    app = mount_chat(create_app(batches, "demo", KEY), model, processor, DEMO, KEY)
-    server = Server(app, lifespan="off")  # other tests go on with these batches
-    with httpx.Client(base_url=server.url) as browser:
+def test_a_key_is_also_the_password_of_the_chat(model, processor):
+    app = mount_chat(create_app(Batches(model, processor), "demo", KEY), model, processor, DEMO, KEY)
+    with served(app) as url, httpx.Client(base_url=url) as browser:
         assert browser.get("/chat/config").status_code == 401
         assert browser.post("/chat/login", data={"username": "me", "password": "wrong"}).status_code == 400
         assert browser.post("/chat/login", data={"username": "me", "password": KEY}).is_success
         assert browser.get("/chat/config").is_success
-    server.close()
-
-
-# ---- Several at once ------------------------------------------------------------------------------------------------
-
-
-def test_questions_that_wait_share_steps_and_get_their_own_answers(client, model, processor):
-    questions = [(sample["question"], sample) for sample in SAMPLES[:4]] + [(WHO,), ("What is it?",)]
-    expected = [alone(model, processor, *asked) for asked in questions]
-    model.as_new(step_s=0.05)
-    steps = len_of_answers = 0
-    step, counted = model.language_model.infer, []
-    model.language_model.infer = lambda *given: counted.append(1) or step(*given)
-
-    def ask(asked):
-        question, *samples = asked
-        return complete(client, user(*map(picture, samples), text(question))).choices[0]
-
-    with ThreadPoolExecutor(len(questions)) as pool:
-        answers = list(pool.map(ask, questions))
-    model.language_model.infer = step
-    assert [answer.message.content for answer in answers] == expected
-    len_of_answers = sum(len(processor.tokenizer(answer)["input_ids"]) for answer in expected)
-    steps = len(counted)
-    assert steps < 0.7 * len_of_answers
-
-
-def test_each_picture_of_a_batch_is_looked_at_once(client, model, processor):
-    asked = [(SAMPLES[1]["question"], SAMPLES[1]), ("Which?", SAMPLES[2], SAMPLES[4]), ("What?", SAMPLES[2])]
-    expected = [alone(model, processor, *each) for each in asked]
-    model.as_new(picture_s=0.3)
-    with ThreadPoolExecutor(4) as pool:
-        first = pool.submit(complete, client, about(SAMPLES[0]))
-        wait_until(lambda: model.looks)
-        answers = [
-            pool.submit(complete, client, user(*map(picture, samples), text(words))) for words, *samples in asked
-        ]
-        assert [answer.result().choices[0].message.content for answer in answers] == expected
-        first.result()
-    assert len(model.looks) == 4
-
-
-def test_others_may_use_the_processor_while_a_batch_is_padded(client, model, processor):
-    """Padding is a switch of the tokenizer that all its threads share: the chat page's, and those that count tokens."""
-    done = threading.Event()
-
-    def others():
-        while not done.wait(0.001):
-            processor.tokenizer("another conversation")
-
-    other = threading.Thread(target=others)
-    other.start()
-    questions = [WHO, "Who are you?", "Hello!", "How are you, and what have you been doing all these days?"]
-    try:
-        with ThreadPoolExecutor(6) as pool:
-            asked = [pool.submit(complete, client, user(text(questions[i % 4]))) for i in range(80)]
-            errors = [each.exception() for each in asked]
-    finally:
-        done.set()
-    assert not any(errors), errors
-    assert asked[0].result().choices[0].message.content == SELF
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_short_answer_does_not_wait_for_a_long_one(client, model, stream):
-    model.as_new(step_s=0.2)
-    ended = {}
-
-    def ask(limit):
-        answer = complete(client, user(text(WHO)), max_tokens=limit, stream=stream)
-        if stream:
-            assert list(answer)[-1].choices[0].finish_reason
-        ended[limit] = time.perf_counter()
-
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(complete, client, user(text(WHO)), max_tokens=2)
-        wait_until(lambda: model.turn.acquire(blocking=False) is False or model.turn.release())
-        list(pool.map(ask, (2, 100)))
-        first.result()
-    assert ended[100] - ended[2] > 4 * model.step_s
-
-
-def test_pictures_of_those_who_left_are_not_looked_at(client, model):
-    """They wait in one batch with a picture that is looked at, and leave meanwhile."""
-    model.as_new(picture_s=2.5)
-
-    def leave(sample):
-        with pytest.raises(openai.APITimeoutError):
-            complete(client, about(sample), timeout=3.5)
-
-    with ThreadPoolExecutor(5) as pool:
-        first = pool.submit(complete, client, about(SAMPLES[0]))
-        wait_until(lambda: model.looks)
-        stays = pool.submit(complete, client, about(SAMPLES[4]))
-        time.sleep(0.3)
-        left = [pool.submit(leave, sample) for sample in SAMPLES[1:4]]
-        assert first.result().choices[0].message.content == SAMPLES[0]["answer"]
-        assert stays.result().choices[0].message.content == SAMPLES[4]["answer"]
-        for each in left:
-            each.result()
-    assert len(model.looks) == 2
-
-
-def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, model, processor, monkeypatch):
-    generate, sizes = model.generate, []
-
-    def poisoned(**inputs):
-        sizes.append(len(inputs["input_ids"]))
-        if any("poison" in words for words in processor.batch_decode(inputs["input_ids"])):
-            raise FloatingPointError("not finite")
-        return generate(**inputs)
-
-    monkeypatch.setattr(model, "generate", poisoned)
-    model.step_s = 0.05
-    with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(complete, client, user(text(words))) for words in (WHO, WHO, "poison", WHO)]
-        errors = [each.exception() for each in asked]
-    assert max(sizes) > 1
-    assert isinstance(errors[2], openai.BadRequestError)
-    assert [asked[i].result().choices[0].message.content for i in (0, 1, 3)] == [SELF] * 3
-
-
-def test_next_to_no_temperature_is_none(client):
-    assert complete(client, user(text(WHO)), temperature=1e-45).choices[0].message.content == SELF
-
-
-def test_others_are_served_while_a_long_text_is_read(client, url, monkeypatch):
-    reading = threading.Event()
-
-    def slowly(*arguments):
-        reading.set()
-        time.sleep(2)
-        return prompt_text(*arguments)
-
-    monkeypatch.setattr("serving.batches.prompt_text", slowly)
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(complete, client, user(text(WHO)))
-        assert reading.wait(2)
-        assert httpx.get(f"{url}/health", timeout=1).is_success
-        assert asked.result().choices[0].message.content == SELF
-
-
-def test_a_stream_that_takes_long_to_begin_is_not_silent(client, model, url, monkeypatch):
-    monkeypatch.setattr("serving.app.SAY_EVERY_S", 0.2)
-    model.as_new(picture_s=1)
-    body = {"model": "demo", "messages": about(SAMPLES[0]), "stream": True}
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=0.8) as answer:
-        lines = list(answer.iter_lines())
-    assert lines.count(": waiting") > 2
-    model.as_new(picture_s=1)
-    chunks = complete(client, about(SAMPLES[0]), stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SAMPLES[0]["answer"]
-
-    def fails(**inputs):
-        time.sleep(0.5)
-        raise ValueError("out of order")
-
-    monkeypatch.setattr(model, "generate", fails)
-    with pytest.raises(openai.APIError, match="out of order"):
-        list(complete(client, user(text(WHO)), stream=True))
-
-
-def test_who_leaves_a_stream_that_has_not_begun_frees_the_model(client, model, monkeypatch):
-    monkeypatch.setattr("serving.app.SAY_EVERY_S", 0.2)
-    model.as_new(picture_s=5)
-    with complete(client, about(SAMPLES[0]), stream=True):
-        wait_until(lambda: model.looks)
-    wait_until(lambda: model.given_up, 2)
-
-
-def test_a_full_line_says_when_to_come_again(client, model):
-    model.step_s = 0.1
-    with ThreadPoolExecutor(16) as pool:
-        asked = [pool.submit(complete, client, user(text(WHO))) for _ in range(16)]
-        errors = [each.exception() for each in asked]
-    refused = [error for error in errors if error]
-    assert refused
-    assert all(isinstance(error, openai.RateLimitError) for error in refused)
-    assert all(1 <= int(error.response.headers["retry-after"]) <= 60 for error in refused)
-    assert all(f"in {error.response.headers['retry-after']} s" in error.body["message"] for error in refused)
-    assert len(refused) <= 16 - 6
-
-
-def steps_of(model) -> int:
-    return len(model.llm_infer_time)
-
-
-def test_a_client_that_goes_away_frees_the_model(client, model):
-    model.step_s = 0.1
-    with complete(client, user(text(WHO)), stream=True) as stream:
-        for chunk in stream:
-            if chunk.choices[0].delta.content:
-                break
-    time.sleep(0.5)
-    steps = steps_of(model)
-    time.sleep(0.5)
-    assert steps_of(model) == steps < 15
-    with pytest.raises(openai.APITimeoutError):
-        complete(client, user(text(WHO)), timeout=0.4)
-    time.sleep(1)
-    steps = steps_of(model)
-    time.sleep(0.5)
-    assert steps_of(model) == steps < 15
-    model.step_s = 0
-    assert complete(client, user(text(WHO))).choices[0].message.content == SELF
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_before_the_first_word_frees_the_model_and_the_line(client, model, stream):
-    model.as_new(picture_s=4)
-
-    def leave(messages):
-        with pytest.raises(openai.APITimeoutError):
-            complete(client, messages, stream=stream, timeout=0.6)
-
-    with ThreadPoolExecutor(7) as pool:
-        looking = pool.submit(leave, about(SAMPLES[0]))
-        wait_until(lambda: model.looks)
-        waiting = [pool.submit(leave, user(text(WHO))) for _ in range(6)]  # as many as there is room for
-        for left in [looking, *waiting]:
-            left.result()
-    wait_until(lambda: model.given_up, 2)
-    wait_until(lambda: not refused_for_now(client), 2)  # the last six may not be known to have left yet
-    assert complete(client, user(text(WHO)), timeout=3).choices[0].message.content == SELF
-
-
-def test_who_leaves_the_line_leaves_room(client, model):
-    model.as_new(picture_s=4)
-    with ThreadPoolExecutor(7) as pool:
-        looking = pool.submit(complete, client, about(SAMPLES[0]))
-        wait_until(lambda: model.looks)
-        waiting = [pool.submit(complete, client, user(text(WHO)), timeout=0.6) for _ in range(6)]
-        assert all(isinstance(left.exception(), openai.APITimeoutError) for left in waiting)
-        wait_until(lambda: not refused_for_now(client), 2)
-        assert looking.result().choices[0].message.content == SAMPLES[0]["answer"]
-
-
-def refused_for_now(client) -> bool:
-    """Whether there is no room for another."""
-    try:
-        complete(client, user(text(WHO)), timeout=0.5)
-    except openai.RateLimitError:
-        return True
-    except openai.APITimeoutError:
-        pass
-    return False
 
 
 def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(url):
@@ -583,20 +264,3 @@ def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(clien
         list(complete(client, user(text(WHO)), stream=True))
     monkeypatch.undo()
     assert complete(client, user(text(WHO))).choices[0].message.content == SELF
-
-
-def test_what_does_not_fit_into_memory_together_is_answered_one_by_one(client, model, monkeypatch):
-    generate, sizes = model.generate, []
-
-    def small(**inputs):
-        sizes.append(len(inputs["input_ids"]))
-        if sizes[-1] > 1:
-            raise MemoryError("2 GB too little")
-        return generate(**inputs)
-
-    monkeypatch.setattr(model, "generate", small)
-    model.step_s = 0.05
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: complete(client, user(text(WHO))).choices[0].message.content, range(4)))
-    assert answers == [SELF] * 4
-    assert max(sizes) > 1
