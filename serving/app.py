@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -27,6 +27,7 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from ov_mllama.ending import end_soon, said_plainly
 from ov_mllama.machine import check_device
@@ -41,7 +42,12 @@ LOOK_EVERY_S = 0.25  # whether a client that waits is still there
 
 
 def create_app(
-    batches: Batches, name: str, key: str | None = None, addresses: bool = False, max_bytes: int = MAX_BYTES
+    batches: Batches,
+    name: str,
+    key: str | None = None,
+    addresses: bool = False,
+    origins: Sequence[str] = (),
+    max_bytes: int = MAX_BYTES,
 ) -> FastAPI:
     """The server's endpoints.
 
@@ -50,6 +56,7 @@ def create_app(
         name: of the model.
         key: that clients give as a bearer token; None asks for none.
         addresses: whether pictures may be fetched from the network.
+        origins: of web pages whose scripts may ask, such as "http://localhost:3000".
         max_bytes: of a request.
     """
 
@@ -59,6 +66,7 @@ def create_app(
         await asyncio.to_thread(batches.close)  # a process that ends within an inference is aborted
 
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     reader = Reader(batches.model.config.vision_config.image_size, addresses=addresses)
     here = Model(id=name, created=int(time.time()), object="model", owned_by="local")
 
@@ -124,6 +132,9 @@ def same(given: str, key: str) -> bool:
 
 async def request_of(http: HttpRequest, max_bytes: int) -> Request:
     """A request, or a refusal that names the field."""
+    # any web page may make its reader's browser send other types, here too; for this one the browser asks first (CORS)
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "A request is JSON: send it with the header 'Content-Type: application/json'.")
     try:
         return Request.model_validate_json(await body_of(http, max_bytes))
     except ValidationError as error:
@@ -253,6 +264,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the model, as clients say it; default: the folder's")
     parser.add_argument("--key", help="that clients must give; default: OV_MLLAMA_KEY of the environment, else none")
     parser.add_argument("--addresses", action="store_true", help="fetch pictures from addresses that clients name")
+    parser.add_argument("--origins", nargs="+", default=[], help="of web pages whose scripts may ask, or '*' for any")
     parser.add_argument("--batch", type=int, default=8, help="how many questions share the model's steps")
     parser.add_argument("--line", type=int, default=32, help="how many may wait")
     parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat; with a key as its password")
@@ -265,7 +277,7 @@ def main() -> None:
     model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_ROOM)
     batches = Batches(model, processor, options.batch, options.line)
     name, key = options.name or model_dir.resolve().name, options.key or os.environ.get("OV_MLLAMA_KEY")
-    app = create_app(batches, name, key, options.addresses)
+    app = create_app(batches, name, key, options.addresses, options.origins)
     if options.chat:
         app = mount_chat(app, model, processor, options.model_dir or options.checkpoint, key)
     print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)

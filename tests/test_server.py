@@ -228,11 +228,31 @@ def test_more_pixels_than_memory_is_for(client, monkeypatch):
 
 
 def test_no_json_and_too_much_of_it(url):
-    headers = {"Authorization": f"Bearer {KEY}"}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     assert httpx.post(f"{url}/v1/chat/completions", content=b"{", headers=headers).status_code == 400
     answer = httpx.post(f"{url}/v1/chat/completions", content=b" " * 3_000_000, headers=headers)
     assert answer.status_code == 413
     assert "at most 2 MB" in answer.json()["error"]["message"]
+
+
+def test_scripts_of_web_pages_may_ask_where_allowed(url, model, processor):
+    """A page that is not may send its reader's browser only what is asked of no server first (a "simple request")."""
+    body = json.dumps({"model": "demo", "messages": user(text(WHO))})
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": kind}
+        assert httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers).status_code == 415
+
+    def may(url: str) -> str | None:
+        asks = {
+            "Origin": "http://localhost:3000",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        return httpx.options(f"{url}/v1/chat/completions", headers=asks).headers.get("access-control-allow-origin")
+
+    assert may(url) is None
+    with served(create_app(Batches(model, processor), "demo", KEY, origins=["http://localhost:3000"])) as other:
+        assert may(other) == "http://localhost:3000"
 
 
 def test_a_key_is_also_the_password_of_the_chat(model, processor):
