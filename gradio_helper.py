@@ -4,13 +4,13 @@ This file lays the page out. What is done on it is in `ov_mllama.pages`, what is
 `ov_mllama.chat` answers.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
-from gradio.utils import get_upload_folder
 
 import ov_mllama
 from ov_mllama.chat import Chat
@@ -65,10 +65,10 @@ class ChatPage(gr.Blocks):
         super().block_thread()
 
 
-def written(examples: Iterable[dict]) -> list[dict]:
-    """Examples as Gradio takes them: their pictures are files, in the folder that it serves."""
+def written(examples: Iterable[dict], folder: Path) -> list[dict]:
+    """Examples as Gradio takes them: their pictures are files, in a folder that it serves as it is."""
     shown = [
-        {"text": each["question"], "files": [save_pil_to_cache(each["image"], get_upload_folder(), format="png")]}
+        {"text": each["question"], "files": [save_pil_to_cache(each["image"], str(folder), format="png")]}
         for each in examples
     ]
     return [*shown, {"text": "What can you do?"}]
@@ -86,12 +86,17 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), folder: Path |
         processor: its processor, with a chat template.
         examples: what to ask to begin with, {"image": PIL picture, "question"}, such as
             `data_preprocessing.questions_about(checkpoint)[:3]`.
-        folder: where conversations are kept, with their pictures; default: the user's data folder.
+        folder: where conversations are kept, with their pictures, and, unless GRADIO_TEMP_DIR of the environment
+            names another place or an earlier page has set it, uploads; default: the user's data folder.
         options: of `generate`, for every question, such as `assistant_model=OVDraftModel(folder)`.
     """
     conversations = Conversations(folder)
     conversations.tidy()
-    gr.set_static_paths([conversations.pictures])  # served as they are: Gradio's own copies live an hour
+    # served as they are: Gradio's own copies live an hour, or until the end of another chat that shows the same
+    gr.set_static_paths([conversations.pictures, conversations.examples])
+    # its place for uploads and exports, /tmp/gradio, can be read by everybody, and is of use only to who made it
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(conversations.uploads))
+    Path(os.environ["GRADIO_TEMP_DIR"]).mkdir(mode=0o700, parents=True, exist_ok=True)
     with ChatPage(
         title="Llama 3.2 Vision",
         fill_height=True,
@@ -99,17 +104,17 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), folder: Path |
         analytics_enabled=False,
         delete_cache=(600, 3600),  # every ten minutes, uploads older than an hour; all of them when the server ends
     ) as demo:
-        parts = lay_out(getattr(ov_model.config, "about", ""), examples)
+        parts = lay_out(getattr(ov_model.config, "about", ""), written(examples, conversations.examples))
         connect(demo, parts, Pages(Chat(ov_model, processor, conversations, **options)))
     return demo
 
 
-def lay_out(about: str, examples: Iterable[dict]) -> SimpleNamespace:
+def lay_out(about: str, examples: list[dict]) -> SimpleNamespace:
     """The page's components, by name.
 
     Args:
         about: what is to be said of the model before anything is asked.
-        examples: as for `make_demo`.
+        examples: as Gradio takes them.
     """
     part = SimpleNamespace()
     part.owner = gr.BrowserState("", storage_key="ov_mllama", secret="none: it hides a random word")  # noqa: S106
@@ -148,7 +153,7 @@ def lay_out(about: str, examples: Iterable[dict]) -> SimpleNamespace:
         autoscroll=False,  # it pulls back whoever scrolls up; page.js follows
         latex_delimiters=LATEX,
         placeholder=WELCOME.format(about),
-        examples=written(examples),
+        examples=examples,
     )
     part.box = gr.MultimodalTextbox(
         label="Question",

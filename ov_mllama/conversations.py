@@ -82,12 +82,16 @@ class Conversations:
         folder: where they are kept, made with the first; default: the user's data folder.
 
     Attributes:
+        pictures, uploads, examples: folders of the conversations' pictures, of those that are about to be asked about,
+            and of those that a page suggests.
         version: grows with every change, so that who shows a list knows when to look again.
     """
 
     def __init__(self, folder: Path | None = None):
         self.folder = Path(folder) if folder else platformdirs.user_data_path("ov_mllama", appauthor=False)
-        self.pictures = self.folder / "pictures"
+        self.pictures, self.uploads, self.examples = (
+            self.folder / name for name in ("pictures", "uploads", "examples")
+        )
         self.version = 0
         self._open: weakref.WeakValueDictionary[str, Conversation] = weakref.WeakValueDictionary()
 
@@ -173,13 +177,17 @@ class Conversations:
         return kept
 
     def tidy(self) -> None:
-        """Deletes pictures that belong to no conversation any more: of questions taken back, or of a program that was
-        killed. Those of the last day stay, because they may belong to a question that is about to be asked."""
+        """Deletes pictures that belong to no conversation any more: of questions taken back, or, uploads too, of a
+        program that was killed. Those of the last day stay, because they may belong to a question that is about to be
+        asked."""
         with self._database() as database:
             known = {key for (key,) in database.execute("SELECT id FROM conversations")}
-        for folder in self.pictures.iterdir() if self.pictures.is_dir() else ():
-            if folder.name not in known and folder.stat().st_mtime < time.time() - DAY_S:
-                shutil.rmtree(folder, ignore_errors=True)
+        for path in [*self.pictures.glob("*"), *self.uploads.glob("*")]:
+            if path.name not in known and path.stat().st_mtime < time.time() - DAY_S:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:  # an upload that was broken off
+                    path.unlink(missing_ok=True)
 
     def settings(self, owner: str) -> list | None:
         """What a person has chosen last, as given to `choose`; None before."""

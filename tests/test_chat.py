@@ -1,14 +1,18 @@
 """The chat: what it makes of a conversation, its endpoint through gradio_client, and its page in a real browser."""
 
 import asyncio
+import os
+import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
+from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client, handle_file
 from PIL import Image, ImageChops
 from playwright.sync_api import expect
@@ -191,11 +195,23 @@ def as_message(sample) -> dict:
 
 
 @pytest.fixture(scope="module")
-def url(model, processor, tmp_path_factory):
-    demo = make_demo(model, processor, questions_about(DEMO)[:2], tmp_path_factory.mktemp("conversations"))
-    _, address, _ = demo.launch(prevent_thread_lock=True)
-    yield address
+def make(model, processor, tmp_path_factory):
+    """`make()`: a page of one person's."""
+    folder = tmp_path_factory.mktemp("conversations")
+    return lambda: make_demo(model, processor, questions_about(DEMO)[:2], folder)
+
+
+@pytest.fixture(scope="module")
+def demo(make):
+    demo = make()
+    demo.launch(prevent_thread_lock=True)
+    yield demo
     demo.close()
+
+
+@pytest.fixture(scope="module")
+def url(demo):
+    return demo.local_url
 
 
 def test_it_listens_on_this_machine_only_and_serves_no_other_files(url):
@@ -210,14 +226,22 @@ def test_it_listens_on_this_machine_only_and_serves_no_other_files(url):
         assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
 
 
-def test_examples_are_those_given():
+def test_uploads_are_the_users_alone(url):
+    Client(url, verbose=False).predict(as_message(SAMPLES[1]), api_name="/chat")
+    [upload] = Path(os.environ["GRADIO_TEMP_DIR"]).rglob(path_of(SAMPLES[1]).name)
+    uploads = upload.parents[1]
+    assert uploads.name == "uploads"
+    assert stat.S_IMODE(uploads.stat().st_mode) == 0o700
+
+
+def test_examples_are_those_given(tmp_path):
     given = questions_about(DEMO)[:2]
-    *shown, last = written(given)
+    *shown, last = written(given, tmp_path)
     assert [example["text"] for example in shown] == [sample["question"] for sample in given]
     for example, sample in zip(shown, given, strict=True):
         assert ImageChops.difference(Image.open(example["files"][0]), sample["image"]).getbbox() is None
     assert last == {"text": WHO}
-    assert written([]) == [last]
+    assert written([], tmp_path) == [last]
 
 
 def test_client_asks_by_name(url):
@@ -265,7 +289,12 @@ def test_conversation_about_a_picture(page, url):
     )
 
 
-def test_an_example_is_asked_with_its_picture(page):
+def test_an_example_is_asked_with_its_picture(page, demo, make):
+    """After an hour, too, and the end of another page that shows it."""
+    other = make()
+    other.launch(prevent_thread_lock=True)
+    other.close()
+    delete_files_created_by_app(demo, age=-1)
     example = questions_about(DEMO)[0]
     page.tab.get_by_role("button", name=example["question"]).click()
     expect(page.user).to_have_count(2)

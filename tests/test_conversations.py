@@ -226,6 +226,18 @@ def test_pictures_of_no_conversation_go_after_a_day(kept, picture):
     assert [path.is_file() for path in pictures] == [True, False, True]
 
 
+def test_uploads_of_a_killed_program_go_after_a_day(kept):
+    old, broken_off, new = (kept.uploads / name for name in ("old", "broken-off.part", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "picture.png").touch()
+    broken_off.touch()
+    for path in (old, broken_off):
+        os.utime(path, (0, 0))
+    kept.tidy()
+    assert [*kept.uploads.rglob("*.p*")] == [new / "picture.png"]
+
+
 # ---- Several at once ------------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,6 @@ def start(tmp_path, port):
                 "CI": "true",
                 "HOME": str(tmp_path),
                 "XDG_DATA_HOME": str(tmp_path / "data"),
-                "GRADIO_TEMP_DIR": str(tmp_path / "uploads"),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -129,7 +128,8 @@ def test_the_chat_ends_within_an_answer_and_keeps_what_was_said(browser, start, 
     page = Tab(browser, url)
     page.ask(SAMPLE["question"], path_of(SAMPLE))
     expect(page.bot.last).to_contain_text("One cross", timeout=20_000)
-    assert list((tmp_path / "uploads").rglob("*.png"))
+    uploads = tmp_path / "data" / "ov_mllama" / "uploads"
+    assert list(uploads.rglob("*.png"))
     interrupt(program)
     page.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "data" / "ov_mllama" / "chat.sqlite3")) as kept:
@@ -138,7 +138,7 @@ def test_the_chat_ends_within_an_answer_and_keeps_what_was_said(browser, start, 
     assert turn["state"] == STOPPED
     assert turn["answer"]
     assert SAMPLE["answer"].startswith(turn["answer"].strip())
-    assert not list((tmp_path / "uploads").rglob("*.png"))
+    assert not list(uploads.rglob("*.png"))
 
 
 def test_the_chat_ends_at_once_after_its_start(start, model_dir, port):
