@@ -294,6 +294,8 @@ def begin(address: str | None = None) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     here = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
     ray.init(address=address, log_to_driver=False, logging_level="error", **here)
+    if address and ray.available_resources().get("CPU", 0) < 1:
+        print("⌛ No core of the cluster is free (a server's replicas have one each): waiting for one", flush=True)
 
 
 if __name__ == "__main__":
