@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
 
 import ov_mllama
 from ov_mllama.chat import Chat
@@ -96,7 +97,7 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), folder: Path |
     gr.set_static_paths([conversations.pictures, conversations.examples])
     # its place for uploads and exports, /tmp/gradio, can be read by everybody, and is of use only to who made it
     os.environ.setdefault("GRADIO_TEMP_DIR", str(conversations.uploads))
-    Path(os.environ["GRADIO_TEMP_DIR"]).mkdir(mode=0o700, parents=True, exist_ok=True)
+    Path(get_upload_folder()).mkdir(mode=0o700, parents=True, exist_ok=True)
     with ChatPage(
         title="Llama 3.2 Vision",
         fill_height=True,

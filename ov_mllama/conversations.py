@@ -183,11 +183,13 @@ class Conversations:
         with self._database() as database:
             known = {key for (key,) in database.execute("SELECT id FROM conversations")}
         for path in [*self.pictures.glob("*"), *self.uploads.glob("*")]:
-            if path.name not in known and path.stat().st_mtime < time.time() - DAY_S:
+            with contextlib.suppress(FileNotFoundError):  # another chat may delete it just then
+                if path.name in known or path.stat().st_mtime >= time.time() - DAY_S:
+                    continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:  # an upload that was broken off
-                    path.unlink(missing_ok=True)
+                    path.unlink()
 
     def settings(self, owner: str) -> list | None:
         """What a person has chosen last, as given to `choose`; None before."""

@@ -34,3 +34,10 @@ def load(
         **options,
     )
     return model, AutoProcessor.from_pretrained(model_dir)
+
+
+def positive(text: str) -> int:
+    """A number of the command line that is at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)

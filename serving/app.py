@@ -32,7 +32,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ov_mllama.ending import end_soon, said_plainly
 from ov_mllama.machine import check_device
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
-from serving import load
+from serving import load, positive
 from serving.batches import IMAGE_ROOM, Asked, Batches
 from serving.questions import Reader, Refusal, Request
 
@@ -265,8 +265,8 @@ def main() -> None:
     parser.add_argument("--key", help="that clients must give; default: OV_MLLAMA_KEY of the environment, else none")
     parser.add_argument("--addresses", action="store_true", help="fetch pictures from addresses that clients name")
     parser.add_argument("--origins", nargs="+", default=[], help="of web pages whose scripts may ask, or '*' for any")
-    parser.add_argument("--batch", type=int, default=8, help="how many questions share the model's steps")
-    parser.add_argument("--line", type=int, default=32, help="how many may wait")
+    parser.add_argument("--batch", type=positive, default=8, help="how many questions share the model's steps")
+    parser.add_argument("--line", type=positive, default=32, help="how many may wait")
     parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat; with a key as its password")
     options = parser.parse_args()
     place = bound(options.host, options.port)

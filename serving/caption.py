@@ -29,7 +29,7 @@ from ov_mllama.ending import said_plainly
 from ov_mllama.files import writing
 from ov_mllama.images import SUFFIXES, open_picture
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
-from serving import load
+from serving import load, positive
 
 COLUMNS = ("id", "path", "question", "answer", "finish", "error")
 PART = re.compile(r"\.[0-9a-f]{32}\.\d+")  # a file of results while it is written
@@ -248,13 +248,6 @@ def ticking(bar: tqdm) -> Iterator[tqdm]:
     finally:
         over.set()
         thread.join()
-
-
-def positive(text: str) -> int:
-    """A number of the command line that is at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def main() -> None:

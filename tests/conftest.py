@@ -209,12 +209,31 @@ def page(browser, url, model):
     page.close()
 
 
+@pytest.fixture(scope="module")
+def slow_demo(tmp_path_factory):
+    """The demo model in f32, which can be made as slow as the 11B."""
+    from chat_page import Slow
+
+    return Slow(convert_mllama(DEMO, tmp_path_factory.mktemp("slow-demo") / "ov"), ov_config=F32)
+
+
+@pytest.fixture(scope="module")
+def server(slow_demo, processor):
+    """The address of the OpenAI-compatible server, answered by `slow_demo`."""
+    from openai_client import KEY, served
+    from serving.app import create_app
+    from serving.batches import Batches
+
+    with served(create_app(Batches(slow_demo, processor, size=4, line=6), "demo", KEY, max_bytes=2_000_000)) as url:
+        yield url
+
+
 @pytest.fixture
-def client(url, model):
-    """OpenAI's, of a test file's `url`, answered by its `model`, which is as new."""
+def client(server, slow_demo):
+    """OpenAI's, of `server`, whose model is as new."""
     import openai
 
     from openai_client import KEY
 
-    model.as_new()
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+    slow_demo.as_new()
+    return openai.OpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0)

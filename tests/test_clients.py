@@ -9,37 +9,23 @@ import httpx
 import openai
 import pytest
 
-from chat_page import SELF, WHO, Slow, wait_until
-from conftest import DEMO, F32, demo_samples
-from openai_client import KEY, about, alone, complete, picture, served, text, user
+from chat_page import SELF, WHO, wait_until
+from conftest import demo_samples
+from openai_client import KEY, about, alone, complete, picture, text, user
 from ov_mllama.conversation import prompt_text
-from ov_mllama_helper import convert_mllama
-from serving.app import create_app
-from serving.batches import Batches
 
 pytestmark = pytest.mark.alone
 
 SAMPLES = demo_samples()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return Slow(convert_mllama(DEMO, tmp_path_factory.mktemp("clients") / "ov"), ov_config=F32)
-
-
-@pytest.fixture(scope="module")
-def url(model, processor):
-    with served(create_app(Batches(model, processor, size=4, line=6), "demo", KEY, max_bytes=2_000_000)) as url:
-        yield url
-
-
-def test_questions_that_wait_share_steps_and_get_their_own_answers(client, model, processor):
+def test_questions_that_wait_share_steps_and_get_their_own_answers(client, slow_demo, processor):
     questions = [(sample["question"], sample) for sample in SAMPLES[:4]] + [(WHO,), ("What is it?",)]
-    expected = [alone(model, processor, *asked) for asked in questions]
-    model.as_new(step_s=0.05)
+    expected = [alone(slow_demo, processor, *asked) for asked in questions]
+    slow_demo.as_new(step_s=0.05)
     steps = len_of_answers = 0
-    step, counted = model.language_model.infer, []
-    model.language_model.infer = lambda *given: counted.append(1) or step(*given)
+    step, counted = slow_demo.language_model.infer, []
+    slow_demo.language_model.infer = lambda *given: counted.append(1) or step(*given)
 
     def ask(asked):
         question, *samples = asked
@@ -47,29 +33,29 @@ def test_questions_that_wait_share_steps_and_get_their_own_answers(client, model
 
     with ThreadPoolExecutor(len(questions)) as pool:
         answers = list(pool.map(ask, questions))
-    model.language_model.infer = step
+    slow_demo.language_model.infer = step
     assert [answer.message.content for answer in answers] == expected
     len_of_answers = sum(len(processor.tokenizer(answer)["input_ids"]) for answer in expected)
     steps = len(counted)
     assert steps < 0.7 * len_of_answers
 
 
-def test_each_picture_of_a_batch_is_looked_at_once(client, model, processor):
+def test_each_picture_of_a_batch_is_looked_at_once(client, slow_demo, processor):
     asked = [(SAMPLES[1]["question"], SAMPLES[1]), ("Which?", SAMPLES[2], SAMPLES[4]), ("What?", SAMPLES[2])]
-    expected = [alone(model, processor, *each) for each in asked]
-    model.as_new(picture_s=0.3)
+    expected = [alone(slow_demo, processor, *each) for each in asked]
+    slow_demo.as_new(picture_s=0.3)
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(complete, client, about(SAMPLES[0]))
-        wait_until(lambda: model.looks)
+        wait_until(lambda: slow_demo.looks)
         answers = [
             pool.submit(complete, client, user(*map(picture, samples), text(words))) for words, *samples in asked
         ]
         assert [answer.result().choices[0].message.content for answer in answers] == expected
         first.result()
-    assert len(model.looks) == 4
+    assert len(slow_demo.looks) == 4
 
 
-def test_others_may_use_the_processor_while_a_batch_is_padded(client, model, processor):
+def test_others_may_use_the_processor_while_a_batch_is_padded(client, slow_demo, processor):
     """Padding is a switch of the tokenizer that all its threads share: the chat page's, and those that count tokens."""
     done = threading.Event()
 
@@ -91,8 +77,8 @@ def test_others_may_use_the_processor_while_a_batch_is_padded(client, model, pro
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_short_answer_does_not_wait_for_a_long_one(client, model, stream):
-    model.as_new(step_s=0.2)
+def test_a_short_answer_does_not_wait_for_a_long_one(client, slow_demo, stream):
+    slow_demo.as_new(step_s=0.2)
     ended = {}
 
     def ask(limit):
@@ -103,13 +89,13 @@ def test_a_short_answer_does_not_wait_for_a_long_one(client, model, stream):
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(complete, client, user(text(WHO)), max_tokens=2)
-        wait_until(lambda: model.turn.acquire(blocking=False) is False or model.turn.release())
+        wait_until(lambda: slow_demo.turn.acquire(blocking=False) is False or slow_demo.turn.release())
         list(pool.map(ask, (2, 100)))
         first.result()
-    assert ended[100] - ended[2] > 4 * model.step_s
+    assert ended[100] - ended[2] > 4 * slow_demo.step_s
 
 
-def test_others_are_served_while_a_long_text_is_read(client, url, monkeypatch):
+def test_others_are_served_while_a_long_text_is_read(client, server, monkeypatch):
     reading = threading.Event()
 
     def slowly(*arguments):
@@ -121,19 +107,19 @@ def test_others_are_served_while_a_long_text_is_read(client, url, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(complete, client, user(text(WHO)))
         assert reading.wait(2)
-        assert httpx.get(f"{url}/health", timeout=1).is_success
+        assert httpx.get(f"{server}/health", timeout=1).is_success
         assert asked.result().choices[0].message.content == SELF
 
 
-def test_a_stream_that_takes_long_to_begin_is_not_silent(client, model, url, monkeypatch):
+def test_a_stream_that_takes_long_to_begin_is_not_silent(client, slow_demo, server, monkeypatch):
     monkeypatch.setattr("serving.app.SAY_EVERY_S", 0.2)
-    model.as_new(picture_s=1)
+    slow_demo.as_new(picture_s=1)
     body = {"model": "demo", "messages": about(SAMPLES[0]), "stream": True}
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=0.8) as answer:
+    with httpx.stream("POST", f"{server}/v1/chat/completions", json=body, headers=headers, timeout=0.8) as answer:
         lines = list(answer.iter_lines())
     assert lines.count(": waiting") > 2
-    model.as_new(picture_s=1)
+    slow_demo.as_new(picture_s=1)
     chunks = complete(client, about(SAMPLES[0]), stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SAMPLES[0]["answer"]
 
@@ -141,7 +127,7 @@ def test_a_stream_that_takes_long_to_begin_is_not_silent(client, model, url, mon
         time.sleep(0.5)
         raise ValueError("out of order")
 
-    monkeypatch.setattr(model, "generate", fails)
+    monkeypatch.setattr(slow_demo, "generate", fails)
     with pytest.raises(openai.APIError, match="out of order"):
         list(complete(client, user(text(WHO)), stream=True))
 
@@ -149,8 +135,8 @@ def test_a_stream_that_takes_long_to_begin_is_not_silent(client, model, url, mon
 # ---- What goes wrong ------------------------------------------------------------------------------------------------
 
 
-def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, model, processor, monkeypatch):
-    generate, sizes = model.generate, []
+def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, slow_demo, processor, monkeypatch):
+    generate, sizes = slow_demo.generate, []
 
     def poisoned(**inputs):
         sizes.append(len(inputs["input_ids"]))
@@ -158,8 +144,8 @@ def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, model, 
             raise FloatingPointError("not finite")
         return generate(**inputs)
 
-    monkeypatch.setattr(model, "generate", poisoned)
-    model.step_s = 0.05
+    monkeypatch.setattr(slow_demo, "generate", poisoned)
+    slow_demo.step_s = 0.05
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(complete, client, user(text(words))) for words in (WHO, WHO, "poison", WHO)]
         errors = [each.exception() for each in asked]
@@ -168,8 +154,8 @@ def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, model, 
     assert [asked[i].result().choices[0].message.content for i in (0, 1, 3)] == [SELF] * 3
 
 
-def test_what_does_not_fit_into_memory_together_is_answered_one_by_one(client, model, monkeypatch):
-    generate, sizes = model.generate, []
+def test_what_does_not_fit_into_memory_together_is_answered_one_by_one(client, slow_demo, monkeypatch):
+    generate, sizes = slow_demo.generate, []
 
     def small(**inputs):
         sizes.append(len(inputs["input_ids"]))
@@ -177,16 +163,16 @@ def test_what_does_not_fit_into_memory_together_is_answered_one_by_one(client, m
             raise MemoryError("2 GB too little")
         return generate(**inputs)
 
-    monkeypatch.setattr(model, "generate", small)
-    model.step_s = 0.05
+    monkeypatch.setattr(slow_demo, "generate", small)
+    slow_demo.step_s = 0.05
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: complete(client, user(text(WHO))).choices[0].message.content, range(4)))
     assert answers == [SELF] * 4
     assert max(sizes) > 1
 
 
-def test_a_full_line_says_when_to_come_again(client, model):
-    model.step_s = 0.1
+def test_a_full_line_says_when_to_come_again(client, slow_demo):
+    slow_demo.step_s = 0.1
     with ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(complete, client, user(text(WHO))) for _ in range(16)]
         errors = [each.exception() for each in asked]
@@ -205,32 +191,32 @@ def steps_of(model) -> int:
     return len(model.llm_infer_time)
 
 
-def test_a_client_that_goes_away_frees_the_model(client, model):
-    model.step_s = 0.1
+def test_a_client_that_goes_away_frees_the_model(client, slow_demo):
+    slow_demo.step_s = 0.1
     with complete(client, user(text(WHO)), stream=True) as stream:
         for chunk in stream:
             if chunk.choices[0].delta.content:
                 break
     time.sleep(0.5)
-    steps = steps_of(model)
+    steps = steps_of(slow_demo)
     time.sleep(0.5)
-    assert steps_of(model) == steps < 15
+    assert steps_of(slow_demo) == steps < 15
     with pytest.raises(openai.APITimeoutError):
         complete(client, user(text(WHO)), timeout=0.4)
     time.sleep(1)
-    steps = steps_of(model)
+    steps = steps_of(slow_demo)
     time.sleep(0.5)
-    assert steps_of(model) == steps < 15
-    model.step_s = 0
+    assert steps_of(slow_demo) == steps < 15
+    slow_demo.step_s = 0
     assert complete(client, user(text(WHO))).choices[0].message.content == SELF
 
 
-def test_who_leaves_a_stream_that_has_not_begun_frees_the_model(client, model, monkeypatch):
+def test_who_leaves_a_stream_that_has_not_begun_frees_the_model(client, slow_demo, monkeypatch):
     monkeypatch.setattr("serving.app.SAY_EVERY_S", 0.2)
-    model.as_new(picture_s=5)
+    slow_demo.as_new(picture_s=5)
     with complete(client, about(SAMPLES[0]), stream=True):
-        wait_until(lambda: model.looks)
-    wait_until(lambda: model.given_up, 2)
+        wait_until(lambda: slow_demo.looks)
+    wait_until(lambda: slow_demo.given_up, 2)
 
 
 def refused_for_now(client) -> bool:
@@ -245,8 +231,8 @@ def refused_for_now(client) -> bool:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_before_the_first_word_frees_the_model_and_the_line(client, model, stream):
-    model.as_new(picture_s=4)
+def test_who_leaves_before_the_first_word_frees_the_model_and_the_line(client, slow_demo, stream):
+    slow_demo.as_new(picture_s=4)
 
     def leave(messages):
         with pytest.raises(openai.APITimeoutError):
@@ -254,29 +240,29 @@ def test_who_leaves_before_the_first_word_frees_the_model_and_the_line(client, m
 
     with ThreadPoolExecutor(7) as pool:
         looking = pool.submit(leave, about(SAMPLES[0]))
-        wait_until(lambda: model.looks)
+        wait_until(lambda: slow_demo.looks)
         waiting = [pool.submit(leave, user(text(WHO))) for _ in range(6)]  # as many as there is room for
         for left in [looking, *waiting]:
             left.result()
-    wait_until(lambda: model.given_up, 2)
+    wait_until(lambda: slow_demo.given_up, 2)
     wait_until(lambda: not refused_for_now(client), 2)  # the last six may not be known to have left yet
     assert complete(client, user(text(WHO)), timeout=3).choices[0].message.content == SELF
 
 
-def test_who_leaves_the_line_leaves_room(client, model):
-    model.as_new(picture_s=4)
+def test_who_leaves_the_line_leaves_room(client, slow_demo):
+    slow_demo.as_new(picture_s=4)
     with ThreadPoolExecutor(7) as pool:
         looking = pool.submit(complete, client, about(SAMPLES[0]))
-        wait_until(lambda: model.looks)
+        wait_until(lambda: slow_demo.looks)
         waiting = [pool.submit(complete, client, user(text(WHO)), timeout=0.6) for _ in range(6)]
         assert all(isinstance(left.exception(), openai.APITimeoutError) for left in waiting)
         wait_until(lambda: not refused_for_now(client), 2)
         assert looking.result().choices[0].message.content == SAMPLES[0]["answer"]
 
 
-def test_pictures_of_those_who_left_are_not_looked_at(client, model):
+def test_pictures_of_those_who_left_are_not_looked_at(client, slow_demo):
     """They wait in one batch with a picture that is looked at, and leave meanwhile."""
-    model.as_new(picture_s=2.5)
+    slow_demo.as_new(picture_s=2.5)
 
     def leave(sample):
         with pytest.raises(openai.APITimeoutError):
@@ -284,7 +270,7 @@ def test_pictures_of_those_who_left_are_not_looked_at(client, model):
 
     with ThreadPoolExecutor(5) as pool:
         first = pool.submit(complete, client, about(SAMPLES[0]))
-        wait_until(lambda: model.looks)
+        wait_until(lambda: slow_demo.looks)
         stays = pool.submit(complete, client, about(SAMPLES[4]))
         time.sleep(0.3)
         left = [pool.submit(leave, sample) for sample in SAMPLES[1:4]]
@@ -292,4 +278,4 @@ def test_pictures_of_those_who_left_are_not_looked_at(client, model):
         assert stays.result().choices[0].message.content == SAMPLES[4]["answer"]
         for each in left:
             each.result()
-    assert len(model.looks) == 2
+    assert len(slow_demo.looks) == 2

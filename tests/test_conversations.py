@@ -232,6 +232,7 @@ def test_uploads_of_a_killed_program_go_after_a_day(kept):
         folder.mkdir(parents=True)
         (folder / "picture.png").touch()
     broken_off.touch()
+    (kept.uploads / "deleted meanwhile").symlink_to("nowhere")
     for path in (old, broken_off):
         os.utime(path, (0, 0))
     kept.tidy()

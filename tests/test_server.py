@@ -9,27 +9,15 @@ import httpx
 import openai
 import pytest
 
-from chat_page import SELF, WHO, Slow, path_of
-from conftest import DEMO, F32, demo_samples
+from chat_page import SELF, WHO, path_of
+from conftest import DEMO, demo_samples
 from openai_client import KEY, about, alone, complete, picture, refusal, served, text, user
-from ov_mllama_helper import convert_mllama
 from serving.app import bound, create_app, mount_chat
 from serving.batches import Batches
 
 pytestmark = pytest.mark.alone
 
 SAMPLES = demo_samples()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return Slow(convert_mllama(DEMO, tmp_path_factory.mktemp("server") / "ov"), ov_config=F32)
-
-
-@pytest.fixture(scope="module")
-def url(model, processor):
-    with served(create_app(Batches(model, processor, size=4, line=6), "demo", KEY, max_bytes=2_000_000)) as url:
-        yield url
 
 
 # ---- Answers --------------------------------------------------------------------------------------------------------
@@ -44,12 +32,12 @@ def test_a_text(client):
     assert completion.model == "demo"
 
 
-def test_a_picture_and_what_it_took(client, model, processor):
+def test_a_picture_and_what_it_took(client, slow_demo, processor):
     completion = complete(client, about(SAMPLES[0]))
     assert completion.choices[0].message.content == SAMPLES[0]["answer"]
-    assert completion.usage.prompt_tokens == model.stats.prompt_tokens
-    assert completion.usage.completion_tokens == model.stats.new_tokens
-    assert completion.usage.total_tokens == model.stats.prompt_tokens + model.stats.new_tokens
+    assert completion.usage.prompt_tokens == slow_demo.stats.prompt_tokens
+    assert completion.usage.completion_tokens == slow_demo.stats.new_tokens
+    assert completion.usage.total_tokens == slow_demo.stats.prompt_tokens + slow_demo.stats.new_tokens
 
 
 @pytest.mark.parametrize(
@@ -64,10 +52,10 @@ def test_pictures_as_programs_write_them(client, begins):
         assert completion.choices[0].message.content == SAMPLES[0]["answer"]
 
 
-def test_two_pictures(client, model, processor):
+def test_two_pictures(client, slow_demo, processor):
     messages = user(picture(SAMPLES[0]), picture(SAMPLES[2]), text("Which?"))
     assert complete(client, messages).choices[0].message.content == alone(
-        model, processor, "Which?", SAMPLES[0], SAMPLES[2]
+        slow_demo, processor, "Which?", SAMPLES[0], SAMPLES[2]
     )
 
 
@@ -81,8 +69,8 @@ def test_a_conversation_with_a_system_prompt(client):
     assert complete(client, messages).choices[0].message.content == "There are two shapes."
 
 
-def test_a_stream_is_the_whole_answer_piece_by_piece(client, model):
-    model.step_s = 0.05
+def test_a_stream_is_the_whole_answer_piece_by_piece(client, slow_demo):
+    slow_demo.step_s = 0.05
     began, pieces, times = time.perf_counter(), [], []
     for chunk in complete(client, about(SAMPLES[0]), stream=True, stream_options={"include_usage": True}):
         pieces.append(chunk)
@@ -94,7 +82,7 @@ def test_a_stream_is_the_whole_answer_piece_by_piece(client, model):
     assert times[3] < times[-1] / 2
     assert last.choices[0].finish_reason == "stop"
     assert usage.choices == []
-    assert usage.usage.completion_tokens == model.stats.new_tokens
+    assert usage.usage.completion_tokens == slow_demo.stats.new_tokens
     assert all(chunk.usage is None for chunk in [*words, last])
 
 
@@ -135,13 +123,13 @@ def test_next_to_no_temperature_is_none(client):
     assert complete(client, user(text(WHO)), temperature=1e-45).choices[0].message.content == SELF
 
 
-def test_low_detail_is_one_tile(client, model):
+def test_low_detail_is_one_tile(client, slow_demo):
     sample = max(SAMPLES, key=lambda sample: path_of(sample).stat().st_size)
     seen = []
     for detail in ("high", "low", "auto"):
         complete(client, user(picture(sample, detail=detail), text("What?")))
-        seen.append(model.image_encoder.kept.nbytes)
-        model.forget()
+        seen.append(slow_demo.image_encoder.kept.nbytes)
+        slow_demo.forget()
     assert seen[1] < seen[0] == seen[2]
 
 
@@ -167,21 +155,21 @@ def test_an_answer_follows_a_schema(client, temperature):
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_key(url):
-    stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
+def test_a_wrong_key(server):
+    stranger = openai.OpenAI(base_url=f"{server}/v1", api_key="wrong", max_retries=0)
     assert isinstance(refusal(stranger), openai.AuthenticationError)
     with pytest.raises(openai.AuthenticationError):
         stranger.models.list()
 
 
-def test_models_and_health(client, url):
+def test_models_and_health(client, server):
     assert [model.id for model in client.models.list()] == ["demo"]
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server}/health").json() == {"status": "ok"}
     assert client.models.retrieve("demo").id == "demo"
     with pytest.raises(openai.NotFoundError, match="'demo' is"):
         client.models.retrieve("gpt")
-    assert httpx.get(f"{url}/v1/chat/completions").json()["error"]["message"].endswith("Method Not Allowed.")
-    assert httpx.get(f"{url}/v1/else").json()["error"]["message"] == "GET /v1/else: Not Found."
+    assert httpx.get(f"{server}/v1/chat/completions").json()["error"]["message"].endswith("Method Not Allowed.")
+    assert httpx.get(f"{server}/v1/else").json()["error"]["message"] == "GET /v1/else: Not Found."
     with pytest.raises(openai.NotFoundError, match="'demo' is"):
         client.chat.completions.create(model="gpt", messages=user(text("?")))
 
@@ -227,20 +215,20 @@ def test_more_pixels_than_memory_is_for(client, monkeypatch):
     assert error.param == "messages[0].content[1].image_url"
 
 
-def test_no_json_and_too_much_of_it(url):
+def test_no_json_and_too_much_of_it(server):
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    assert httpx.post(f"{url}/v1/chat/completions", content=b"{", headers=headers).status_code == 400
-    answer = httpx.post(f"{url}/v1/chat/completions", content=b" " * 3_000_000, headers=headers)
+    assert httpx.post(f"{server}/v1/chat/completions", content=b"{", headers=headers).status_code == 400
+    answer = httpx.post(f"{server}/v1/chat/completions", content=b" " * 3_000_000, headers=headers)
     assert answer.status_code == 413
     assert "at most 2 MB" in answer.json()["error"]["message"]
 
 
-def test_scripts_of_web_pages_may_ask_where_allowed(url, model, processor):
+def test_scripts_of_web_pages_may_ask_where_allowed(server, slow_demo, processor):
     """A page that is not may send its reader's browser only what is asked of no server first (a "simple request")."""
     body = json.dumps({"model": "demo", "messages": user(text(WHO))})
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": kind}
-        assert httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers).status_code == 415
+        assert httpx.post(f"{server}/v1/chat/completions", content=body, headers=headers).status_code == 415
 
     def may(url: str) -> str | None:
         asks = {
@@ -250,13 +238,13 @@ def test_scripts_of_web_pages_may_ask_where_allowed(url, model, processor):
         }
         return httpx.options(f"{url}/v1/chat/completions", headers=asks).headers.get("access-control-allow-origin")
 
-    assert may(url) is None
-    with served(create_app(Batches(model, processor), "demo", KEY, origins=["http://localhost:3000"])) as other:
+    assert may(server) is None
+    with served(create_app(Batches(slow_demo, processor), "demo", KEY, origins=["http://localhost:3000"])) as other:
         assert may(other) == "http://localhost:3000"
 
 
-def test_a_key_is_also_the_password_of_the_chat(model, processor):
-    app = mount_chat(create_app(Batches(model, processor), "demo", KEY), model, processor, DEMO, KEY)
+def test_a_key_is_also_the_password_of_the_chat(slow_demo, processor):
+    app = mount_chat(create_app(Batches(slow_demo, processor), "demo", KEY), slow_demo, processor, DEMO, KEY)
     with served(app) as url, httpx.Client(base_url=url) as browser:
         assert browser.get("/chat/config").status_code == 401
         assert browser.post("/chat/login", data={"username": "me", "password": "wrong"}).status_code == 400
@@ -264,8 +252,8 @@ def test_a_key_is_also_the_password_of_the_chat(model, processor):
         assert browser.get("/chat/config").is_success
 
 
-def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(url):
-    port = int(url.rpartition(":")[2])
+def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(server):
+    port = int(server.rpartition(":")[2])
     with pytest.raises(OSError, match=f"{port} cannot be had .* --port"):
         bound("127.0.0.1", port)
     with bound("127.0.0.1", 0) as mine, pytest.raises(OSError, match="cannot be had"):
@@ -274,11 +262,11 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(url):
         bound("127.0.0.1", 99999)
 
 
-def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(client, model, monkeypatch):
+def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(client, slow_demo, monkeypatch):
     def fails(**inputs):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(model, "generate", fails)
+    monkeypatch.setattr(slow_demo, "generate", fails)
     assert isinstance(refusal(client), openai.InternalServerError)
     with pytest.raises(openai.InternalServerError):
         list(complete(client, user(text(WHO)), stream=True))
