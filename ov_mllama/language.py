@@ -192,7 +192,7 @@ class Session:
         """Begins a prompt and computes what of it the KV cache does not hold already.
 
         Args:
-            encoded: the prompt's images; None for text only.
+            encoded: the prompt's images; None for text only, and where `holds_images`.
             cache: an empty one to fill; default a new one. It is `self.cache` from now on.
             stop: once it is set, the prompt is given up at the end of the `PREFILL_TOKENS` under way; those before it
                 stay in the KV cache.
@@ -243,11 +243,12 @@ class Session:
             read = cache.cross_attention if alike else view and view.tokens(slice(start - reused, chunk.stop - reused))
             mask = None if prompt.attention_mask is None else prompt.attention_mask[:, : chunk.stop]
             positions = None if prompt.position_ids is None else prompt.position_ids[:, chunk]
-            wanted = prompt.logits_to_keep - (length - chunk.stop)  # of this chunk
+            # of this chunk: the last positions may begin in an earlier one
+            wanted = min(prompt.logits_to_keep - (length - chunk.stop), chunk.stop - start)
             rows, took = self._compute(cache, prompt.input_ids[:, chunk], read, mask, positions, max(wanted, 1))
             seconds += took
             if wanted > 0:
-                logits.append(rows[:, -wanted:])
+                logits.append(rows)
         cache.stats.count_step(seconds)
         progress.enter("Writing")  # a word is whole with the token after it
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
@@ -285,6 +286,13 @@ class Session:
         hidden columns, and each step reads them all."""
         shared = self.cache.common_prefix(prompt) if self.cache else 0
         return shared if 2 * shared >= self.cache_size else 0
+
+    def holds_images(self, prompt: Prompt) -> bool:
+        """Whether the K/V of a prompt's images are here as its new tokens read them, so that they need no encoding."""
+        cache, reused = self.cache, self.reusable(prompt)
+        if not cache or not reused or prompt.image_keys != cache.image_keys:
+            return False
+        return bool((prompt.seen[:, reused:] == cache.last_seen).all())
 
     @property
     def cache_size(self) -> int:

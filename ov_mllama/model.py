@@ -70,15 +70,13 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             16-bit ones.
         slice_lm_head: compute only the logits that are asked for (the last position's, when generating). False computes
             all of them and returns the same.
-        warm_up: run the language model once, so that the first question does not wait while the CPU plugin repacks the
-            weights (26 s for the 11B's INT4 ones).
+        warm_up: run the language model once: the CPU plugin repacks the weights then, 26 s for the 11B's INT4 ones.
         check_golden: ask the checkpoint's golden question, if it brought one, and warn where this device answers
             otherwise than transformers did.
         image_cache_bytes: room to keep encoded images in, see `OVImageEncoder`.
         kv_cache_bytes: room to keep conversations in, see `Sessions`. Of the 11B a token takes 66 KB in 8 bit, 0.26 MB
             in f32; what is read of an image, 0.1 GB for each of its tiles.
-        use_remote_tensors: on a GPU, give the images' K/V to the language model in the device's own memory (see
-            `DeviceTensors`; not verified on hardware). Elsewhere it changes nothing.
+        use_remote_tensors: on a GPU, keep the images' K/V in its memory (`DeviceTensors`; not verified on hardware).
         dynamic_shape: there for the published notebook's sake: shapes always follow the inputs.
 
     Attributes:
@@ -147,8 +145,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
 
     @property
     def vision_encoder_infer_time(self) -> list[float]:
-        """Seconds for each different image that the last prompt brought, next to nothing for those that were kept
-        encoded; empty for text only."""
+        """Seconds for each different image of the last prompt, about 0 for cached ones; empty for text only."""
         return self.stats.image_s
 
     @property
@@ -258,27 +255,23 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
     def _begin(self, cache: OVCache, images: ImageInputs | None, prompt: Prompt, drafts: int) -> np.ndarray:
-        """Logits of a prompt's last tokens, in the cache's session or one that holds its beginning.
-
-        Args:
-            drafts: how many tokens at its end are guessed.
-        """
-        rows, picture_bytes = 0, 0.0
+        """Logits of a prompt, whose last `drafts` tokens are drafts, in the cache's session or that of its prefix."""
         if images:
             check_images(images, prompt.input_ids.shape, self.image_encoder.pixels_shape, self.config)
             prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
             prompt.image_keys = image_keys(images)
-            rows = self.image_encoder.rows_read(images, prompt.seen)
-            picture_bytes = self.image_encoder.memory_for(images, prompt.image_keys)
+        rows = self.image_encoder.rows_read(images, prompt.seen) if images else 0
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt, rows)
-        make_room(prompt, session, self.sessions, self.image_encoder, self.config, rows, picture_bytes)
+        images = None if session.holds_images(prompt) else images
+        make_room(prompt, session, self.sessions, self.image_encoder, self.config, rows, images)
         encoded = self.image_encoder.encode(images, prompt.image_keys, *self._watched) if images else None
+        held = len({key for row in prompt.image_keys for key in row})  # in the session, where none is encoded
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
             warm_up_s=self._warm_up_s,
-            image_s=encoded.image_s if encoded else [],
-            images_kept=encoded.kept if encoded else 0,
+            image_s=encoded.image_s if encoded else [0.0] * held,
+            images_kept=encoded.kept if encoded else held,
             prompt_tokens=prompt.input_ids.shape[1] - drafts,
         )
         return session.prefill(prompt, encoded, cache, *self._watched)

@@ -6,7 +6,7 @@ from ov_mllama.cache import Prompt
 from ov_mllama.checks import check_prompt_fits
 from ov_mllama.language import OVLanguageModel, Session
 from ov_mllama.machine import free_memory, give_back
-from ov_mllama.vision import OVImageEncoder
+from ov_mllama.vision import ImageInputs, OVImageEncoder
 
 
 class Sessions:
@@ -83,19 +83,20 @@ def make_room(
     encoder: OVImageEncoder,
     config: MllamaConfig,
     rows: int,
-    picture_bytes: float = 0,
+    images: ImageInputs | None = None,
 ) -> None:
     """Before a prompt's images are encoded: what its session held goes, if it is of no use to the prompt, and where
     memory is short all that is only kept.
 
     Args:
-        picture_bytes: of the prompt's largest image that is not encoded yet, see `OVImageEncoder.memory_for`.
+        images: those of the prompt, where the session does not hold them.
     Raises:
         ValueError, MemoryError: as `check_prompt_fits`.
     """
     reused = session.reusable(prompt)
     if not reused:
         session.reset()
+    picture_bytes = encoder.memory_for(images, prompt.image_keys) if images else 0
     asked = config, prompt, reused, rows, session.model.column_bytes
     try:
         check_prompt_fits(*asked)

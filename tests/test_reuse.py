@@ -52,6 +52,33 @@ def test_a_follow_up_computes_only_what_is_new(pair, model, pictures):
     assert model.stats.prompt_tokens == lengths[-1]
 
 
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_follow_up_encodes_nothing_although_the_image_cache_is_too_small(pair, model, pictures, monkeypatch):
+    """The session holds the K/V of its images already, and with the 11B each would take a minute."""
+    model.image_encoder.kept.room = 1
+    encoded = []
+    infer = model.image_encoder._infer
+    monkeypatch.setattr(model.image_encoder, "_infer", lambda *given: encoded.append(1) or infer(*given))
+    for inputs in conversation(pair, pictures):
+        expected = pair.hf.generate(**inputs, **GREEDY)
+        assert model.generate(**inputs, **GREEDY).tolist() == expected.tolist()
+        assert len(encoded) == model.stats.images == pictures
+    assert model.stats.images_kept == pictures
+
+
+def test_follow_up_with_another_image_encodes_all_its_images(pair, model):
+    """Text that sees other tiles than the session's last tokens reads K/V that the session does not hold."""
+    model.image_encoder.kept.room = 1
+    first = pair.inputs("wide")
+    model.generate(**first, **GREEDY)
+    text = "<|image|>what is it, and <|image|>this?"
+    images = [pair.picture(2, 1, 2), pair.picture(1, 1, 1)]
+    inputs = pair.processor(text=text, images=images, return_tensors="pt", add_special_tokens=False)
+    expected = pair.hf.generate(**inputs, **GREEDY)
+    assert model.generate(**inputs, **GREEDY).tolist() == expected.tolist()
+    assert model.stats.images_kept == 0
+
+
 def test_the_logits_are_a_fresh_calls(pair, model):
     for inputs in conversation(pair):
         fresh = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)(**inputs, logits_to_keep=1)
