@@ -19,6 +19,7 @@ from ov_mllama.conversations import Conversations
 from ov_mllama.ending import end_soon
 from ov_mllama.images import SUFFIXES
 from ov_mllama.pages import LOOK_EVERY_S, Pages
+from ov_mllama.proxies import bypass_proxy_for_loopback
 
 PARTS = Path(ov_mllama.__file__).parent  # of the page
 WELCOME = """## What would you like to know?
@@ -59,7 +60,9 @@ class ChatPage(gr.Blocks):
     """A page that is launched as LAUNCH says."""
 
     def launch(self, *args, **options):
-        return super().launch(*args, **{**LAUNCH, **options})
+        options = {**LAUNCH, **options}
+        bypass_proxy_for_loopback(options["server_name"])  # Gradio asks its own page when it starts
+        return super().launch(*args, **options)
 
     def block_thread(self):
         end_soon(self.server)  # on Ctrl-C

@@ -17,6 +17,7 @@ from ov_mllama.files import DRAFT_MODEL_NAME
 from ov_mllama.machine import check_device
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
+from ov_mllama.proxies import bypass_proxy_for_loopback
 
 DEMO = "demo_model"
 logger = logging.getLogger("ov_mllama")
@@ -100,6 +101,7 @@ def main() -> None:
     page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))
     options = parser.parse_args()
+    bypass_proxy_for_loopback()
     logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     with said_plainly():
         options.run(options)

@@ -32,6 +32,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ov_mllama.ending import end_soon, said_plainly
 from ov_mllama.machine import check_device
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
+from ov_mllama.proxies import bypass_proxy_for_loopback
 from serving import load, positive
 from serving.batches import IMAGE_ROOM, Asked, Batches
 from serving.questions import Reader, Refusal, Request
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--line", type=positive, default=32, help="how many may wait")
     parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat; with a key as its password")
     options = parser.parse_args()
+    bypass_proxy_for_loopback()
     place = bound(options.host, options.port)
     check_device(options.device)
     model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))

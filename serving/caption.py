@@ -29,6 +29,7 @@ from ov_mllama.ending import said_plainly
 from ov_mllama.files import writing
 from ov_mllama.images import SUFFIXES, open_picture
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
+from ov_mllama.proxies import bypass_proxy_for_loopback
 from serving import load, positive
 
 COLUMNS = ("id", "path", "question", "answer", "finish", "error")
@@ -282,6 +283,8 @@ def main() -> None:
 
 def begin(address: str | None = None) -> None:
     """Ray, quietly: on this machine, or joined to a cluster."""
+    bypass_proxy_for_loopback()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # read once, when ray.data is first used
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or an actor with arguments is warned of as an error
     ray.data.DataContext.get_current().enable_progress_bars = False
