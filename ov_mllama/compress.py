@@ -16,6 +16,7 @@ from nncf import CompressWeightsMode, SensitivityMetric
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
+from ov_mllama.companions import are_current, source_digest, write_companions
 from ov_mllama.convert import check_apart, checkpoint_folder, checkpoint_stamp, convert_language_model, load_checkpoint
 from ov_mllama.costs import Cost, compression_cost, duration, vision_cost
 from ov_mllama.files import (
@@ -27,7 +28,6 @@ from ov_mllama.files import (
     is_current,
     origin,
     save_ir,
-    whole,
     writing,
 )
 from ov_mllama.pieces import quantize_in_pieces
@@ -72,11 +72,17 @@ def compress_language_model(
             f"{model_dir / LANGUAGE_MODEL_NAME} is missing: give the checkpoint it was left out of, "
             "compress(..., checkpoint=model_id), or have it written by convert_mllama."
         )
-    check_model_dir(model_dir, (VISION_ENCODER_NAME,) if checkpoint else (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME))
+    needed = (VISION_ENCODER_NAME,) if checkpoint else (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)
+    stamps = check_model_dir(model_dir, needed)
     config = AutoConfig.from_pretrained(model_dir)
     settings.check(config)
     source = checkpoint_folder(checkpoint) if checkpoint else model_dir / LANGUAGE_MODEL_NAME
     stamp = checkpoint_stamp(source) if checkpoint else origin(source)
+    if stamp.get("checkpoint") != stamps[VISION_ENCODER_NAME]["checkpoint"]:
+        raise ValueError(
+            f"{model_dir} was converted from another checkpoint than {checkpoint}, or from that before it changed: run "
+            f"convert_mllama('{checkpoint}', '{model_dir}', language_model=False) first, or choose another folder."
+        )
     stamp |= {"format": settings.algo, "group_size": str(settings.group_size)}
     stamp["samples"] = samples_name if settings.dataset_size else "0"
 
@@ -117,14 +123,19 @@ def make_draft_model(
         raise ValueError("A draft model is compressed without data: leave dataset_size out.")
     stamp = checkpoint_stamp(source) | {"format": settings.algo, "group_size": str(settings.group_size)}
     stamp["settings"] = settings.file_name
+    companions = stamp["checkpoint"], source_digest(source)
+    force = force or not are_current(out_dir, *companions)
 
     def make() -> ov.Model:
         with quiet_nncf():
             model = load_checkpoint(source, LlamaForCausalLM)
-            with whole(out_dir) as folder:
+
+            def save(folder: Path) -> None:
                 model.config.save_pretrained(folder)
                 model.generation_config.save_pretrained(folder)
                 AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+            write_companions(out_dir, *companions, save)
             return compress_weights(convert_language_model(model), settings)
 
     cost = compression_cost(settings, config)

@@ -19,7 +19,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 # Who may import whom, in order: each may import those before it. The command line wires everything together.
 ORDER = (
     *("shapes", "settings", "stats", "progress", "images", "likeness", "machine", "photographs"),
-    *("costs", "files", "graphs", "inference", "kept", "precision", "tracing"),
+    *("costs", "checkpoint", "companions", "files", "graphs", "inference", "kept", "precision", "tracing"),
     *("vision", "cross_attention"),
     *("cache", "convert", "device", "language", "checks", "sessions"),
     *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
@@ -37,6 +37,7 @@ INFERENCE = (
     "settings",
     "machine",
     "costs",
+    "companions",
     "files",
     "inference",
     "kept",
