@@ -1,7 +1,7 @@
 """The files beside a folder's IRs: config, generation config, tokenizer, processor, chat template, golden answer.
 
-They belong to the IRs: STAMP_NAME names the checkpoint that they are of. It is marked unfinished before the first of them
-changes and finished after the last, so that a killed conversion never leaves IRs beside another's tokenizer.
+They belong to the IRs: STAMP_NAME names the checkpoint that they are of. It is marked unfinished before the first of
+them changes and finished after the last, so that a killed conversion never leaves IRs beside another's tokenizer.
 """
 
 import contextlib

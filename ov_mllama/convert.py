@@ -221,8 +221,8 @@ def checkpoint_stamp(folder: Path) -> dict[str, str]:
 def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bool = True) -> Path:
     """Converts a Mllama checkpoint to OpenVINO; whatever `out_dir` already holds of it, whole, is kept.
 
-    What it holds of another checkpoint is replaced or removed: config, tokenizer, templates, IRs, draft model. Files that
-    no conversion wrote stay.
+    What it holds of another checkpoint is replaced or removed: config, tokenizer, templates, IRs, draft model. Files
+    that no conversion wrote stay.
 
     Args:
         model_id: hub id or local folder of any Mllama checkpoint (11B, 90B, Guard, fine-tunes). A bfloat16 or float16
