@@ -207,7 +207,7 @@ def origin(path: Path) -> dict[str, str]:
     return {key: value for key, value in ir_stamp(path).items() if key in shared}
 
 
-def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
+def check_model_dir(model_dir: Path, names: tuple[str, ...] | str) -> dict[str, dict[str, str]]:
     """Refuses a folder whose IRs are missing, incomplete, foreign, outdated or of two different checkpoints, or whose
     companions are not theirs.
 
@@ -217,6 +217,7 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
     Raises:
         FileNotFoundError, ValueError: with the sentence that names the fix.
     """
+    model_dir, names = Path(model_dir), (names,) if isinstance(names, str) else names
     maker = "make_draft_model" if DRAFT_MODEL_NAME in names else "convert_mllama"
     for name in ("config.json", *names):
         if not (model_dir / name).is_file():

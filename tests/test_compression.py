@@ -21,7 +21,7 @@ from demo_model import SAMPLES
 from ov_mllama import costs
 from ov_mllama.compress import nncf_arguments
 from ov_mllama.convert import convert_mllama
-from ov_mllama.files import VISION_ENCODER_NAME
+from ov_mllama.files import VISION_ENCODER_NAME, check_model_dir
 from ov_mllama.settings import GROUP_SIZES, INT4, INT8, Settings
 from ov_mllama.vision import OVImageEncoder
 from ov_mllama_compression import (
@@ -86,6 +86,27 @@ def test_ratio_and_int8_layers_keep_layers_in_8_bit(model_dir):
     assert 0 < half["u4"] < count
     kept = constant_types(compress(model_dir, int8_layers=("cross_attn.o_proj",)))
     assert kept == {"u4": count - 2, "u8": 4}
+
+
+@pytest.mark.parametrize("names", ["cross_attn.o_proj", ["cross_attn.o_proj"], ("cross_attn.o_proj",)])
+def test_one_name_of_int8_layers_may_be_plain_text(model_dir, names):
+    settings = Settings.of(int8_layers=names)
+    assert settings == Settings(int8_layers=names) == Settings(int8_layers=("cross_attn.o_proj",))
+    assert settings.file_name == "llm_int4_asym_r10_gs64_int8_cross_attn.o_proj.xml"
+    assert constant_types(compress(model_dir, int8_layers=names)) == {"u4": layers(model_dir) - 2, "u8": 4}
+
+
+@pytest.mark.parametrize("names", [(1,), ("",), ("a/b",), ("o_proj(",), "o proj"])
+def test_int8_layers_that_are_no_names_are_refused(names):
+    with pytest.raises(ValueError, match="give names of layers"):
+        Settings.of(int8_layers=names)
+    with pytest.raises(ValueError, match="give names of layers"):
+        Settings(int8_layers=names)
+
+
+def test_plain_name_where_names_are_expected(model_dir):
+    assert Settings.of(int8_layers=None) == Settings.of()
+    assert set(check_model_dir(model_dir, VISION_ENCODER_NAME)) == {VISION_ENCODER_NAME}
 
 
 def test_file_name_is_the_seeds():
