@@ -207,8 +207,9 @@ def too_large(name: str, size: str = "too many") -> PictureError:
     return PictureError(f"{name} has {size} pixels: make it smaller, at most {limit}.")
 
 
-# of a path that leads nowhere or is no path at all, such as base64
-NOT_HERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# a path that leads nowhere; a text too long for a path, and a broken file that leads before its start
+NOT_HERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+NO_PICTURE = (None, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 def unopened(name: str, error: Exception) -> Exception:
@@ -219,10 +220,7 @@ def unopened(name: str, error: Exception) -> Exception:
         return MemoryError(f"{name} finds no memory to be opened in: close other programs, or try again later.")
     if isinstance(error, OSError) and number in NOT_HERE:
         return PictureError(f"{name} is not here: add the picture again, or check its path.")
-    if isinstance(error, OSError) and number not in (
-        None,
-        errno.EINVAL,
-    ):  # EINVAL: a broken file leads before its start
+    if isinstance(error, OSError) and number not in NO_PICTURE:
         return OSError(number, f"{name} could not be read ({error.strerror}): try again, or check disk and permissions")
     return unreadable(name)
 

@@ -15,6 +15,8 @@ VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compre
 # The default on all devices: the calibrated encoder takes 0.65 to 0.8 of its time and is up to ten times as far from 16
 # bit (benchmarks/README.md, "Precision")
 NEEDS_NO_PICTURES = "INT8 weights compression"
+# of calibration samples, where none is given: the hub's, else those of `ov_mllama/photographs.py`
+DEFAULT_SOURCES = ("lmms-lab/flickr30k", "photographs of installed packages")
 DATA_FREE_METRIC = "weight_quantization_error"
 DATA_METRIC = "max_activation_variance"  # the default with data, as in the published notebook
 
@@ -34,7 +36,7 @@ class Settings:
         group_size: weights that share a scale: 32, 64, 128, or -1 for a whole channel. INT8: -1, the default of `of`.
         all_layers: embedding and `lm_head` in 4 bit as well, else in 8.
         dataset_size: calibration samples; 0 for none.
-        int8_layers: layers to keep in 8 bit, by the end of their names, such as "cross_attn.o_proj"; one name or several.
+        int8_layers: layers to keep in 8 bit, by the end of their names, such as "cross_attn.o_proj"; one or several.
 
     Raises:
         ValueError: `int8_layers` are no names of layers.

@@ -430,7 +430,7 @@ FAILURES = {
     "before its start": (OSError(errno.EINVAL, "Invalid argument"), PictureError, "use a whole"),
     "gone": (FileNotFoundError(errno.ENOENT, "No such file or directory"), PictureError, "is not here"),
     "below a file": (NotADirectoryError(errno.ENOTDIR, "Not a directory"), PictureError, "is not here"),
-    "long name": (OSError(errno.ENAMETOOLONG, "File name too long"), PictureError, "is not here"),
+    "long name": (OSError(errno.ENAMETOOLONG, "File name too long"), PictureError, "use a whole"),
 }
 
 
