@@ -189,15 +189,23 @@ class Samples(Iterable):
         self.source = source
 
     def __iter__(self):
-        data, number = self.open(), 0
-        if self.source and (str(self.source) in (PACKAGED, PHOTOGRAPHS) or Path(self.source).is_dir()):
-            # known at once, not after minutes of encoding
-            undecoded = data.cast_column(columns(data)[0], datasets.Image(decode=False))
-            self.check(sum(1 for _ in itertools.islice(undecoded, self.count)))
-        for sample in load_samples(data, self.count):
+        self.check_source()
+        number = 0
+        for sample in load_samples(self.open(), self.count):
             number += 1
             yield self.make(sample)
         self.check(number)
+
+    def check_source(self) -> None:
+        """Refuses a source on this disk that is too small, before minutes of encoding.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.source and (str(self.source) in (PACKAGED, PHOTOGRAPHS) or Path(self.source).is_dir()):
+            data = self.open()
+            undecoded = data.cast_column(columns(data)[0], datasets.Image(decode=False))
+            self.check(sum(1 for _ in itertools.islice(undecoded, self.count)))
 
     def check(self, number: int) -> None:
         """Refuses fewer samples than were asked for."""
@@ -256,7 +264,7 @@ def prepare_dataset_vision(
 
 def prepare_dataset_llm(
     processor, image_encoder: OVImageEncoder, count: int, source: str | Path | None = None, seed: int = 0
-) -> Iterable[dict]:
+) -> Samples:
     """Inputs of the language IR by port name: the whole conversation about each of `count` pictures as one prompt.
 
     Args:

@@ -93,7 +93,9 @@ def language_samples(model_dir: str | Path, count: int, source: str | Path | Non
 
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
     encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
-    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
+    samples = prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
+    samples.check_source()  # NNCF reads none where the settings need none
+    return samples
 
 
 def optimize_vision_encoder(
