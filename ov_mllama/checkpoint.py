@@ -18,7 +18,7 @@ ALL_BYTES = 64_000_000  # weights of at most so many bytes are hashed whole
 SAMPLE, SAMPLES = 1 << 16, 64  # of a file of larger ones
 MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # buffers that older versions of transformers saved and newer ones compute
 IGNORED = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"
 # what trainers put into the names of a model that they wrapped
@@ -30,17 +30,17 @@ ADAPTER = "merge the adapter into its base model (peft: merge_and_unload) and co
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads: `model.safetensors`, else the shards that the index names.
+    """The safetensors files that transformers loads: WEIGHTS, else the shards that the index names.
 
     Raises:
         ValueError: there is neither, or shards of the index are absent.
     """
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         found = sorted(path.name for path in folder.glob("*.safetensors"))
         fix = ADAPTER if any("adapter" in name for name in found) else "download it again, completely."
-        raise ValueError(f"{folder} holds {', '.join(found)}, but no model.safetensors and no {INDEX}: {fix}")
+        raise ValueError(f"{folder} holds {', '.join(found)}, but no {WEIGHTS} and no {INDEX}: {fix}")
     try:
         shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
