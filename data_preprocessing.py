@@ -9,6 +9,7 @@ one sample.
 
 import functools
 import io
+import itertools
 import json
 import time
 from collections import Counter
@@ -26,9 +27,11 @@ from ov_mllama.cross_attention import restrict, tiles_seen
 from ov_mllama.images import open_picture
 from ov_mllama.language import language_inputs
 from ov_mllama.photographs import QUESTION, calibration_samples, photographs
+from ov_mllama.settings import DEFAULT_SOURCES
 from ov_mllama.vision import ImageInputs, OVImageEncoder, image_inputs
 
-HUB_SET = "lmms-lab/flickr30k"  # 31 000 photographs with five captions each, as parquet files that hold the pictures
+# the hub's: 31 000 photographs with five captions each, as parquet files that hold the pictures
+HUB_SET, PACKAGED = DEFAULT_SOURCES
 PHOTOGRAPHS = "photographs"  # the source that needs no network, `ov_mllama/photographs.py`
 CAPTION_COLUMNS = ("answer", "caption", "captions", "text", "sentence", "sentences")
 
@@ -48,12 +51,9 @@ def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDat
         FileNotFoundError: no such folder or set, no network, or a package of the photographs is not installed.
         ValueError: the set has no column of pictures or none of captions.
     """
-    if source is None:
-        try:
-            return open_dataset(HUB_SET, seed)
-        except FileNotFoundError:
-            print(f"{HUB_SET} is out of reach: the photographs that come with installed packages are used instead")
-            return open_photographs(seed)
+    source = default_source(seed) if source is None else source
+    if str(source) == PACKAGED:
+        return open_photographs(seed)
     if str(source) == PHOTOGRAPHS and not Path(source).is_dir():
         return open_photographs(seed)
     try:
@@ -69,6 +69,16 @@ def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDat
         ) from error
     columns(data)
     return data.shuffle(seed=seed, buffer_size=256)
+
+
+def default_source(seed: int = 0) -> str:
+    """Returns HUB_SET, or where the hub is out of reach (it prints so) PACKAGED."""
+    try:
+        open_dataset(HUB_SET, seed)
+    except FileNotFoundError:
+        print(f"{HUB_SET} is out of reach: the photographs that come with installed packages are used instead")
+        return PACKAGED
+    return HUB_SET
 
 
 def open_photographs(seed: int) -> IterableDataset:
@@ -149,6 +159,8 @@ def load_samples(source: str | Path | IterableDataset | None, count: int, seed: 
             try:
                 image = open_picture(datasets.Image().decode_example(row[picture_column]))
             except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+                if getattr(error, "errno", None) is not None:  # of the disk, say, not of the picture
+                    raise
                 skipped[f"unreadable picture ({type(error).__name__})"] += 1
                 continue
             started = time.perf_counter()
@@ -165,13 +177,43 @@ def load_samples(source: str | Path | IterableDataset | None, count: int, seed: 
 
 
 class Samples(Iterable):
-    """`make(sample)` of each sample, made anew at each iteration."""
+    """`make(sample)` of each sample, made anew at each iteration.
+
+    Raises:
+        ValueError: in the iteration, there are fewer samples than `count`.
+    """
 
     def __init__(self, make, source: str | Path | None, count: int, seed: int):
+        # the hub is asked once, which takes half a minute where it is out of reach
         self.make, self.count, self.open = make, count, functools.cache(functools.partial(open_dataset, source, seed))
+        self.source = source
 
-    def __iter__(self):  # the hub is asked once, which takes half a minute where it is out of reach
-        return (self.make(sample) for sample in load_samples(self.open(), self.count))
+    def __iter__(self):
+        self.check_source()
+        number = 0
+        for sample in load_samples(self.open(), self.count):
+            number += 1
+            yield self.make(sample)
+        self.check(number)
+
+    def check_source(self) -> None:
+        """Refuses a source on this disk that is too small, before minutes of encoding.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.source and (str(self.source) in (PACKAGED, PHOTOGRAPHS) or Path(self.source).is_dir()):
+            data = self.open()
+            undecoded = data.cast_column(columns(data)[0], datasets.Image(decode=False))
+            self.check(sum(1 for _ in itertools.islice(undecoded, self.count)))
+
+    def check(self, number: int) -> None:
+        """Refuses fewer samples than were asked for."""
+        if number < self.count:
+            raise ValueError(
+                f"{self.source or 'The default source'} has {number} usable samples and {self.count} were asked for: "
+                f"set dataset_size={number}, or give a source with more."
+            )
 
 
 def processed(processor, sample: dict) -> dict[str, np.ndarray]:
@@ -205,6 +247,8 @@ def prepare_dataset_vision(
     Args:
         processor: the model's `MllamaProcessor`.
         source, seed: as for `load_samples`.
+    Raises:
+        ValueError: in the iteration, the source has fewer.
     """
 
     check_processor(processor, count)
@@ -220,12 +264,14 @@ def prepare_dataset_vision(
 
 def prepare_dataset_llm(
     processor, image_encoder: OVImageEncoder, count: int, source: str | Path | None = None, seed: int = 0
-) -> Iterable[dict]:
+) -> Samples:
     """Inputs of the language IR by port name: the whole conversation about each of `count` pictures as one prompt.
 
     Args:
         image_encoder: encodes each picture when its turn comes; its K/V are gone with the sample.
         source, seed: as for `load_samples`.
+    Raises:
+        ValueError: in the iteration, the source has fewer.
     """
 
     check_processor(processor, count)

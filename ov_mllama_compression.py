@@ -5,17 +5,25 @@
 - Where calibration samples come from: `data_preprocessing.py`, loaded only where they are needed.
 """
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import ipywidgets
 
-from ov_mllama.compress import DATA_METRICS, compress_language_model, make_vision_encoder
-from ov_mllama.settings import DATA_METRIC, GROUP_SIZES, INT4, INT8, NEEDS_NO_PICTURES, VISION_OPTIONS, Settings
+from ov_mllama.compress import DATA_METRICS, compress_language_model, make_vision_encoder, vision_encoder_path
+from ov_mllama.files import ir_stamp
+from ov_mllama.settings import (
+    DATA_METRIC,
+    DEFAULT_SOURCES,
+    GROUP_SIZES,
+    INT4,
+    INT8,
+    NEEDS_NO_PICTURES,
+    VISION_OPTIONS,
+    Settings,
+)
 
 WIDE = {"description_width": "initial"}  # else a widget's name is cut
-# What an IR's stamp says of samples from no named source. (Once these could be drawings, and it said "None".)
-UNNAMED_SOURCE = "the hub's photographs or those of packages"
 
 __all__ = [
     "VISION_OPTIONS",
@@ -49,9 +57,29 @@ def compress(
         TypeError, ValueError, FileNotFoundError, OSError, MemoryError: as `compress_language_model`, each with the fix.
     """
     chosen = Settings.of(**settings)
-    samples = partial(language_samples, model_dir, chosen.dataset_size, source)
-    name = f"{chosen.dataset_size} of {source or UNNAMED_SOURCE}"
-    return compress_language_model(model_dir, chosen, samples, name, checkpoint, force)
+    count = chosen.dataset_size
+    named = cache(partial(named_source, Path(model_dir) / chosen.file_name, count, source, force))
+    return compress_language_model(
+        model_dir,
+        chosen,
+        lambda: language_samples(model_dir, count, named()),
+        lambda: f"{count} of {named()}",
+        checkpoint,
+        force,
+    )
+
+
+def named_source(path: Path, count: int, source: str | Path | None, force: bool) -> str | Path:
+    """The source of calibration samples: the given one, else the default that an IR of as many samples at `path` was
+    made with, else the default that is in reach, so that the IR's stamp can name it."""
+    if source is not None:
+        return source
+    made_with = ir_stamp(path).get("samples", "").removeprefix(f"{count} of ")
+    if made_with in DEFAULT_SOURCES and not force:
+        return made_with
+    from data_preprocessing import default_source
+
+    return default_source()
 
 
 def language_samples(model_dir: str | Path, count: int, source: str | Path | None):
@@ -65,7 +93,9 @@ def language_samples(model_dir: str | Path, count: int, source: str | Path | Non
 
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
     encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
-    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
+    samples = prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
+    samples.check_source()  # NNCF reads none where the settings need none
+    return samples
 
 
 def optimize_vision_encoder(
@@ -89,9 +119,16 @@ def optimize_vision_encoder(
     Raises:
         ValueError, FileNotFoundError, OSError, MemoryError: as `make_vision_encoder`, each with the fix.
     """
-    samples = partial(image_samples, model_dir, dataset_size, source)
-    name = f"{dataset_size} of {source or UNNAMED_SOURCE}"
-    return make_vision_encoder(model_dir, option, dataset_size, samples, name, force)
+    path = vision_encoder_path(Path(model_dir), option)
+    named = cache(partial(named_source, path, dataset_size, source, force))
+    return make_vision_encoder(
+        model_dir,
+        option,
+        dataset_size,
+        lambda: image_samples(model_dir, dataset_size, named()),
+        lambda: f"{dataset_size} of {named()}",
+        force,
+    )
 
 
 def image_samples(model_dir: str | Path, count: int, source: str | Path | None):

@@ -16,6 +16,7 @@ from nncf import CompressWeightsMode, SensitivityMetric
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
+from ov_mllama.companions import are_current, source_digest, write_companions
 from ov_mllama.convert import check_apart, checkpoint_folder, checkpoint_stamp, convert_language_model, load_checkpoint
 from ov_mllama.costs import Cost, compression_cost, duration, vision_cost
 from ov_mllama.files import (
@@ -27,7 +28,6 @@ from ov_mllama.files import (
     is_current,
     origin,
     save_ir,
-    whole,
     writing,
 )
 from ov_mllama.pieces import quantize_in_pieces
@@ -45,7 +45,7 @@ def compress_language_model(
     model_dir: str | Path,
     settings: Settings,
     samples: Samples | None = None,
-    samples_name: str = "",
+    samples_name: Callable[[], str] | str = "",
     checkpoint: str | Path | None = None,
     force: bool = False,
 ) -> Path:
@@ -54,7 +54,7 @@ def compress_language_model(
     Args:
         model_dir: folder written by `convert_mllama`.
         samples: opens at least `settings.dataset_size` samples of the language IR's inputs; called only if needed.
-        samples_name: what they are, so that others make another IR.
+        samples_name: what they are, so that others make another IR; a function is called only if needed.
         checkpoint: the original, as given to `convert_mllama`. With it the uncompressed IR is neither needed nor
             written; the result is the same (with scale_estimation, up to the rounding of a few scales).
         force: make it anew.
@@ -72,13 +72,19 @@ def compress_language_model(
             f"{model_dir / LANGUAGE_MODEL_NAME} is missing: give the checkpoint it was left out of, "
             "compress(..., checkpoint=model_id), or have it written by convert_mllama."
         )
-    check_model_dir(model_dir, (VISION_ENCODER_NAME,) if checkpoint else (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME))
+    needed = (VISION_ENCODER_NAME,) if checkpoint else (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)
+    stamps = check_model_dir(model_dir, needed)
     config = AutoConfig.from_pretrained(model_dir)
     settings.check(config)
     source = checkpoint_folder(checkpoint) if checkpoint else model_dir / LANGUAGE_MODEL_NAME
     stamp = checkpoint_stamp(source) if checkpoint else origin(source)
+    if stamp.get("checkpoint") != stamps[VISION_ENCODER_NAME]["checkpoint"]:
+        raise ValueError(
+            f"{model_dir} was converted from another checkpoint than {checkpoint}, or from that before it changed: run "
+            f"convert_mllama('{checkpoint}', '{model_dir}', language_model=False) first, or choose another folder."
+        )
     stamp |= {"format": settings.algo, "group_size": str(settings.group_size)}
-    stamp["samples"] = samples_name if settings.dataset_size else "0"
+    stamp["samples"] = name_of(samples_name) if settings.dataset_size else "0"
 
     def make() -> ov.Model:
         dataset = nncf.Dataset(samples()) if samples and settings.dataset_size else None
@@ -117,14 +123,19 @@ def make_draft_model(
         raise ValueError("A draft model is compressed without data: leave dataset_size out.")
     stamp = checkpoint_stamp(source) | {"format": settings.algo, "group_size": str(settings.group_size)}
     stamp["settings"] = settings.file_name
+    companions = stamp["checkpoint"], source_digest(source)
+    force = force or not are_current(out_dir, *companions)
 
     def make() -> ov.Model:
         with quiet_nncf():
             model = load_checkpoint(source, LlamaForCausalLM)
-            with whole(out_dir) as folder:
+
+            def save(folder: Path) -> None:
                 model.config.save_pretrained(folder)
                 model.generation_config.save_pretrained(folder)
                 AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+            write_companions(out_dir, *companions, save)
             return compress_weights(convert_language_model(model), settings)
 
     cost = compression_cost(settings, config)
@@ -212,7 +223,7 @@ def make_vision_encoder(
     option: str,
     dataset_size: int = 0,
     samples: Samples | None = None,
-    samples_name: str = "",
+    samples_name: Callable[[], str] | str = "",
     force: bool = False,
 ) -> Path:
     """Makes the vision encoder smaller; an IR of the same option that is there already is kept.
@@ -228,22 +239,20 @@ def make_vision_encoder(
             OSError, MemoryError: too little room.
     """
     model_dir = Path(model_dir)
-    if option not in VISION_OPTIONS:
-        raise ValueError(f"'{option}' is none of {', '.join(VISION_OPTIONS)}.")
+    path = vision_encoder_path(model_dir, option)
     if option == "INT8 quantization" and not (samples and dataset_size):
         raise ValueError(
             f"{option} needs pictures: give samples and their number, as `optimize_vision_encoder` of "
             f'ov_mllama_compression does, or choose "{NEEDS_NO_PICTURES}".'
         )
     original = model_dir / VISION_ENCODER_NAME
-    path = original.with_stem(original.stem + VISION_OPTIONS[option])
     check_model_dir(model_dir, (VISION_ENCODER_NAME,))
     if path == original:
         return original
     quantized = option == "INT8 quantization"
     config = AutoConfig.from_pretrained(model_dir)
     stamp = {**origin(original), "format": "int8" if quantized else "int8_asym"}
-    stamp["samples"] = samples_name if quantized else "0"
+    stamp["samples"] = name_of(samples_name) if quantized else "0"
 
     def make() -> ov.Model:
         model = ov.Core().read_model(original)
@@ -255,6 +264,23 @@ def make_vision_encoder(
     cost = vision_cost(option, config, dataset_size)
     less = f'choose "{NEEDS_NO_PICTURES}", which needs no calibration' if quantized else "close other programs"
     return make_ir(f"Vision encoder, {option}", path, stamp, cost, less, make, force)
+
+
+def vision_encoder_path(model_dir: Path, option: str) -> Path:
+    """The .xml of an option of VISION_OPTIONS.
+
+    Raises:
+        ValueError: unknown option.
+    """
+    if option not in VISION_OPTIONS:
+        raise ValueError(f"'{option}' is none of {', '.join(VISION_OPTIONS)}.")
+    original = model_dir / VISION_ENCODER_NAME
+    return original.with_stem(original.stem + VISION_OPTIONS[option])
+
+
+def name_of(samples: Callable[[], str] | str) -> str:
+    """The name of calibration samples."""
+    return samples() if callable(samples) else samples
 
 
 def quantize_vision_encoder(model: ov.Model, samples: Iterable[dict], count: int, folder: Path) -> ov.Model:

@@ -5,8 +5,10 @@ This file knows checkpoints and what goes with them. It does not know how the IR
 """
 
 import errno
+import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,24 @@ from transformers import (
     MllamaForConditionalGeneration,
 )
 
+from ov_mllama.checkpoint import check_tensors, checkpoint_fingerprint
+from ov_mllama.companions import are_current, source_digest, write_companions
 from ov_mllama.costs import CONVERSION_MEMORY, conversion_seconds, duration
 from ov_mllama.files import (
     CONVERTER_VERSION,
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
     check_disk_and_memory,
-    fingerprint,
     is_current,
+    outdated_files,
     save_ir,
-    whole,
     writing,
 )
 from ov_mllama.graphs import LanguageModel, VisionEncoder
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.tracing import make_stateful, name_ports, trace
 
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # of a checkpoint on the hub
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "golden.*"]  # of a checkpoint on the hub
 
 # ---- Graphs ---------------------------------------------------------------------------------------------------------
 
@@ -212,12 +215,14 @@ def check_apart(source: Path, out_dir: Path) -> None:
 
 def checkpoint_stamp(folder: Path) -> dict[str, str]:
     """What the IRs that this version of the converter makes of a checkpoint say of their origin."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return {"converter_version": CONVERTER_VERSION, "checkpoint": fingerprint(*files)}
+    return {"converter_version": CONVERTER_VERSION, "checkpoint": checkpoint_fingerprint(folder)}
 
 
 def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bool = True) -> Path:
     """Converts a Mllama checkpoint to OpenVINO; whatever `out_dir` already holds of it, whole, is kept.
+
+    What it holds of another checkpoint is replaced or removed: config, tokenizer, templates, IRs, draft model. Files
+    that no conversion wrote stay.
 
     Args:
         model_id: hub id or local folder of any Mllama checkpoint (11B, 90B, Guard, fine-tunes). A bfloat16 or float16
@@ -229,7 +234,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         out_dir as a Path.
     Raises:
         ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix; ValueError too if
-            out_dir is the checkpoint's own folder.
+            out_dir is the checkpoint's own folder, or as `check_tensors`, before anything is written.
         OSError, MemoryError: too little room (`check_disk_and_memory`); parts that are done are kept, a rerun does the
             rest.
     """
@@ -240,7 +245,8 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
     parts = {"vision encoder": (out_dir / VISION_ENCODER_NAME, VisionEncoder, convert_vision_encoder)}
     if language_model:
         parts["language model"] = (out_dir / LANGUAGE_MODEL_NAME, LanguageModel, convert_language_model)
-    if all(is_current(path, stamp) for path, _, _ in parts.values()):
+    companions = stamp["checkpoint"], source_digest(source)
+    if all(is_current(path, stamp) for path, _, _ in parts.values()) and are_current(out_dir, *companions):
         print(f"✅ {out_dir} already holds the converted model")
         return out_dir
 
@@ -250,7 +256,9 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
     missing = sum(size for what, size in sizes.items() if not is_current(parts[what][0], stamp))
     check_disk_and_memory(out_dir, missing, CONVERSION_MEMORY, "close other programs")
     with writing(out_dir):
-        save_companions(source, model, out_dir)
+        if not are_current(out_dir, *companions):
+            save = partial(save_companions, source, model)
+            write_companions(out_dir, *companions, save, outdated_files(out_dir, stamp["checkpoint"]))
         for what, (path, _, convert) in parts.items():
             if not is_current(path, stamp):  # asked again: another process may just have made it
                 size, seconds = f"{sizes[what] / 1e6:,.0f} MB", duration(conversion_seconds(sizes[what]))
@@ -277,22 +285,26 @@ def load_checkpoint(folder: Path, kind: Any = MllamaForConditionalGeneration):
 
     Args:
         kind: its class, LlamaForCausalLM for a draft model.
+    Raises:
+        ValueError: as `check_tensors`.
     """
+    check_tensors(folder, kind)
     dtype = AutoConfig.from_pretrained(folder).dtype
     dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float16
     return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
 
 
-def save_companions(source: Path, model: MllamaForConditionalGeneration, out_dir: Path) -> None:
-    """Everything beside the IRs that running the model needs: config, generation config, processor, chat template; and
-    the golden answer, where the checkpoint brings one."""
-    with whole(out_dir) as folder:
-        model.config.save_pretrained(folder)
-        if (source / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(source).save_pretrained(folder)
-        processor = AutoProcessor.from_pretrained(source)
-        processor.save_pretrained(folder)
-        if not processor.chat_template:
-            print("⚠️ No chat template: this is a model to continue text, which cannot be asked; take an -Instruct one")
-        for path in source.glob("golden.*"):
+def save_companions(source: Path, model: MllamaForConditionalGeneration, folder: Path) -> None:
+    """Writes what running the model needs beside the IRs: config, generation config, processor, chat template; and the
+    golden answer, where the checkpoint brings one with its picture."""
+    model.config.save_pretrained(folder)
+    if (source / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(source).save_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(source)
+    processor.save_pretrained(folder)
+    if not processor.chat_template:
+        print("⚠️ No chat template: this is a model to continue text, which cannot be asked; take an -Instruct one")
+    if (source / "golden.json").is_file():
+        picture = source / Path(json.loads((source / "golden.json").read_text(encoding="utf-8"))["picture"]).name
+        for path in (source / "golden.json", picture) if picture.is_file() else ():
             shutil.copy(path, folder)

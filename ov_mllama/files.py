@@ -17,6 +17,7 @@ import openvino as ov
 from filelock import FileLock, Timeout
 from transformers import GenerationConfig, MllamaConfig
 
+from ov_mllama.companions import check_companions, names_in, stamp_of
 from ov_mllama.machine import free_disk, free_memory
 
 # Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
@@ -26,6 +27,7 @@ CONVERTER_VERSION = "4"
 VISION_ENCODER_NAME = "openvino_vision_encoder.xml"
 LANGUAGE_MODEL_NAME = "openvino_language_model.xml"
 DRAFT_MODEL_NAME = "openvino_draft_model.xml"
+DRAFT_FOLDER = "draft"  # of a draft model, in the folder of the large one
 
 NO_FINGERPRINT = "0" * 16
 
@@ -205,8 +207,9 @@ def origin(path: Path) -> dict[str, str]:
     return {key: value for key, value in ir_stamp(path).items() if key in shared}
 
 
-def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Refuses a folder whose IRs are missing, incomplete, foreign, outdated or of two different checkpoints.
+def check_model_dir(model_dir: Path, names: tuple[str, ...] | str) -> dict[str, dict[str, str]]:
+    """Refuses a folder whose IRs are missing, incomplete, foreign, outdated or of two different checkpoints, or whose
+    companions are not theirs.
 
     Returns:
         the `ir_stamp` of each.
@@ -214,6 +217,8 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
     Raises:
         FileNotFoundError, ValueError: with the sentence that names the fix.
     """
+    model_dir, names = Path(model_dir), (names,) if isinstance(names, str) else names
+    maker = "make_draft_model" if DRAFT_MODEL_NAME in names else "convert_mllama"
     for name in ("config.json", *names):
         if not (model_dir / name).is_file():
             if name.startswith("llm_"):
@@ -222,7 +227,6 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
                     f"{model_dir / name} is missing: make it with compress, after convert_mllama, or give one of those "
                     f"that are there: {made}."
                 )
-            maker = "make_draft_model" if DRAFT_MODEL_NAME in names else "convert_mllama"
             raise FileNotFoundError(f"{model_dir / name} is missing: run {maker}(model_id, '{model_dir}') first.")
     stamps = {name: ir_stamp(model_dir / name) for name in names}
     for name in [name for name, stamp in stamps.items() if not stamp]:
@@ -254,7 +258,23 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...]) -> dict[str, dict[s
             f"{' and '.join(names)} in {model_dir} come from different checkpoints: run convert_mllama again with the "
             "one you want, into a folder of its own."
         )
+    check_companions(model_dir, next(iter(stamps.values()))["checkpoint"], maker)
     return stamps
+
+
+def outdated_files(folder: Path, checkpoint: str) -> list[Path]:
+    """IRs in a folder that this project made of another checkpoint, each .xml and .bin, and the draft model if the
+    folder's companions are another's. Somebody's own files and IRs are none of them."""
+    found = []
+    for path in [*folder.glob("openvino_*.xml"), *folder.glob("llm_*.xml")]:
+        made_of = written_stamp(whole_xml(path)).get("checkpoint", checkpoint)
+        if made_of != checkpoint and not foreign_stamp(path):
+            found += [path, path.with_suffix(".bin")]
+    if stamp_of(folder).get("checkpoint") != checkpoint and (folder / DRAFT_FOLDER / DRAFT_MODEL_NAME).is_file():
+        draft = folder / DRAFT_FOLDER
+        names = {DRAFT_MODEL_NAME, DRAFT_MODEL_NAME.replace(".xml", ".bin"), ".lock", *names_in(draft)}
+        found += [draft / name for name in sorted(names)]
+    return found
 
 
 def is_from_the_future(stamp: dict[str, str]) -> bool:

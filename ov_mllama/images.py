@@ -4,6 +4,7 @@ This file knows nothing of models: the chat, the calibration data and the notebo
 """
 
 import asyncio
+import errno
 import functools
 import io
 import warnings
@@ -38,6 +39,8 @@ def open_picture(source) -> Image.Image:
     Raises:
         PictureError: it is missing, no picture, broken, or too large. `readable_formats` are read, whatever the file's
             name.
+        MemoryError, OSError: this machine cannot open it now (no memory, no permission, too many open files, a disk
+            that fails), which says nothing about the picture.
     """
     name = "The picture"
     if hasattr(source, "detach"):  # a tensor, on whatever device
@@ -58,14 +61,12 @@ def open_picture(source) -> Image.Image:
         raise PictureError(f"A {type(source).__name__} is no picture: give a path, an address, an image or an array.")
     try:
         image = Image.open(file, formats=readable_formats())
-    except FileNotFoundError as error:
-        raise PictureError(f"{name} is not here: add the picture again, or check its path.") from error
     except IsADirectoryError as error:
         raise PictureError(f"{name} is a folder: give one of the pictures in it.") from error
     except Image.DecompressionBombError as error:
         raise too_large(name) from error
     except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-        raise unreadable(name) from error
+        raise unopened(name, error) from error
     with image:
         return decoded(image, name)
 
@@ -113,7 +114,7 @@ def decoded(image: Image.Image, name: str) -> Image.Image:
     except PictureError:
         raise
     except Exception as error:
-        raise unreadable(name) from error
+        raise unopened(name, error) from error
     if animated:
         result.info["remark"] = f"{name} has several frames: the first one is used."
         warnings.warn(result.info["remark"], stacklevel=3)
@@ -204,6 +205,24 @@ def too_large(name: str, size: str = "too many") -> PictureError:
     """The refusal of a picture of so many pixels."""
     limit = f"{MAX_PIXELS / 1e6:.0f} million pixels"
     return PictureError(f"{name} has {size} pixels: make it smaller, at most {limit}.")
+
+
+# a path that leads nowhere; a text too long for a path, and a broken file that leads before its start
+NOT_HERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+NO_PICTURE = (None, errno.ENAMETOOLONG, errno.EINVAL)
+
+
+def unopened(name: str, error: Exception) -> Exception:
+    """The error to raise where a picture was not opened: a PictureError, unless the machine is at fault."""
+    number = getattr(error, "errno", None)
+    # Pillow's decoders say it in words
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "out of memory" in str(error).lower():
+        return MemoryError(f"{name} finds no memory to be opened in: close other programs, or try again later.")
+    if isinstance(error, OSError) and number in NOT_HERE:
+        return PictureError(f"{name} is not here: add the picture again, or check its path.")
+    if isinstance(error, OSError) and number not in NO_PICTURE:
+        return OSError(number, f"{name} could not be read ({error.strerror}): try again, or check disk and permissions")
+    return unreadable(name)
 
 
 def unreadable(name: str) -> PictureError:

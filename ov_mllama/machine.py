@@ -3,6 +3,8 @@
 import ctypes
 import math
 import os
+import platform
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -31,23 +33,26 @@ class Cpu:
         amx: tiles (Xeons from 2023 on), for products of 8 bit and of bf16.
         bf16: vectors of bf16. On AMD's CPUs (Zen 4) faster than f32, on an Intel Xeon without AMX slower.
         vnni: vectors of 8 bit.
-        amd: whose it is.
+        amd, arm: whose it is or of which kind, if not Intel's.
     """
 
     amx: bool = False
     bf16: bool = False
     vnni: bool = False
     amd: bool = False
+    arm: bool = False
 
     @classmethod
     def here(cls) -> "Cpu":
         """This machine's, as far as oneDNN may use it (its variable ONEDNN_MAX_CPU_ISA can forbid AMX)."""
         has, core = torch.cpu.get_capabilities(), ov.Core()
+        name = core.get_property("CPU", "FULL_DEVICE_NAME")
         return cls(
             amx=bool(has.get("amx_bf16")) and "AMX" in os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX").upper(),
             bf16="BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
             vnni=bool(has.get("avx512_vnni") or has.get("avx_vnni")),
-            amd="AMD" in core.get_property("CPU", "FULL_DEVICE_NAME"),
+            amd="AMD" in name,
+            arm=platform.machine().lower() in ("aarch64", "arm64") or bool(re.search("ARM|Apple|Neoverse", name)),
         )
 
 

@@ -133,7 +133,7 @@ def plan(
         for_chat: only what a chat needs: no language model in 16 bit.
     """
     size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
-    original = 2 * (size.language + size.vision)
+    original, made = 2 * (size.language + size.vision), {made} if isinstance(made, str) else made
     vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[NEEDS_NO_PICTURES]}.xml")
     small, smaller = compression_cost(settings, config), vision_cost(NEEDS_NO_PICTURES, config)
     guessing = compression_cost(Settings(), draft) if draft else Cost()

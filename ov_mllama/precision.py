@@ -74,6 +74,6 @@ def language_precision(weights: str, cpu: Cpu) -> tuple[str | None, str]:
 
 def vision_precision(cpu: Cpu) -> tuple[str | None, str]:
     """Precision, None for OpenVINO's own choice, and why. A picture waits for products only."""
-    if cpu.bf16 and not cpu.amx and not cpu.amd:
+    if cpu.bf16 and not (cpu.amx or cpu.amd or cpu.arm):
         return "f32", "without AMX, an Intel CPU is slower in bf16"
     return None, "OpenVINO's choice for this CPU"

@@ -11,6 +11,7 @@ from ov_mllama.convert import checkpoint_folder, checkpoint_stamp, convert_mllam
 from ov_mllama.costs import gigabytes
 from ov_mllama.files import (
     CONVERTER_VERSION,
+    DRAFT_FOLDER,
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
     check_model_dir,
@@ -20,8 +21,6 @@ from ov_mllama.files import (
 from ov_mllama.machine import Machine, free_memory, has_own_memory
 from ov_mllama.plan import Plan, Step, loading, plan
 from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
-
-DRAFT_FOLDER = "draft"  # of a draft model, in the folder of the large one
 
 
 def default_folder(checkpoint: str | Path) -> Path:

@@ -3,6 +3,7 @@
 No NNCF here: plans are made from settings before anything is traced, and NNCF, once imported, has a hand in torch.
 """
 
+import re
 from dataclasses import dataclass, fields
 
 from transformers import LlamaConfig, MllamaConfig
@@ -14,6 +15,8 @@ VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compre
 # The default on all devices: the calibrated encoder takes 0.65 to 0.8 of its time and is up to ten times as far from 16
 # bit (benchmarks/README.md, "Precision")
 NEEDS_NO_PICTURES = "INT8 weights compression"
+# of calibration samples, where none is given: the hub's, else those of `ov_mllama/photographs.py`
+DEFAULT_SOURCES = ("lmms-lab/flickr30k", "photographs of installed packages")
 DATA_FREE_METRIC = "weight_quantization_error"
 DATA_METRIC = "max_activation_variance"  # the default with data, as in the published notebook
 
@@ -33,7 +36,10 @@ class Settings:
         group_size: weights that share a scale: 32, 64, 128, or -1 for a whole channel. INT8: -1, the default of `of`.
         all_layers: embedding and `lm_head` in 4 bit as well, else in 8.
         dataset_size: calibration samples; 0 for none.
-        int8_layers: layers to keep in 8 bit, by the end of their names, such as "cross_attn.o_proj".
+        int8_layers: layers to keep in 8 bit, by the end of their names, such as "cross_attn.o_proj"; one or several.
+
+    Raises:
+        ValueError: `int8_layers` are no names of layers.
     """
 
     algo: str = "int4_asym"
@@ -47,6 +53,13 @@ class Settings:
     all_layers: bool = False
     dataset_size: int = 0
     int8_layers: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        names = self.int8_layers or ()
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in names):
+            raise ValueError(f"int8_layers={names}: give names of layers, such as ('cross_attn.o_proj',).")
+        object.__setattr__(self, "int8_layers", names)
 
     @classmethod
     def of(cls, **settings) -> "Settings":
@@ -64,7 +77,6 @@ class Settings:
         settings["algo"] = settings["algo"] or cls.algo
         settings["group_size"] = settings.get("group_size") or (64 if settings["algo"] in INT4 else -1)
         settings["sm"] = settings["sm"] or (DATA_METRIC if settings.get("dataset_size") else None)
-        settings["int8_layers"] = tuple(settings.get("int8_layers", ()))
         return cls(**settings)
 
     @property

@@ -4,15 +4,20 @@ Ray Data shares the pictures out among processes that load the model once; `--ad
 machines see the same folders and have this project installed. Each batch becomes a file in the folder `--out`, whole or
 not at all, so a run that was killed goes on where it was. `pandas.read_parquet("captions.parquet")` reads all; columns:
 
-    id: the picture's content (SHA-256), one row for each, however often and under whatever name it is there
+    id: the picture's content (SHA-256), one row for each model, however often and under whatever name it is there
     path: the first file with it; what is no UTF-8 in its name is "\ufffd"
     question; answer; finish: "stop", or "length" where the limit has cut it
     error: why there is no answer, of what cannot be opened or gives nothing finite
+    model: name of the model's folder; language_model, vision_encoder: the stamps of the two IRs that answered
+    max_new_tokens: the answer's limit
+
+Another model, another of its IRs, or for answers that a limit has cut a higher one, asks again and adds rows.
 """
 
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import re
 import sys
@@ -26,15 +31,15 @@ import ray
 from tqdm.auto import tqdm
 
 from ov_mllama.ending import said_plainly
-from ov_mllama.files import writing
+from ov_mllama.files import check_model_dir, writing
 from ov_mllama.images import SUFFIXES, open_picture
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
 from ov_mllama.proxies import bypass_proxy_for_loopback
 from serving import load, positive
 
-COLUMNS = ("id", "path", "question", "answer", "finish", "error")
+COLUMNS = ("id", "path", "question", "answer", "finish", "error", "model", "language_model", "vision_encoder")
 PART = re.compile(r"\.[0-9a-f]{32}\.\d+")  # a file of results while it is written
-SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
+SCHEMA = pa.schema([*((name, pa.string()) for name in COLUMNS), ("max_new_tokens", pa.int64())])
 
 
 class Captioner:
@@ -52,18 +57,20 @@ class Captioner:
         # each picture is asked about once: none is kept
         self.model, self.processor = load(Path(model_dir), threads=threads, image_cache_bytes=0)
         self.question, self.out, self.max_new_tokens = question, Path(out), max_new_tokens
+        self.asked = identity(Path(model_dir)) | {"max_new_tokens": max_new_tokens}
 
     def __call__(self, batch: dict) -> dict:
         """Rows "id" and "path" (bytes) -> a file of results; the ids, "left": why one is not in it, else "", and "end":
         why there can be no more files, else ""."""
         rows, samples, left = [], [], {}
         for key, path in zip(batch["id"], map(os.fsdecode, batch["path"]), strict=True):
-            row = dict.fromkeys(COLUMNS) | {"id": str(key), "path": shown(path), "question": self.question}
+            row = dict.fromkeys(COLUMNS) | {"id": str(key), "path": shown(path), "question": self.question} | self.asked
             try:
                 Path(path).open("rb").close()
                 samples.append({"image": open_picture(path), "question": self.question, "row": row})
-            except OSError as error:  # another time it may be there
-                left[row["id"]] = f"{row['path']} cannot be read ({error.strerror})."
+            except (OSError, MemoryError) as error:  # another time it may be there, or more memory
+                reason = getattr(error.__cause__ or error, "strerror", None) or "too little memory"
+                left[row["id"]] = f"{row['path']} cannot be read ({reason})."
             except ValueError as error:
                 row["error"] = shown(str(error))
             rows.append(row)
@@ -107,13 +114,32 @@ class Captioner:
 
 
 def write(rows: list[dict], out: Path) -> None:
-    """A file of results, if there are any, named after their pictures and the question: again it is the same one."""
+    """A file of results, if there are any, named after pictures, question and model: again it is the same one."""
     if not rows:
         return
-    name = hashlib.sha256("\0".join(row["id"] + row["question"] for row in rows).encode()).hexdigest()[:32]
-    part = out / f".{name}.{os.getpid()}"  # readers of the folder leave hidden files out
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
-    part.replace(out / f"{name}.parquet")
+    keys = ("id", "question", "language_model", "vision_encoder", "max_new_tokens")
+    content = json.dumps([[row.get(key) for key in keys] for row in rows])
+    name = hashlib.sha256(content.encode()).hexdigest()[:32]
+    replace(pa.Table.from_pylist(rows, SCHEMA), out / f"{name}.parquet")
+
+
+def replace(table: pa.Table, path: Path) -> None:
+    """Writes a file of results, whole or not at all."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}")  # readers of the folder leave hidden files out
+    pq.write_table(table, part)
+    part.replace(path)
+
+
+def identity(model_dir: Path) -> dict[str, str]:
+    """The columns that tell which model answers: name of its folder, and the stamps of the IRs that are loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_model_dir`.
+    """
+    language, vision = files_to_load(model_dir)
+    stamps = check_model_dir(model_dir, (language, vision))
+    texts = [" ".join(f"{key}={value}" for key, value in sorted(stamps[name].items())) for name in (language, vision)]
+    return {"model": model_dir.resolve().name, "language_model": texts[0], "vision_encoder": texts[1]}
 
 
 def shown(path: str) -> str:
@@ -156,20 +182,36 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def answered(out: Path, question: str) -> set[str]:
-    """Ids of the pictures that have been asked already.
+def answered(out: Path, question: str, asked: dict | None = None) -> set[str]:
+    """Ids of the pictures that have been asked already. Files of an earlier version get the columns that they lack.
 
+    Args:
+        asked: columns of `identity`, and "max_new_tokens"; None for any model.
     Raises:
         ValueError: there is something else in the folder.
     """
     done: set[str] = set()
     for part in out.glob("*.parquet"):
         try:
-            table = pq.read_table(part, columns=["id", "question"])
+            table = pq.read_table(part, partitioning=None)
         except pa.ArrowException as error:
             raise ValueError(f"{part} is no file of captions: move it away, or choose another folder.") from error
-        done |= {row["id"] for row in table.to_pylist() if row["question"] == question}
+        if not {"id", "question", "answer"} <= {*table.column_names}:
+            raise ValueError(f"{part} is no file of captions: move it away, or choose another folder.")
+        lacking = [field for field in SCHEMA if field.name not in table.column_names]
+        for field in lacking:  # a reader of the folder takes its columns from any of its files
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+        if lacking:
+            replace(table, part)
+        rows = table.select(SCHEMA.names).to_pylist()
+        done |= {row["id"] for row in rows if row["question"] == question and (not asked or settles(row, asked))}
     return done
+
+
+def settles(row: dict, asked: dict) -> bool:
+    """Whether a row is by the IRs that would be asked, and not cut by a lower limit than theirs."""
+    same = all(row[name] == asked[name] for name in ("language_model", "vision_encoder"))
+    return same and (row["finish"] != "length" or row["max_new_tokens"] >= asked["max_new_tokens"])
 
 
 def caption(
@@ -182,14 +224,14 @@ def caption(
     workers: int = 1,
     threads: int | None = None,
 ) -> int:
-    """Asks about every picture that has not been asked yet, on Ray, and returns how many those were.
+    """Asks about every picture that this model has not been asked about yet, on Ray, and returns how many those were.
 
     Args:
         pictures: folder.
         question: about each.
         out: folder of the results, .parquet.
         model_dir: folder of a converted model.
-        max_new_tokens: the answers' limit.
+        max_new_tokens: the answers' limit; those that a lower one has cut are asked again.
         batch: pictures that share the model's steps.
         workers: processes that load the model.
         threads: of each; None: its share of the cluster's cores.
@@ -208,7 +250,8 @@ def caption(
         for part in out.glob(".*"):  # of a run that was killed
             if PART.fullmatch(part.name):
                 part.unlink()
-        done, first = answered(out, question), different(found)
+        asked_now = identity(Path(model_dir)) | {"max_new_tokens": max_new_tokens}
+        done, first = answered(out, question, asked_now), different(found)
         todo = [{"id": key, "path": path} for key, path in first.items() if key not in done]
         if not todo:
             return 0

@@ -1,8 +1,10 @@
 """Compressed IRs hold what the settings say, both routes give the same file, and what NNCF refuses is refused first."""
 
+import errno
 import itertools
 import time
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import nncf
@@ -14,15 +16,17 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
+import data_preprocessing
 import ov_mllama.compress
 from conftest import DEMO, F32, demo_samples
-from data_preprocessing import load_samples, prepare_dataset_llm, prepare_dataset_vision
+from data_preprocessing import HUB_SET, PACKAGED, load_samples, prepare_dataset_llm, prepare_dataset_vision
 from demo_model import SAMPLES
 from ov_mllama import costs
 from ov_mllama.compress import nncf_arguments
 from ov_mllama.convert import convert_mllama
-from ov_mllama.files import VISION_ENCODER_NAME
-from ov_mllama.settings import GROUP_SIZES, INT4, INT8, Settings
+from ov_mllama.files import VISION_ENCODER_NAME, check_model_dir, ir_stamp
+from ov_mllama.photographs import calibration_samples
+from ov_mllama.settings import DEFAULT_SOURCES, GROUP_SIZES, INT4, INT8, Settings
 from ov_mllama.vision import OVImageEncoder
 from ov_mllama_compression import (
     compress,
@@ -86,6 +90,27 @@ def test_ratio_and_int8_layers_keep_layers_in_8_bit(model_dir):
     assert 0 < half["u4"] < count
     kept = constant_types(compress(model_dir, int8_layers=("cross_attn.o_proj",)))
     assert kept == {"u4": count - 2, "u8": 4}
+
+
+@pytest.mark.parametrize("names", ["cross_attn.o_proj", ["cross_attn.o_proj"], ("cross_attn.o_proj",)])
+def test_one_name_of_int8_layers_may_be_plain_text(model_dir, names):
+    settings = Settings.of(int8_layers=names)
+    assert settings == Settings(int8_layers=names) == Settings(int8_layers=("cross_attn.o_proj",))
+    assert settings.file_name == "llm_int4_asym_r10_gs64_int8_cross_attn.o_proj.xml"
+    assert constant_types(compress(model_dir, int8_layers=names)) == {"u4": layers(model_dir) - 2, "u8": 4}
+
+
+@pytest.mark.parametrize("names", [(1,), ("",), ("a/b",), ("o_proj(",), "o proj"])
+def test_int8_layers_that_are_no_names_are_refused(names):
+    with pytest.raises(ValueError, match="give names of layers"):
+        Settings.of(int8_layers=names)
+    with pytest.raises(ValueError, match="give names of layers"):
+        Settings(int8_layers=names)
+
+
+def test_plain_name_where_names_are_expected(model_dir):
+    assert Settings.of(int8_layers=None) == Settings.of()
+    assert set(check_model_dir(model_dir, VISION_ENCODER_NAME)) == {VISION_ENCODER_NAME}
 
 
 def test_file_name_is_the_seeds():
@@ -305,6 +330,59 @@ def test_broken_pictures_are_skipped_and_counted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 × no caption" in out
     assert "1 × unreadable picture" in out
+
+
+@pytest.mark.parametrize("source", ["folder", "photographs", DEFAULT_SOURCES[1]])
+def test_fewer_samples_than_asked_are_refused_and_nothing_is_written(model_dir, source, monkeypatch):
+    source = SAMPLES if source == "folder" else source
+    available = 13 if source == SAMPLES else len(calibration_samples())
+    encoded = []
+    monkeypatch.setattr(OVImageEncoder, "encode", lambda *arguments: encoded.append(1))
+    before = {path.name for path in model_dir.iterdir()}
+    said = f"has {available} usable samples and 100 were asked for: set dataset_size={available}"
+    with pytest.raises(ValueError, match=said):
+        compress(model_dir, dataset_size=100, source=source, group_size=128)
+    with pytest.raises(ValueError, match=said):
+        optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=100, source=source)
+    assert not encoded
+    assert {path.name for path in model_dir.iterdir()} <= {*before, ".lock"}
+
+
+def test_broken_pictures_do_not_count_as_samples(model_dir, tmp_path):
+    for i in range(3):
+        Image.effect_noise((60, 60), 9 + i).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    lines = [f'{{"file_name": "{i}.png", "caption": "a"}}\n' for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match="has 2 usable samples and 3 were asked for"):
+        optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=3, source=tmp_path, force=True)
+    made = optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=2, source=tmp_path)
+    assert ir_stamp(made)["samples"] == f"2 of {tmp_path}"
+
+
+def test_stamp_names_the_default_photographs_that_were_used(model_dir, monkeypatch):
+    reached, opened = [PACKAGED], []
+    monkeypatch.setattr(data_preprocessing, "default_source", lambda seed=0: opened.append(1) or reached[0])
+    make = partial(optimize_vision_encoder, model_dir, "INT8 quantization", dataset_size=2)
+    path = make(force=True)
+    assert ir_stamp(path)["samples"] == f"2 of {PACKAGED}"
+    written = path.stat().st_mtime_ns
+    reached[0] = HUB_SET  # the network is back: what is there stays, and nothing is asked of the hub
+    assert make().stat().st_mtime_ns == written
+    assert len(opened) == 1
+    monkeypatch.setattr(data_preprocessing, "open_dataset", lambda source, seed: data_preprocessing.open_photographs(0))
+    assert ir_stamp(make(force=True))["samples"] == f"2 of {HUB_SET}"
+    compress(model_dir)  # without data nobody is asked
+    assert len(opened) == 2
+
+
+def test_disk_that_fails_is_no_unreadable_picture(monkeypatch):
+    def failing(picture):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(data_preprocessing, "open_picture", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(load_samples(SAMPLES, 1))
 
 
 def test_sources_that_cannot_be_used(tmp_path, monkeypatch):

@@ -107,6 +107,33 @@ def test_killed_at_any_moment(pair, finished, tmp_path, times, tally):
     tally("kills", killed, wrong)
 
 
+def test_killed_while_another_checkpoint_is_converted(pair, other_dir, finished, tmp_path, times, tally):
+    """One checkpoint's folder becomes another's or is refused: never one's weights beside the other's tokenizer."""
+    expected, seconds, count, wrong = weights(finished[0]), finished[1], times(2, 20), []
+    rng = random.Random(time.time_ns())  # noqa: S311
+    for number in range(count):
+        folder = shutil.copytree(other_dir, tmp_path / str(number))
+        process, moment = start(pair.checkpoint, folder), rng.uniform(0.02, 0.6) * seconds
+        process.join(moment)
+        process.kill()
+        process.join()
+        with contextlib.suppress(ValueError, FileNotFoundError):  # refused
+            [checkpoint] = {stamp["checkpoint"] for stamp in check_model_dir(folder, IRS[:2]).values()}
+            of = finished[0] if checkpoint == ir_stamp(finished[0] / IRS[0])["checkpoint"] else other_dir
+            names = ("config.json", "tokenizer.json", "chat_template.jinja", *IRS[:2])
+            wrong += [f"{name} after {moment:.2f} s" for name in names if not same_file(folder / name, of / name)]
+        process = start(pair.checkpoint, folder)
+        process.join()
+        if process.exitcode or weights(folder) != expected:
+            wrong.append(f"after a kill at {moment:.2f} s: exit {process.exitcode}, {weights(folder)}")
+    tally("kills between two checkpoints", count, wrong)
+
+
+def same_file(one, other) -> bool:
+    """Whether two files are there and equal."""
+    return one.is_file() and one.read_bytes() == other.read_bytes()
+
+
 def test_two_processes_write_into_one_folder(pair, finished, tmp_path, times, tally):
     for number in range(times(1, 5)):
         folder = tmp_path / str(number)

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
@@ -19,7 +21,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 # Who may import whom, in order: each may import those before it. The command line wires everything together.
 ORDER = (
     *("shapes", "settings", "stats", "progress", "images", "likeness", "machine", "photographs"),
-    *("costs", "files", "graphs", "inference", "kept", "precision", "tracing"),
+    *("costs", "checkpoint", "companions", "files", "graphs", "inference", "kept", "precision", "tracing"),
     *("vision", "cross_attention"),
     *("cache", "convert", "device", "language", "checks", "sessions"),
     *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
@@ -37,6 +39,7 @@ INFERENCE = (
     "settings",
     "machine",
     "costs",
+    "companions",
     "files",
     "inference",
     "kept",
@@ -266,8 +269,30 @@ def test_the_packages_pins_are_the_projects():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert set(wanted) <= {line.split("#")[0].strip() for line in lines}
-    used = {name.split(".")[0] for module in INFERENCE for name in imported(PACKAGE / f"{module}.py")}
-    used |= {name.split(".")[0] for module in ("convert", "compress") for name in imported(PACKAGE / f"{module}.py")}
-    names = {"PIL": "pillow", "pillow_heif": "pillow-heif"}
-    third_party = {names.get(name, name).lower() for name in used - {"ov_mllama", *sys.stdlib_module_names}}
-    assert third_party <= {re.split(r"==|\[", requirement)[0].lower() for requirement in wanted}
+
+
+def test_wheel_requires_every_package_that_it_imports(tmp_path):
+    """By its metadata, not by what happens to be installed."""
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "ov_mllama", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w"]
+    subprocess.run([*command, str(tmp_path), str(source)], check=True, capture_output=True)  # noqa: S603
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path / "wheel")
+    [metadata] = (tmp_path / "wheel").glob("*.dist-info/METADATA")
+    required = re.findall(r"^Requires-Dist: ([\w.-]+)(?!.*extra ==)", metadata.read_text(encoding="utf-8"), re.M)
+    modules = list((tmp_path / "wheel" / "ov_mllama").rglob("*.py"))
+    assert len(modules) == len(list(PACKAGE.glob("*.py")))
+    used = {name for path in modules for name in tops(path)} - {"ov_mllama", *HELPERS, *sys.stdlib_module_names}
+    brought_by = packages_distributions()
+    unbrought = {name for name in used if not {*map(canonical, brought_by[name])} & {*map(canonical, required)}}
+    assert not unbrought
+    assert {"gradio", "platformdirs"} <= used
+
+
+def canonical(name: str) -> str:
+    """The name of a distribution as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -2,6 +2,7 @@
 memory."""
 
 import contextlib
+import errno
 import io
 import random
 import resource
@@ -14,6 +15,7 @@ import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import PIL.PngImagePlugin
 import pytest
 import torch
 from PIL import Image
@@ -411,3 +413,59 @@ def test_broken_files(times, tally):
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
     assert grown < 2e9, "a broken picture ate the memory"
     tally("broken pictures", count, wrong)
+
+
+# ---- The machine's faults are not the picture's ----
+
+FAILURES = {
+    "no memory": (MemoryError(), MemoryError, "memory"),
+    "decoder without memory": (OSError("out of memory error when reading image file"), MemoryError, "memory"),
+    "no memory to map": (OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError, "memory"),
+    "disk": (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
+    "network disk": (OSError(errno.ESTALE, "Stale file handle"), OSError, "Stale file handle"),
+    "files": (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files"),
+    "permission": (PermissionError(errno.EACCES, "Permission denied"), PermissionError, "Permission denied"),
+    "truncated": (OSError("image file is truncated (3 bytes not processed)"), PictureError, "use a whole"),
+    "unknown": (PIL.UnidentifiedImageError("cannot identify image file"), PictureError, "use a whole"),
+    "before its start": (OSError(errno.EINVAL, "Invalid argument"), PictureError, "use a whole"),
+    "gone": (FileNotFoundError(errno.ENOENT, "No such file or directory"), PictureError, "is not here"),
+    "below a file": (NotADirectoryError(errno.ENOTDIR, "Not a directory"), PictureError, "is not here"),
+    "long name": (OSError(errno.ENAMETOOLONG, "File name too long"), PictureError, "use a whole"),
+}
+
+
+@pytest.mark.parametrize("place", ["open", "load"])
+@pytest.mark.parametrize("case", FAILURES)
+def test_failures_of_the_machine_are_not_the_pictures(case, place, monkeypatch):
+    """open: of the file; load: while it is decoded."""
+    raised, kind, said = FAILURES[case]
+
+    def failing(*arguments, **options):
+        raise raised
+
+    if place == "open":
+        monkeypatch.setattr(images.Image, "open", failing)
+    else:
+        monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", failing)
+    with pytest.raises(kind, match=said) as error:
+        open_picture(SAMPLE)
+    assert isinstance(error.value, PictureError) == (kind is PictureError)
+    if isinstance(raised, OSError) and kind is OSError:
+        assert error.value.errno == raised.errno
+
+
+def test_picture_without_permission_or_file_handles_is_reported_as_that(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(SAMPLE.open("rb"))
+        with pytest.raises(OSError, match="Too many open files"):
+            open_picture(SAMPLE)
+    finally:
+        for file in opened:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_picture(SAMPLE).size == (224, 112)

@@ -126,3 +126,23 @@ def test_only_where_it_is_computed_in_bf16():
         assert not choose("language", INT4, ov_config=config, cpu=cpu).bf16
     assert choose("language", INT4, ov_config={PRECISION: ov.Type.bf16}, cpu=AMX).bf16
     assert not choose("language", INT4, ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}, cpu=INTEL).bf16
+
+
+@pytest.mark.parametrize("name", ["ARM Neoverse-V1", "Apple M4", "ARMv8 Processor"])
+def test_arm_cpu_with_bf16_is_not_called_intel(monkeypatch, name):
+    """As OpenVINO calls them; bf16 is its own choice for them."""
+    answers = {"FULL_DEVICE_NAME": name, "OPTIMIZATION_CAPABILITIES": ["FP32", "BF16"]}
+    monkeypatch.setattr(ov.Core, "get_property", lambda core, device, key: answers[key])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    cpu = Cpu.here()
+    assert cpu == Cpu(bf16=True, arm=True)
+    for part in ("vision", "language"):
+        properties, reason, bf16 = choose(part, INT4, cpu=cpu)
+        assert PRECISION not in properties
+        assert "Intel" not in reason
+        assert bf16
+
+
+def test_cpu_without_a_known_name_is_arm_by_its_architecture(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert Cpu.here().arm

@@ -1,6 +1,7 @@
 """Captions for a folder on Ray Data, and the server's replicas on Ray Serve: what is killed is done again, once."""
 
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -13,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pandas as pd
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from chat_page import SELF, WHO, path_of, wait_until
 from conftest import DEMO, ROOT, demo_samples
+from ov_mllama_compression import compress
 from ov_mllama_helper import convert_mllama
 
 pytestmark = pytest.mark.alone
@@ -130,6 +133,112 @@ def test_what_cannot_be_read_now_is_asked_another_time(model_dir, tmp_path):
     batch = {"id": ["0", "1"], "path": [os.fsencode(path_of(SAMPLES[0])), b"/gone/p\xeacture.png"]}
     assert captioner(batch)["left"] == ["", "/gone/p\ufffdcture.png cannot be read (No such file or directory)."]
     assert answered(tmp_path, QUESTION) == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "too little memory"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (OSError("out of memory error when reading image file"), "too little memory"),
+    ],
+)
+def test_picture_that_the_machine_cannot_open_is_left_for_another_run(model_dir, tmp_path, monkeypatch, error, said):
+    from serving.caption import Captioner, answered
+
+    def failing(*arguments, **options):
+        raise error
+
+    captioner, path = Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None), path_of(SAMPLES[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.PngImagePlugin.PngImageFile.load", failing)
+        [left] = captioner({"id": ["0"], "path": [os.fsencode(path)]})["left"]
+    assert left == f"{path} cannot be read ({said})."
+    assert answered(tmp_path, QUESTION) == set()
+    assert captioner({"id": ["0"], "path": [os.fsencode(path)]})["left"] == [""]
+    assert pd.read_parquet(tmp_path)["error"].isna().all()
+
+
+# ---- Which model answered -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smaller(model_dir, tmp_path_factory):
+    """The same model with its language model in 8 bit, in a folder of another name."""
+    folder = shutil.copytree(model_dir, tmp_path_factory.mktemp("smaller") / "smaller")
+    compress(folder, algo="int8_asym")
+    return folder
+
+
+def test_another_model_is_asked_anew_beside_the_first(ray_here, model_dir, smaller, pictures, tmp_path):
+    from serving.caption import caption
+
+    out, count = tmp_path / "captions.parquet", len(SAMPLES) + 1
+    assert caption(pictures, QUESTION, out, model_dir) == count
+    assert caption(pictures, QUESTION, out, smaller) == count
+    assert caption(pictures, QUESTION, out, model_dir) == caption(pictures, QUESTION, out, smaller) == 0
+    table = pd.read_parquet(out)
+    assert table.groupby("model")["id"].nunique().to_dict() == {model_dir.name: count, "smaller": count}
+    assert len(table) == 2 * count
+    for name, column in (("format=int8_asym", "language_model"), ("format=16 bit", "vision_encoder")):
+        assert table[table["model"] == "smaller"][column].str.contains(name).all()
+    assert table["language_model"].nunique() == 2
+    assert table["vision_encoder"].nunique() == 1
+    moved = shutil.copytree(model_dir, tmp_path / "moved")  # the same IRs under another name are the same model
+    assert caption(pictures, QUESTION, out, moved) == 0
+
+
+def test_folder_of_an_earlier_version_is_read_and_asked_anew(ray_here, model_dir, pictures, tmp_path):
+    from serving.caption import caption
+
+    out = tmp_path / "captions.parquet"
+    count = caption(pictures, QUESTION, out, model_dir)
+    earlier = ["id", "path", "question", "answer", "finish", "error"]
+    for number, part in enumerate(sorted(out.glob("*.parquet"))):
+        table = pq.read_table(part).select(earlier)
+        pq.write_table(table, out / f"{'0f'[number % 2]}{part.name[1:]}")  # before and behind the new files
+        part.unlink()
+    assert pd.read_parquet(out).columns.tolist() == earlier
+    assert caption(pictures, QUESTION, out, model_dir) == count
+    table = pd.read_parquet(out)
+    assert len(table) == 2 * count
+    assert table["model"].isna().sum() == table["max_new_tokens"].isna().sum() == count
+    assert set(table["model"].dropna()) == {model_dir.name}
+    assert caption(pictures, QUESTION, out, model_dir) == 0
+
+
+def test_answers_cut_by_a_lower_limit_are_asked_again_with_a_higher_one(model_dir, tmp_path):
+    from serving.caption import Captioner, answered, identity
+
+    batch = {"id": ["0", "2"], "path": [os.fsencode(path_of(SAMPLES[i])) for i in (0, 2)]}
+    asked = identity(model_dir)
+
+    def done(limit: int) -> set[str]:
+        return answered(tmp_path, QUESTION, asked | {"max_new_tokens": limit})
+
+    Captioner(str(model_dir), QUESTION, str(tmp_path), 2, None)(batch)
+    assert pd.read_parquet(tmp_path)["finish"].tolist() == ["length"] * 2
+    assert done(2) == done(1) == {"0", "2"}
+    assert done(3) == done(128) == set()
+    Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)(batch)
+    table = pd.read_parquet(tmp_path).sort_values("max_new_tokens")
+    assert table["max_new_tokens"].tolist() == [2, 2, 128, 128]
+    assert table["finish"].tolist() == ["length"] * 2 + ["stop"] * 2
+    assert done(128) == done(2) == done(1000) == {"0", "2"}
+    assert answered(tmp_path, QUESTION, asked | {"language_model": "another", "max_new_tokens": 1}) == set()
+    assert table.groupby(["id", "question", "model"]).last()["answer"].tolist()[1] == SAMPLES[2]["answer"]
+
+
+def test_parquet_files_of_something_else_are_refused_and_stay(tmp_path):
+    from serving.caption import answered
+
+    pd.DataFrame({"id": ["0"], "price": [1.0]}).to_parquet(tmp_path / "prices.parquet")
+    before = (tmp_path / "prices.parquet").read_bytes()
+    with pytest.raises(ValueError, match="prices.parquet is no file of captions"):
+        answered(tmp_path, QUESTION)
+    assert (tmp_path / "prices.parquet").read_bytes() == before
 
 
 def test_where_no_more_can_be_written_it_ends(model_dir, tmp_path, monkeypatch):
