@@ -7,27 +7,129 @@ start of the server all show what is kept.
 """
 
 import asyncio
+import html
+import logging
 import re
 import secrets
+import sqlite3
 import tempfile
 import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat import Chat, Wishes
-from ov_mllama.conversations import Conversation, Turn
+from ov_mllama.conversations import MAX_TITLE, Conversation, Turn
+from ov_mllama.images import PictureError, open_picture
+from ov_mllama.owners import file_within, owner_of
 from ov_mllama.progress import Progress
-from ov_mllama.shown import GO_ON, as_markdown, bubbles, exported_name, shown_picture, who_answers
+from ov_mllama.shown import GO_ON, as_markdown, as_typed, bubbles, exported_name, who_answers
+
+logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.3  # how soon a page shows how an answer grows; a token takes the 11B as long
 IDLE_LOOK_EVERY_S = 1.0  # and what else has changed, such as in another tab: looking costs browser and server time
+MAX_PAGES, MAX_PROGRAMS, MAX_OWNERS = 1000, 100, 1000  # remembered; those used longest ago are forgotten
+MAX_PROGRAM_TURNS = 200
+MAX_QUESTION, MAX_SYSTEM = 500_000, 20_000  # characters; a context of 131072 tokens is about half a million
+MAX_IMAGES = 100  # of a question
+FORMER_TOKEN = re.compile("[0-9a-f]{32}")  # in the browser's local storage, of earlier versions
+OPENED = "opened"
 
 
-def paths_of(message: dict) -> list[Path]:
-    """The pictures of a text box, or of an example."""
-    return [Path(file["path"] if isinstance(file, dict) else file) for file in message.get("files") or []]
+def refuse(sentence: object) -> gr.Error:
+    """An error that the page shows as text."""
+    return gr.Error(html.escape(str(sentence)), print_exception=False)
+
+
+def images_of(message: dict | None) -> list[Path]:
+    """The uploads that a text box's message names: regular files of the upload folder, and nothing else.
+
+    Args:
+        message: whatever was sent.
+    Raises:
+        gr.Error: anything else, or an upload that Gradio has deleted, after an hour.
+    """
+    files = (message or {}).get("files") or []
+    if len(files) > MAX_IMAGES:
+        raise refuse(f"The question has {len(files)} pictures: ask about at most {MAX_IMAGES}.")
+    return [uploaded(file) for file in files]
+
+
+def uploaded(file: object) -> Path:
+    """The upload that a text box's file names, as `images_of`."""
+    name = file.get("path") if isinstance(file, dict) else file
+    path = file_within(Path(get_upload_folder()), name)
+    if path is None:  # one sentence, which does not tell whether there is such a file elsewhere
+        raise refuse(f"{Path(str(name)).name[:100]} has waited too long, or is no upload: please add it again.")
+    return path
+
+
+def text_of(message: dict | None) -> str:
+    """The text of a text box's message.
+
+    Raises:
+        gr.Error: it is too long.
+    """
+    return bounded_text((message or {}).get("text") or "", MAX_QUESTION, "question").strip()
+
+
+def bounded_text(text: object, limit: int, name: str) -> str:
+    """A text of at most so many characters.
+
+    Raises:
+        gr.Error: it is longer, or no text.
+    """
+    if not isinstance(text, str):
+        raise refuse(f"The {name} is no text.")
+    if len(text) > limit:
+        raise refuse(f"The {name} has {len(text)} characters: use at most {limit}.")
+    return text
+
+
+def checked_wishes(values: Sequence) -> Wishes:
+    """Settings as a page sends them.
+
+    Raises:
+        gr.Error: they are not of their types, or out of bounds.
+    """
+    try:
+        system, tokens, temperature, top_p = values
+        wishes = Wishes(system or "", int(tokens), float(temperature), float(top_p))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise refuse("A setting is missing or no number: load the page again.") from error
+    bounded_text(wishes.system, MAX_SYSTEM, "system prompt")
+    if not (1 <= wishes.max_new_tokens <= 2048 and 0 <= wishes.temperature <= 2 and 0 < wishes.top_p <= 1):
+        raise refuse("A setting is out of its bounds: load the page again.")
+    return wishes
+
+
+class Recent(OrderedDict):
+    """A mapping of bounded size: the entry used longest ago is evicted.
+
+    Args:
+        size: entries at most.
+        evicted: called with the key of each entry that is evicted.
+    """
+
+    def __init__(self, size: int, evicted: Callable = lambda key: None):
+        super().__init__()
+        self.size, self.evicted = size, evicted
+
+    def get(self, key, default=None):
+        if key in self:
+            self.move_to_end(key)
+        return super().get(key, default)
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        while len(self) > self.size:
+            self.evicted(self.popitem(last=False)[0])
 
 
 class Page:
@@ -48,52 +150,98 @@ class Page:
 
 class Pages:
     """What the open tabs show and do. `show` alone writes on a page, so whatever is done there only changes a
-    conversation, and every tab that shows it follows."""
+    conversation, and every tab that shows it follows.
 
-    def __init__(self, chat: Chat):
-        self.chat, self.conversations = chat, chat.conversations
-        self._pages: dict[str, Page] = {}
-        self._programs: dict[str, list[Turn]] = {}
-        self._titles: dict[str, tuple[int, list]] = {}
+    A tab is known by its owner and its session together: a session's name, which the browser chooses, is worth nothing
+    without its owner's login or cookie.
+
+    Args:
+        chat: what answers.
+        examples: questions and their images' files, as the page shows them.
+        by_name: as for `owners.owner_of`.
+    """
+
+    def __init__(self, chat: Chat, examples: Sequence[tuple[str, Sequence[Path]]] = (), by_name: bool = True):
+        self.chat, self.conversations, self.examples, self.by_name = chat, chat.conversations, examples, by_name
+        self._pages: Recent = Recent(MAX_PAGES, lambda key: chat.ahead.want(key, []))
+        self._programs: Recent = Recent(MAX_PROGRAMS)
+        self._titles: Recent = Recent(MAX_OWNERS)
+
+    def _key(self, request: gr.Request) -> tuple[str | None, str]:
+        """Owner and session of a request."""
+        return owner_of(request.username, request.cookies, self.by_name), request.session_hash
 
     def page(self, request: gr.Request) -> Page:
         """The tab that a request comes from.
 
         Raises:
-            gr.Error: the server began anew, and the page has not said yet what it shows.
+            gr.Error: the server began anew, and the page has not said yet what it shows; or it is somebody else's.
         """
-        if request.session_hash not in self._pages:
-            raise gr.Error("The page was just connecting: please try again.")
-        return self._pages[request.session_hash]
-
-    def connect(self, owner: str, key: str, request: gr.Request) -> Page:
-        """A tab says whose it is and what it shows: the first time, and after the server began anew."""
-        owner = f"user {request.username}" if request.username else owner
-        kept = self.conversations.get(key, owner) if key else None
-        page = self._pages[request.session_hash] = Page(owner, kept or Conversation(owner))
+        page = self._pages.get(self._key(request))
+        if page is None:
+            raise gr.Error("The page was just connecting: please try again.", print_exception=False)
         return page
 
-    async def open(self, owner: str, request: gr.Request) -> list:
-        """A tab was opened or loaded again: whose it is, for itself and to keep, made up the first time; and settings.
-        Before it has this answer it asks for no news and keeps no settings."""
-        owner = owner or secrets.token_hex(16)
-        page = self.connect(owner, request.query_params.get("chat", ""), request)
-        return [owner, owner, *(self.conversations.settings(page.owner) or Wishes())]
+    async def connect(self, key: str, request: gr.Request) -> Page:
+        """A tab says what it shows: the first time, and after the server began anew.
+
+        Raises:
+            gr.Error: its browser takes no cookies; what is kept cannot be read.
+        """
+        owner, session = self._key(request)
+        if owner is None:
+            raise refuse("The page needs a cookie to know whose chats it shows: allow it, or open it in its own tab.")
+        kept = await self._read(self.conversations.get, key, owner) if key else None
+        page = self._pages[owner, session] = Page(owner, kept or Conversation(owner))
+        return page
+
+    @staticmethod
+    async def _read(function, *arguments):
+        """What a function of `conversations` returns, from a thread: it may wait for another program.
+
+        Raises:
+            gr.Error: it failed.
+        """
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        except (sqlite3.Error, OSError) as error:
+            raise refuse(f"The chats cannot be read or written just now ({error}): try again.") from error
+
+    async def open(self, former: str, request: gr.Request) -> list:
+        """A tab was opened or loaded again: that it was, its token of earlier versions, used up, and settings. Before
+        it has this answer it asks for no news and keeps no settings.
+
+        Args:
+            former: the token that earlier versions kept in the browser's local storage; its conversations become those
+                of the browser's cookie.
+        """
+        owner, _ = self._key(request)
+        if owner and owner.startswith("browser:") and isinstance(former, str) and FORMER_TOKEN.fullmatch(former):
+            await self._read(self.conversations.adopt, f"browser:{former}", owner)
+        page = await self.connect(request.query_params.get("chat", ""), request)
+        return [OPENED, "", *(await self._read(self.conversations.settings, page.owner) or Wishes())]
 
     def left(self, request: gr.Request) -> None:
         """A tab was closed: its answers are written on, its pictures are not wanted any more."""
-        self._pages.pop(request.session_hash, None)
-        self._programs.pop(request.session_hash, None)
-        self.chat.ahead.want(request.session_hash, [])
+        key = self._key(request)
+        self._pages.pop(key, None)
+        self._programs.pop(key, None)
+        self.chat.ahead.want(key, [])
+
+    async def _list_chats(self, owner: str) -> None:
+        """Read an owner's titles where they have changed; while they cannot be read, the old ones are shown."""
+        version = self.conversations.version
+        if self._titles.get(owner, (None,))[0] != version:
+            try:
+                self._titles[owner] = version, await asyncio.to_thread(self.conversations.titles, owner)
+            except (sqlite3.Error, OSError):
+                logger.warning("The list of chats cannot be read", exc_info=True)
 
     def _look(self, page: Page) -> list:
         """What a page should show: messages, whether an answer is under way, earlier chats, id, name, who answers."""
         if page.conversation.gone:
             page.conversation = Conversation(page.owner)
-        version, titles = self._titles.get(page.owner, (None, []))
-        if version != self.conversations.version:
-            version, titles = self.conversations.version, self.conversations.titles(page.owner)
-            self._titles[page.owner] = version, titles
+        _, titles = self._titles.get(page.owner, (None, []))
         talk, under_way = page.conversation, self.chat.answering(page.conversation)
         waits = "Stopping ..." if under_way and under_way.task.cancelling() else str(under_way and under_way.progress)
         key = talk.id if talk.turns else ""
@@ -103,18 +251,20 @@ class Pages:
             (titles, key),
             key,
             talk.name,
-            who_answers(self.chat.model),
+            f"{as_typed(who_answers(self.chat.model))} · Everything stays on the machine that serves this page."
+            + (f"\n\n⚠️ {as_typed(talk.unsaved)}" if talk.unsaved else ""),
         ]
 
-    async def news(self, owner: str, key: str, version: str, request: gr.Request):
+    async def news(self, opened: str, key: str, version: str, request: gr.Request):
         """Another word whenever a page does not show what it should; asked often, so it must be cheap.
 
         Args:
-            owner, key, version: what the page says of itself.
+            opened, key, version: what the page says of itself.
         """
-        if not owner:  # it has not been opened yet
+        if not opened:
             return gr.skip()
-        page = self._pages.get(request.session_hash) or self.connect(owner, key, request)
+        page = self._pages.get(self._key(request)) or await self.connect(key, request)
+        await self._list_chats(page.owner)
         shows_all = version == str(page.version) and self._look(page) == page.shown
         return gr.skip() if shows_all else secrets.token_hex(8)
 
@@ -125,16 +275,17 @@ class Pages:
             version: of what the page shows.
         """
         page = self.page(request)
+        await self._list_chats(page.owner)
         before = page.shown if version == str(page.version) else [None] * len(page.shown)
         page.shown, page.version = self._look(page), page.version + 1
-        messages, busy, (titles, current), key, name, who = page.shown
+        messages, busy, (titles, current), key, name, foot = page.shown
         parts = [
             messages,
             gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy),
             gr.Radio(titles, value=current or None),
             key,
             name,
-            f"{who} · Everything stays on the machine that serves this page.",
+            foot,
         ]
         changed = [
             part if now != then else gr.skip() for part, now, then in zip(parts, page.shown, before, strict=True)
@@ -143,35 +294,46 @@ class Pages:
         return [str(page.version), timer if busy != before[1] else gr.skip(), *changed]
 
     async def ask(self, message: dict, request: gr.Request, *wishes):
-        """Asks what is in the text box, and empties it; while an answer is under way it stays there."""
-        page = self.page(request)
-        talk, text = page.conversation, (message.get("text") or "").strip()
-        uploads = paths_of(message)
-        if not text and not uploads:
+        """Asks what is in the text box, and empties it; while an answer is under way, and where a picture cannot be
+        used, it stays there."""
+        return await self._ask(text_of(message), images_of(message), request, wishes)
+
+    async def _ask(self, text: str, images: Sequence[Path], request: gr.Request, wishes: Sequence):
+        """`ask` about files that are known to be uploads or examples."""
+        page, checked = self.page(request), checked_wishes(wishes)
+        talk = page.conversation
+        if not text and not images:
             return gr.skip()
         try:
-            pictures = [await asyncio.to_thread(self._keep, talk, file) for file in uploads]
-        except FileNotFoundError as error:  # Gradio keeps uploads for an hour
-            raise gr.Error(f"{Path(error.filename).name} has waited too long: please add it again.") from error
+            stored = [await asyncio.to_thread(self._store, talk, image) for image in images]
+        except PictureError as error:
+            raise refuse(error) from error
+        except OSError as error:
+            raise refuse(f"The picture could not be stored ({error.strerror}): make room on the disk.") from error
         if self.chat.answering(talk):
             gr.Info("One answer at a time: stop this one first, or wait for its end.")
             return gr.skip()
-        talk.turns.append(Turn(text, pictures))
-        self.chat.begin(talk, Wishes(*wishes), uploads)
+        remarks = [remark for _, remark in stored if remark]
+        talk.turns.append(Turn(text, [picture for picture, _ in stored], remarks=remarks))
+        self.chat.begin(talk, checked, images)
         return {"text": "", "files": []}
 
-    def _keep(self, talk: Conversation, upload: Path) -> Path:
-        picture = self.conversations.keep(talk, upload)
-        shown_picture(picture)  # made now, in a thread
-        return picture
+    def _store(self, talk: Conversation, image: Path) -> tuple[Path, str]:
+        """Store an image anew, in a thread; its file, and a remark on what was opened of it."""
+        opened = open_picture(image)
+        return self.conversations.store(talk, opened, image.stem), opened.info.get("remark", "")
 
     async def example(self, chosen: gr.SelectData, request: gr.Request, *wishes) -> None:
-        """Asks one of the examples."""
-        await self.ask(chosen.value, request, *wishes)
+        """Asks one of the examples, by its number; what else the event says of it is not believed."""
+        index = chosen.index
+        if type(index) is not int or not 0 <= index < len(self.examples):
+            raise refuse("There is no such example.")
+        text, images = self.examples[index]
+        await self._ask(text, images, request, wishes)
 
     async def go_on(self, request: gr.Request, *wishes) -> None:
         """Asks for the rest of an answer that was cut."""
-        await self.ask({"text": GO_ON}, request, *wishes)
+        await self._ask(GO_ON, [], request, wishes)
 
     async def stop(self, request: gr.Request) -> None:
         """Stops the answer under way."""
@@ -179,10 +341,10 @@ class Pages:
 
     async def retry(self, request: gr.Request, *wishes) -> None:
         """Answers the last question again."""
-        talk = self.page(request).conversation
+        talk, checked = self.page(request).conversation, checked_wishes(wishes)
         await self.chat.stop(talk)
         if talk.turns:  # another tab may have taken them back
-            self.chat.begin(talk, Wishes(*wishes))
+            self.chat.begin(talk, checked)
 
     async def undo(self, request: gr.Request):
         """Takes the last question back into the text box."""
@@ -191,17 +353,23 @@ class Pages:
         if not talk.turns:
             return gr.skip()
         turn = talk.turns.pop()
-        self.conversations.save(talk)
-        return {"text": turn.question, "files": [str(picture) for picture in turn.pictures]}
+        self.chat.save(talk)
+        kept = [picture for picture in turn.pictures if picture.is_file()]
+        copies = [await asyncio.to_thread(save_file_to_cache, picture, get_upload_folder()) for picture in kept]
+        return {"text": turn.question, "files": copies}
 
     async def edit(self, edited: gr.EditData, request: gr.Request, *wishes) -> None:
         """Asks a question in other words, about the pictures that it had; what came after it is gone."""
-        talk = self.page(request).conversation
+        talk, checked = self.page(request).conversation, checked_wishes(wishes)
+        question = bounded_text(edited.value, MAX_QUESTION, "question")
+        index = edited.index[0] if isinstance(edited.index, (list, tuple)) and edited.index else edited.index
         await self.chat.stop(talk)
-        index = edited.index[0] if isinstance(edited.index, (list, tuple)) else edited.index
-        asked = sum(message["role"] == "user" for message in bubbles(talk.turns)[:index])
-        talk.turns[asked:] = [Turn(edited.value, talk.turns[asked].pictures)]
-        self.chat.begin(talk, Wishes(*wishes))
+        messages = bubbles(talk.turns)
+        if type(index) is not int or not 0 <= index < len(messages) or messages[index]["role"] != "user":
+            raise refuse("There is no such question any more.")
+        asked = sum(message["role"] == "user" for message in messages[:index])
+        talk.turns[asked:] = [Turn(question, talk.turns[asked].pictures, remarks=talk.turns[asked].remarks)]
+        self.chat.begin(talk, checked)
 
     async def begin_new(self, request: gr.Request) -> None:
         """An empty conversation; an answer under way is written on in its own."""
@@ -211,47 +379,59 @@ class Pages:
     async def reopen(self, key: str, request: gr.Request) -> None:
         """An earlier conversation."""
         page = self.page(request)
-        page.conversation = self.conversations.get(key, page.owner) or Conversation(page.owner)
+        kept = await self._read(self.conversations.get, key, page.owner) if isinstance(key, str) else None
+        page.conversation = kept or Conversation(page.owner)
 
     async def rename(self, name: str, request: gr.Request) -> str:
         """Another name for the conversation; none is its first question again. What it is called now."""
         talk = self.page(request).conversation
+        name = bounded_text(name, MAX_TITLE, "name")
         if talk.turns and name != talk.name:
             talk.title = name.strip()
-            self.conversations.save(talk)
+            self.chat.save(talk)
         return talk.name
 
     async def delete(self, sure: str, request: gr.Request) -> None:
         """Deletes the conversation, with its pictures, if its owner is sure."""
         talk = self.page(request).conversation
         if sure and talk.turns:
-            talk.gone = True
             await self.chat.stop(talk)
-            self.conversations.delete(talk)
+            await self._read(self.conversations.delete, talk)
 
     async def export(self, request: gr.Request) -> str:
         """The conversation as a file: Markdown and its pictures in a .zip."""
-        talk = self.page(request).conversation
-        name = re.sub(r"[^\w -]", "", talk.name).strip() or "chat"
-        path = Path(tempfile.mkdtemp(dir=get_upload_folder())) / f"{name}.zip"
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("chat.md", as_markdown(talk))
-            for picture in {picture for turn in talk.turns for picture in turn.pictures if picture.is_file()}:
-                file.write(picture, exported_name(picture))
-        return str(path)
+        return await asyncio.to_thread(self._export, self.page(request).conversation)
 
-    async def choose(self, owner: str, request: gr.Request, *wishes) -> None:
+    @staticmethod
+    def _export(talk: Conversation) -> str:
+        """Write a conversation's .zip into a folder that is named by the file's digest, as Gradio does."""
+        name = re.sub(r"[^\w -]", "", talk.name).strip()[:60] or "chat"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.zip"
+            with zipfile.ZipFile(path, "w") as file:
+                file.writestr("chat.md", as_markdown(talk))
+                for picture in {picture for turn in talk.turns for picture in turn.pictures if picture.is_file()}:
+                    file.write(picture, exported_name(picture))
+            return save_file_to_cache(path, get_upload_folder())
+
+    async def choose(self, opened: str, request: gr.Request, *wishes) -> None:
         """Keeps the settings for the next time; not those that a page shows before it was opened."""
-        if owner:
-            self.conversations.choose(self.page(request).owner, [*wishes])
+        if opened:
+            await self._read(self.conversations.choose, self.page(request).owner, [*checked_wishes(wishes)])
 
     async def being_written(self, message: dict | None, request: gr.Request) -> None:
-        """What the text box holds now: its pictures are encoded ahead."""
-        self.chat.ahead.want(request.session_hash, paths_of(message or {}))
+        """What the text box holds now: its pictures are encoded ahead. Those of a page that has to connect anew, or of
+        files that have gone, when they are asked about."""
+        key = self._key(request)
+        if self._pages.get(key):
+            self.chat.ahead.want(key, images_of(message))
 
     async def answer_program(self, message: dict, request: gr.Request, *wishes) -> tuple[str, str]:
         """For gradio_client, whose sessions are conversations that are kept nowhere: answer and note."""
-        turns = self._programs.setdefault(request.session_hash, [])
-        turns.append(Turn((message.get("text") or "").strip(), paths_of(message)))
-        await self.chat.answer(turns, Progress(), Wishes(*wishes))
-        return turns[-1].answer, turns[-1].note
+        turn, checked, key = Turn(text_of(message), images_of(message)), checked_wishes(wishes), self._key(request)
+        turns = self._programs.get(key, [])
+        self._programs[key] = turns
+        turns.append(turn)
+        del turns[:-MAX_PROGRAM_TURNS]
+        await self.chat.answer(turns, Progress(), checked)
+        return turn.answer, turn.note
