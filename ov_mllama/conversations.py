@@ -27,6 +27,7 @@ from ov_mllama.images import open_picture
 
 DAY_S = 24 * 60 * 60
 TITLE_LENGTH = 60  # characters of a first question that name its conversation
+TIMEOUT_S = 10  # for which another program's writing is waited for
 MAX_TITLE = 100  # characters of a title that somebody gives
 
 # Each step makes the file's next format, `PRAGMA user_version`; a step that has been released is not changed any more
@@ -124,7 +125,7 @@ class Conversations:
     def _database(self) -> Iterator[sqlite3.Connection]:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = self.folder / "chat.sqlite3"
-        with contextlib.closing(sqlite3.connect(file, timeout=10)) as database, database:
+        with contextlib.closing(sqlite3.connect(file, timeout=TIMEOUT_S)) as database, database:
             migrate(database, file)
             yield database
 

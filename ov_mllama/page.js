@@ -78,9 +78,13 @@
 
   // What was typed is still there when the page is loaded again, as Gradio does when the server was away
   const box = document.querySelector("textarea[placeholder^='Ask a question']");
-  window.addEventListener("pagehide", () => sessionStorage.setItem("typed", box.value));
-  box.value = sessionStorage.getItem("typed") ?? "";
-  box.dispatchEvent(new Event("input", { bubbles: true }));
+  try {
+    box.value = sessionStorage.getItem("typed") ?? "";
+    box.dispatchEvent(new Event("input", { bubbles: true }));
+    window.addEventListener("pagehide", () => sessionStorage.setItem("typed", box.value));
+  } catch (error) {
+    if (error.name !== "SecurityError") throw error;  // a notebook's frame, in a browser that lets it keep nothing
+  }
 
   // Back and Forward go through conversations
   window.addEventListener("popstate", () => location.reload());

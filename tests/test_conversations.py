@@ -1,10 +1,14 @@
 """What is kept of conversations: by whom it is read again, what is gone for good, and what a killed program leaves."""
 
 import asyncio
+import contextlib
+import json
 import multiprocessing
 import os
 import re
+import sqlite3
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from chat_page import wait_until
 from ov_mllama.chat import Chat, Wishes
-from ov_mllama.conversations import ANSWERED, CUT, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.conversations import ANSWERED, CUT, MIGRATIONS, STOPPED, WAITING, Conversation, Conversations, Turn
 from ov_mllama.images import open_picture
 from ov_mllama.owners import COOKIE
 from ov_mllama.pages import Pages
@@ -305,6 +310,205 @@ def test_programs_that_write_at_once_lose_nothing(kept):
     assert sorted(title for title, _ in titles) == sorted(f"{n}.{i}" for n in range(PROGRAMS) for i in range(SAVES))
     assert {len(kept.get(key, ME).turns) for _, key in titles} == {2}
     assert [kept.settings(f"user {number}") for number in range(PROGRAMS)] == [[SAVES - 1]] * PROGRAMS
+
+
+# ---- The file's format ----------------------------------------------------------------------------------------------
+
+
+def write_file(folder: Path, version: int, **owners: list) -> None:
+    """A chat.sqlite3 as a version of the program has left it; `owners` by conversation."""
+    folder.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(folder / "chat.sqlite3")) as database, database:
+        database.executescript(MIGRATIONS[0])
+        for key, (owner, turns) in owners.items():
+            row = [key, owner, "A title", 1.0, json.dumps(turns)]
+            database.execute("INSERT INTO conversations VALUES (?, ?, ?, ?, ?)", row)
+            database.execute("INSERT INTO settings VALUES (?, ?)", [owner, json.dumps(["Brief.", 7, 0, 0.9])])
+        database.execute(f"PRAGMA user_version = {version}")
+
+
+def test_file_of_an_earlier_version_is_migrated(kept):
+    turn = {"question": "What?", "answer": "A cat.", "state": ANSWERED}
+    token = "0123456789abcdef" * 2
+    write_file(
+        kept.folder,
+        0,
+        a=("alice-token", [turn]),
+        b=("user alice", [turn]),
+        c=(token, [turn]),
+        d=("user user x", [turn]),
+    )
+    for program in (kept, another_program(kept)):  # once
+        for key, owner in (("a", "browser:alice-token"), ("b", "user:alice"), ("d", "user:user x")):
+            assert [name for _, name in program.titles(owner)] == [key]
+            assert program.get(key, owner).turns[0].answer == "A cat."
+            assert program.settings(owner) == ["Brief.", 7, 0, 0.9]
+        assert [name for _, name in program.titles(f"browser:{token}")] == ["c"]
+        assert (
+            program.titles("user alice") == program.titles("alice-token") == program.titles("browser:user alice") == []
+        )
+
+
+def test_programs_that_migrate_at_once_do_it_once(tmp_path):
+    write_file(tmp_path / "data", 0, a=("user alice", []))
+    programs = [Conversations(tmp_path / "data") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert {len(titles) for titles in pool.map(lambda program: program.titles("user:alice"), programs)} == {1}
+
+
+@pytest.mark.parametrize("version", [len(MIGRATIONS) + 1, 1000])
+def test_file_of_a_newer_version_is_refused_and_left_alone(kept, version):
+    write_file(kept.folder, version, a=("user:alice", []))
+    before = (kept.folder / "chat.sqlite3").read_bytes()
+    for use in (kept.tidy, lambda: kept.titles("user:alice"), lambda: talk(kept, "?")):
+        with pytest.raises(ValueError, match=f"chat.sqlite3 has format {version}.*update the program"):
+            use()
+    assert (kept.folder / "chat.sqlite3").read_bytes() == before
+
+
+def test_migration_that_fails_changes_nothing(kept, monkeypatch):
+    write_file(kept.folder, 0, a=("user alice", []))
+    monkeypatch.setattr("ov_mllama.conversations.MIGRATIONS", (*MIGRATIONS, "SELECT no_such_column FROM settings"))
+    with pytest.raises(sqlite3.OperationalError):
+        kept.tidy()
+    monkeypatch.undo()
+    assert len(kept.titles("user:alice")) == 1
+
+
+def test_fields_of_other_versions(kept):
+    turns = [{"question": "What?", "colour": "blue", "pictures": []}, {"answer": "Yes.", "state": ANSWERED}, {}]
+    write_file(kept.folder, len(MIGRATIONS), a=(ME, turns))
+    first, second, third = kept.get("a", ME).turns
+    assert (first.question, first.state) == ("What?", STOPPED)
+    assert (second.question, second.answer, second.pictures, second.remarks) == ("", "Yes.", [], [])
+    assert third.question == ""
+
+
+def test_picture_of_an_earlier_version_is_stored_anew_without_exif(kept, tmp_path):
+    old = kept.pictures / "a" / "0123456789abcdef" / "cat.jpg"
+    old.parent.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x010F] = "Camera of somebody"
+    noise(0).save(old, exif=exif)
+    turn = {"question": "What?", "pictures": ["0123456789abcdef/cat.jpg", "0123456789abcdef/gone.heic"]}
+    turn["pictures"] = [f"a/{name}" for name in turn["pictures"]]
+    with contextlib.closing(sqlite3.connect(kept.folder / "chat.sqlite3")) as database, database:
+        database.executescript(MIGRATIONS[0])
+        database.execute("INSERT INTO conversations VALUES ('a', ?, 'A title', 1, ?)", ["user me", json.dumps([turn])])
+    picture, gone = kept.get("a", "user:me").turns[0].pictures
+    assert (picture.parent.parent, picture.suffix) == (kept.pictures, ".png")
+    assert same(picture, old)
+    assert b"Camera" not in picture.read_bytes()
+    assert not gone.exists()
+
+
+# ---- Saves that fail, and state without end -------------------------------------------------------------------------
+
+
+def test_save_that_fails_is_repeated_until_it_succeeds(kept, monkeypatch):
+    monkeypatch.setattr("ov_mllama.chat.SAVE_EVERY_S", 0.05)
+    chat, conversation = Chat(None, None, kept), Conversation(ME, turns=[Turn("?", state=ANSWERED)])
+    kept.titles(ME)
+    file, tried, real = kept.folder / "chat.sqlite3", [], kept.write
+
+    def write(*given):
+        tried.append(given)
+        real(*given)
+
+    monkeypatch.setattr(kept, "write", write)
+    with contextlib.closing(sqlite3.connect(file)) as other:
+        monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.01)
+        other.execute("BEGIN EXCLUSIVE")
+        chat.save(conversation)
+        wait_until(lambda: len(tried) > 2)
+        assert "could not be saved (database is locked)" in conversation.unsaved
+        other.rollback()
+    wait_until(lambda: not conversation.unsaved)
+    assert another_program(kept).get(conversation.id, ME).turns == conversation.turns
+    chat.flush()
+    count = len(tried)
+    chat.save(conversation)
+    chat.flush()
+    assert len(tried) == count + 1
+
+
+def test_event_loop_does_not_wait_for_the_database(kept, monkeypatch):
+    pages, request = pages_of(kept), asks()
+    kept.tidy()
+
+    async def ticks_while(coroutine) -> int:
+        task, ticks = asyncio.create_task(coroutine), 0
+        while not task.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        with contextlib.suppress(gr.Error):
+            task.result()
+        return ticks
+
+    async def locked():
+        await pages.open("", request)
+        kept.version += 1
+        talk = pages.page(request).conversation
+        talk.turns.append(Turn("?", state=ANSWERED))
+        with contextlib.closing(sqlite3.connect(kept.folder / "chat.sqlite3")) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            return [
+                await ticks_while(pages.news("opened", "", "", request)),
+                await ticks_while(pages.open("", request)),
+                await ticks_while(pages.reopen("no such", request)),
+                await ticks_while(pages.choose("opened", request, *Wishes())),
+                await ticks_while(pages.delete("yes", request)),
+            ]
+
+    monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.3)
+    assert min(asyncio.run(locked())[:4]) > 3
+
+
+def test_conversation_that_could_not_be_deleted_is_still_there(kept, monkeypatch):
+    conversation = talk(kept, "?")
+    monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.01)
+    with contextlib.closing(sqlite3.connect(kept.folder / "chat.sqlite3")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.OperationalError):
+            kept.delete(conversation)
+    assert kept.get(conversation.id, ME) is conversation
+    kept.delete(conversation)
+    assert kept.titles(ME) == []
+
+
+def test_state_of_sessions_that_strangers_name_is_bounded(kept, monkeypatch):
+    monkeypatch.setattr("ov_mllama.pages.MAX_PAGES", 10)
+    monkeypatch.setattr("ov_mllama.pages.MAX_PROGRAMS", 5)
+    monkeypatch.setattr("ov_mllama.pages.MAX_OWNERS", 7)
+    pages = pages_of(kept)
+
+    async def answer(*_):
+        pass
+
+    monkeypatch.setattr(pages.chat, "answer", answer)
+
+    async def flood():
+        for i in range(50):
+            request = asks(f"session {i}", f"{i:064x}")
+            await pages.news("opened", "", "", request)
+            await pages.answer_program({"text": "?", "files": []}, request, *Wishes())
+        for _ in range(300):
+            await pages.answer_program({"text": "?", "files": []}, request, *Wishes())
+        return request
+
+    last = asyncio.run(flood())
+    state = {name: len(value) for name, value in vars(pages).items() if isinstance(value, dict)}
+    assert max(state.values()) <= 10, state
+    assert max(len(turns) for turns in pages._programs.values()) <= 200  # noqa: SLF001
+    assert pages.page(last)
+
+
+def test_remark_on_a_picture_of_several_frames_is_kept(kept, tmp_path):
+    file = tmp_path / "moving.gif"
+    noise(0).save(file, save_all=True, append_images=[noise(1)])
+    with pytest.warns(UserWarning, match="several frames"):
+        _, remark = pages_of(kept)._store(Conversation(ME), file)  # noqa: SLF001
+    assert remark == "moving.gif has several frames: the first one is used."
 
 
 # ---- Answers that are given up --------------------------------------------------------------------------------------
