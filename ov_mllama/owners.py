@@ -90,6 +90,40 @@ class OwnerCookie:
         await self.app(scope, receive, send_with_cookies)
 
 
+class OwnQueue:
+    """ASGI middleware that gives a session's answers, which Gradio's queue sends to whoever names the session, to the
+    owner alone who asked.
+
+    Args:
+        app: the ASGI application.
+        by_name: as for `owner_of`.
+    """
+
+    def __init__(self, app, by_name: bool):
+        self.app, self.by_name = app, by_name
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/gradio_api/queue/data"):
+            request = Request(scope)
+            session, owner = request.query_params.get("session_hash"), self._owner(login_of(request), request)
+            queue = request.app.get_blocks()._queue  # noqa: SLF001
+            events = [event for event in queue.event_ids_to_events.values() if event.session_hash == session]
+            if any(self._owner(event.username, event.request) != owner for event in events):
+                await not_found(request)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _owner(self, username: str | None, request: Request) -> str | None:
+        return owner_of(username, request.cookies, self.by_name)
+
+
+def login_of(request: Request) -> str | None:
+    """Return the name that a request to Gradio's app is logged in with, as Gradio finds it; None without a login."""
+    app, cookies = request.app, request.cookies
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return app.tokens.get(cookies.get(names[0]) or cookies.get(names[1]))
+
+
 class Files:
     """Serves the page's files in place of Gradio: pictures to their conversation's owner, examples, and uploads as
     images or downloads, never as HTML, SVG or XML.
@@ -111,17 +145,19 @@ class Files:
                 Route("/gradio_api/file/{path:path}", self.serve),
                 Route("/gradio_api/deep_link", not_found),  # it would publish what any session shows
             ],
-            "middleware": [Middleware(SecurityHeaders), Middleware(OwnerCookie)],
+            "middleware": [
+                Middleware(SecurityHeaders),
+                Middleware(OwnerCookie),
+                Middleware(OwnQueue, by_name=self.by_name),
+            ],
         }
 
     def serve(self, request: Request) -> Response:
         """Respond with a file; 404 for all that the request's owner may not see."""
-        app, cookies = request.app, request.cookies
-        login = cookies.get(f"access-token-{app.cookie_id}") or cookies.get(f"access-token-unsecure-{app.cookie_id}")
-        username = app.tokens.get(login)
-        if app.auth is not None and username is None:
+        username = login_of(request)
+        if request.app.auth is not None and username is None:
             return not_found(request)
-        path = self._path(request.path_params["path"], owner_of(username, cookies, self.by_name))
+        path = self._path(request.path_params["path"], owner_of(username, request.cookies, self.by_name))
         if path is None:
             return not_found(request)
         kind = IMAGE_TYPES.get(path.suffix.lower())

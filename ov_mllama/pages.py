@@ -420,11 +420,15 @@ class Pages:
             await self._read(self.conversations.choose, self.page(request).owner, [*checked_wishes(wishes)])
 
     async def being_written(self, message: dict | None, request: gr.Request) -> None:
-        """What the text box holds now: its pictures are encoded ahead. Those of a page that has to connect anew, or of
-        files that have gone, when they are asked about."""
+        """What the text box holds now: its pictures are encoded ahead, on a page that is connected. One that is no
+        upload any more is left to the question about it."""
         key = self._key(request)
         if self._pages.get(key):
-            self.chat.ahead.want(key, images_of(message))
+            try:
+                images = images_of(message)
+            except gr.Error:
+                images = []
+            self.chat.ahead.want(key, images)
 
     async def answer_program(self, message: dict, request: gr.Request, *wishes) -> tuple[str, str]:
         """For gradio_client, whose sessions are conversations that are kept nowhere: answer and note."""

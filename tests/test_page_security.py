@@ -417,6 +417,21 @@ def test_session_is_worth_nothing_without_its_user(make, says):
         assert again.file(alice.pictures()[0]).is_success
 
 
+def test_answers_of_another_users_program_are_not_sent(make, says):
+    users = make()
+    says.text, says.over = "Only for Alice", False
+    with launched(users, auth=[("alice", "a"), ("bob", "b")]) as url:
+        alice, bob = (Client(users, url, login=login) for login in (("alice", "a"), ("bob", "b")))
+        number = next(key for key, fn in users.fns.items() if getattr(fn.fn, "__name__", "") == "answer_program")
+        body = {"data": [{"text": "Mine", "files": []}, *WISHES], "fn_index": number, "session_hash": alice.session}
+        alice.http.post("gradio_api/queue/join", json=body).raise_for_status()
+        address = {"url": "gradio_api/queue/data", "params": {"session_hash": alice.session}}
+        assert bob.http.get(**address).status_code == 404
+        says.over = True
+        with alice.http.stream("GET", **address) as sent:
+            assert "Only for Alice" in "".join(sent.iter_text())
+
+
 def test_name_given_with_a_shared_key_owns_nothing(model, folder, says, monkeypatch):
     from fastapi import FastAPI
 
