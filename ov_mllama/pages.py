@@ -7,15 +7,11 @@ start of the server all show what is kept.
 """
 
 import asyncio
-import html
 import logging
 import re
 import secrets
 import sqlite3
-import tempfile
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -25,9 +21,10 @@ from gradio.utils import get_upload_folder
 from ov_mllama.chat import Chat, Wishes
 from ov_mllama.conversations import MAX_TITLE, Conversation, Turn
 from ov_mllama.images import PictureError, open_picture
-from ov_mllama.owners import file_within, owner_of
+from ov_mllama.owners import owner_of
+from ov_mllama.page_input import MAX_QUESTION, Recent, bounded_text, checked_wishes, images_of, refuse, text_of
 from ov_mllama.progress import Progress
-from ov_mllama.shown import GO_ON, as_markdown, as_typed, bubbles, exported_name, who_answers
+from ov_mllama.shown import GO_ON, as_typed, bubbles, exported, who_answers
 
 logger = logging.getLogger(__name__)
 
@@ -35,101 +32,8 @@ LOOK_EVERY_S = 0.3  # how soon a page shows how an answer grows; a token takes t
 IDLE_LOOK_EVERY_S = 1.0  # and what else has changed, such as in another tab: looking costs browser and server time
 MAX_PAGES, MAX_PROGRAMS, MAX_OWNERS = 1000, 100, 1000  # remembered; those used longest ago are forgotten
 MAX_PROGRAM_TURNS = 200
-MAX_QUESTION, MAX_SYSTEM = 500_000, 20_000  # characters; a context of 131072 tokens is about half a million
-MAX_IMAGES = 100  # of a question
 FORMER_TOKEN = re.compile("[0-9a-f]{32}")  # in the browser's local storage, of earlier versions
 OPENED = "opened"
-
-
-def refuse(sentence: object) -> gr.Error:
-    """An error that the page shows as text."""
-    return gr.Error(html.escape(str(sentence)), print_exception=False)
-
-
-def images_of(message: dict | None) -> list[Path]:
-    """The uploads that a text box's message names: regular files of the upload folder, and nothing else.
-
-    Args:
-        message: whatever was sent.
-    Raises:
-        gr.Error: anything else, or an upload that Gradio has deleted, after an hour.
-    """
-    files = (message or {}).get("files") or []
-    if len(files) > MAX_IMAGES:
-        raise refuse(f"The question has {len(files)} pictures: ask about at most {MAX_IMAGES}.")
-    return [uploaded(file) for file in files]
-
-
-def uploaded(file: object) -> Path:
-    """The upload that a text box's file names, as `images_of`."""
-    name = file.get("path") if isinstance(file, dict) else file
-    path = file_within(Path(get_upload_folder()), name)
-    if path is None:  # one sentence, which does not tell whether there is such a file elsewhere
-        raise refuse(f"{Path(str(name)).name[:100]} has waited too long, or is no upload: please add it again.")
-    return path
-
-
-def text_of(message: dict | None) -> str:
-    """The text of a text box's message.
-
-    Raises:
-        gr.Error: it is too long.
-    """
-    return bounded_text((message or {}).get("text") or "", MAX_QUESTION, "question").strip()
-
-
-def bounded_text(text: object, limit: int, name: str) -> str:
-    """A text of at most so many characters.
-
-    Raises:
-        gr.Error: it is longer, or no text.
-    """
-    if not isinstance(text, str):
-        raise refuse(f"The {name} is no text.")
-    if len(text) > limit:
-        raise refuse(f"The {name} has {len(text)} characters: use at most {limit}.")
-    return text
-
-
-def checked_wishes(values: Sequence) -> Wishes:
-    """Settings as a page sends them.
-
-    Raises:
-        gr.Error: they are not of their types, or out of bounds.
-    """
-    try:
-        system, tokens, temperature, top_p = values
-        wishes = Wishes(system or "", int(tokens), float(temperature), float(top_p))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise refuse("A setting is missing or no number: load the page again.") from error
-    bounded_text(wishes.system, MAX_SYSTEM, "system prompt")
-    if not (1 <= wishes.max_new_tokens <= 2048 and 0 <= wishes.temperature <= 2 and 0 < wishes.top_p <= 1):
-        raise refuse("A setting is out of its bounds: load the page again.")
-    return wishes
-
-
-class Recent(OrderedDict):
-    """A mapping of bounded size: the entry used longest ago is evicted.
-
-    Args:
-        size: entries at most.
-        evicted: called with the key of each entry that is evicted.
-    """
-
-    def __init__(self, size: int, evicted: Callable = lambda key: None):
-        super().__init__()
-        self.size, self.evicted = size, evicted
-
-    def get(self, key, default=None):
-        if key in self:
-            self.move_to_end(key)
-        return super().get(key, default)
-
-    def __setitem__(self, key, value):
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        while len(self) > self.size:
-            self.evicted(self.popitem(last=False)[0])
 
 
 class Page:
@@ -148,21 +52,17 @@ class Page:
         self.version = 0
 
 
-class Pages:
-    """What the open tabs show and do. `show` alone writes on a page, so whatever is done there only changes a
-    conversation, and every tab that shows it follows.
-
-    A tab is known by its owner and its session together: a session's name, which the browser chooses, is worth nothing
-    without its owner's login or cookie.
+class Tabs:
+    """The open tabs. One is known by its owner and its session together: a session's name, which the browser chooses,
+    is worth nothing without its owner's login or cookie.
 
     Args:
         chat: what answers.
-        examples: questions and their images' files, as the page shows them.
         by_name: as for `owners.owner_of`.
     """
 
-    def __init__(self, chat: Chat, examples: Sequence[tuple[str, Sequence[Path]]] = (), by_name: bool = True):
-        self.chat, self.conversations, self.examples, self.by_name = chat, chat.conversations, examples, by_name
+    def __init__(self, chat: Chat, by_name: bool = True):
+        self.chat, self.conversations, self.by_name = chat, chat.conversations, by_name
         self._pages: Recent = Recent(MAX_PAGES, lambda key: chat.ahead.want(key, []))
         self._programs: Recent = Recent(MAX_PROGRAMS)
         self._titles: Recent = Recent(MAX_OWNERS)
@@ -236,6 +136,20 @@ class Pages:
                 self._titles[owner] = version, await asyncio.to_thread(self.conversations.titles, owner)
             except (sqlite3.Error, OSError):
                 logger.warning("The list of chats cannot be read", exc_info=True)
+
+
+class Pages(Tabs):
+    """What the open tabs show and do. `show` alone writes on a page, so whatever is done there only changes a
+    conversation, and every tab that shows it follows.
+
+    Args:
+        chat, by_name: as for `Tabs`.
+        examples: questions and their images' files, as the page shows them.
+    """
+
+    def __init__(self, chat: Chat, examples: Sequence[tuple[str, Sequence[Path]]] = (), by_name: bool = True):
+        super().__init__(chat, by_name)
+        self.examples = examples
 
     def _look(self, page: Page) -> list:
         """What a page should show: messages, whether an answer is under way, earlier chats, id, name, who answers."""
@@ -400,19 +314,7 @@ class Pages:
 
     async def export(self, request: gr.Request) -> str:
         """The conversation as a file: Markdown and its pictures in a .zip."""
-        return await asyncio.to_thread(self._export, self.page(request).conversation)
-
-    @staticmethod
-    def _export(talk: Conversation) -> str:
-        """Write a conversation's .zip into a folder that is named by the file's digest, as Gradio does."""
-        name = re.sub(r"[^\w -]", "", talk.name).strip()[:60] or "chat"
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{name}.zip"
-            with zipfile.ZipFile(path, "w") as file:
-                file.writestr("chat.md", as_markdown(talk))
-                for picture in {picture for turn in talk.turns for picture in turn.pictures if picture.is_file()}:
-                    file.write(picture, exported_name(picture))
-            return save_file_to_cache(path, get_upload_folder())
+        return await asyncio.to_thread(exported, self.page(request).conversation)
 
     async def choose(self, opened: str, request: gr.Request, *wishes) -> None:
         """Keeps the settings for the next time; not those that a page shows before it was opened."""

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import quote
@@ -127,3 +129,20 @@ def as_markdown(conversation: Conversation) -> str:
         lines += [loads_nothing(turn.answer), ""]
         lines += [f"<sub>{escaped(' '.join(turn.note.split()))}</sub>", ""] if turn.note else []
     return "\n".join(lines)
+
+
+def exported(conversation: Conversation) -> str:
+    """Write a conversation's .zip, Markdown and its pictures, into Gradio's folder of files that it sends, under the
+    file's digest; its path."""
+    from gradio.processing_utils import save_file_to_cache
+    from gradio.utils import get_upload_folder
+
+    name = re.sub(r"[^\w -]", "", conversation.name).strip()[:60] or "chat"
+    pictures = {picture for turn in conversation.turns for picture in turn.pictures if picture.is_file()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.zip"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("chat.md", as_markdown(conversation))
+            for picture in pictures:
+                file.write(picture, exported_name(picture))
+        return save_file_to_cache(path, get_upload_folder())

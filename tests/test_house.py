@@ -24,7 +24,18 @@ ORDER = (
     *("cache", "convert", "device", "language", "checks", "sessions"),
     *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
     "model",
-    *("conversation", "ahead", "quality", "conversations", "http_headers", "owners", "shown", "chat", "pages"),
+    *(
+        "conversation",
+        "ahead",
+        "quality",
+        "conversations",
+        "http_headers",
+        "owners",
+        "shown",
+        "chat",
+        "page_input",
+        "pages",
+    ),
     *("ending", "__main__"),
 )
 # What running a converted model must not need
