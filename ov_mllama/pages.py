@@ -44,12 +44,14 @@ class Page:
         conversation: the one that it shows.
         shown: what it shows already, by output of `show`.
         version: of what it shows.
+        refused: why the question in its box could not be asked.
     """
 
     def __init__(self, owner: str, conversation: Conversation):
         self.owner, self.conversation = owner, conversation
         self.shown: list = [None] * 6
         self.version = 0
+        self.refused = ""
 
 
 class Tabs:
@@ -159,14 +161,14 @@ class Pages(Tabs):
         talk, under_way = page.conversation, self.chat.answering(page.conversation)
         waits = "Stopping ..." if under_way and under_way.task.cancelling() else str(under_way and under_way.progress)
         key = talk.id if talk.turns else ""
+        foot = f"{as_typed(who_answers(self.chat.model))} · Everything stays on the machine that serves this page."
         return [
             bubbles(talk.turns, waits),
             bool(under_way),
             (titles, key),
             key,
             talk.name,
-            f"{as_typed(who_answers(self.chat.model))} · Everything stays on the machine that serves this page."
-            + (f"\n\n⚠️ {as_typed(talk.unsaved)}" if talk.unsaved else ""),
+            "\n\n".join([foot, *(f"⚠️ {as_typed(sentence)}" for sentence in (page.refused, talk.unsaved) if sentence)]),
         ]
 
     async def news(self, opened: str, key: str, version: str, request: gr.Request):
@@ -221,14 +223,17 @@ class Pages(Tabs):
         try:
             stored = [await asyncio.to_thread(self._store, talk, image) for image in images]
         except PictureError as error:
-            raise refuse(error) from error
+            page.refused = str(error)
+            return gr.skip()
         except OSError as error:
-            raise refuse(f"The picture could not be stored ({error.strerror}): make room on the disk.") from error
+            page.refused = f"The picture could not be stored ({error.strerror}): make room on the disk."
+            return gr.skip()
         if self.chat.answering(talk):
             gr.Info("One answer at a time: stop this one first, or wait for its end.")
             return gr.skip()
         remarks = [remark for _, remark in stored if remark]
         talk.turns.append(Turn(text, [picture for picture, _ in stored], remarks=remarks))
+        page.refused = ""
         self.chat.begin(talk, checked, images)
         return {"text": "", "files": []}
 

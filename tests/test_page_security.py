@@ -613,7 +613,7 @@ def test_code_and_formulas_with_markup_look_as_before(page, says):
     assert page.console == []
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_page_in_a_notebooks_frame_has_an_owner(browser, demo, url, host):
     """Jupyter is at localhost, the page at 127.0.0.1: to a browser, that is another site."""
     body = f"<iframe src='{url}' style='width:1000px;height:800px;border:0'></iframe>".encode()
