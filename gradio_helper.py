@@ -18,8 +18,10 @@ from ov_mllama.chat import Chat
 from ov_mllama.conversations import Conversations
 from ov_mllama.ending import end_soon
 from ov_mllama.images import SUFFIXES
+from ov_mllama.owners import Files
 from ov_mllama.pages import LOOK_EVERY_S, Pages
 from ov_mllama.proxies import bypass_proxy_for_loopback
+from ov_mllama.shown import LATEX, as_typed
 
 PARTS = Path(ov_mllama.__file__).parent  # of the page
 WELCOME = """## What would you like to know?
@@ -34,10 +36,6 @@ ADDRESS = """(key) => {
 }"""
 SURE = "() => confirm('Delete this chat and its pictures for good?') ? 'yes' : ''"
 DOWNLOAD = "() => document.querySelector('#exported').click()"
-LATEX = [
-    {"left": left, "right": right, "display": display}
-    for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False))
-]
 
 # What `make_demo(...).launch()` does unless told otherwise: this machine only, no tunnel, no large uploads, nothing
 # loaded from elsewhere.
@@ -46,6 +44,7 @@ LAUNCH = {
     "share": False,
     "max_file_size": "20mb",
     "quiet": True,
+    "run_history": False,  # it would keep what is asked in the browser, and offers to send it to the hub
     "footer_links": [],
     "css_paths": PARTS / "page.css",
     "js": (PARTS / "page.js").read_text(encoding="utf-8"),
@@ -57,16 +56,32 @@ LAUNCH = {
 
 
 class ChatPage(gr.Blocks):
-    """A page that is launched as LAUNCH says."""
+    """A page that is launched as LAUNCH says.
+
+    Attributes:
+        chat, files: of the page; set by `make_demo`.
+    """
+
+    chat: Chat
+    files: Files
+
+    def app_kwargs(self) -> dict:
+        """Arguments of Gradio's app, for `gr.mount_gradio_app` too: without them a page knows no browser, and shows no
+        conversation's pictures."""
+        # Gradio's own copies live an hour, or until the end of another chat that shows the same
+        gr.set_static_paths([self.files.conversations.pictures])
+        return self.files.app_kwargs()
 
     def launch(self, *args, **options):
         options = {**LAUNCH, **options}
+        options["app_kwargs"] = {**options.get("app_kwargs", {}), **self.app_kwargs()}
         bypass_proxy_for_loopback(options["server_name"])  # Gradio asks its own page when it starts
         return super().launch(*args, **options)
 
     def block_thread(self):
         end_soon(self.server)  # on Ctrl-C
         super().block_thread()
+        self.chat.flush()
 
 
 def written(examples: Iterable[dict], folder: Path) -> list[dict]:
@@ -78,7 +93,9 @@ def written(examples: Iterable[dict], folder: Path) -> list[dict]:
     return [*shown, {"text": "What can you do?"}]
 
 
-def make_demo(ov_model, processor, examples: Iterable[dict] = (), folder: Path | None = None, **options) -> gr.Blocks:
+def make_demo(
+    ov_model, processor, examples: Iterable[dict] = (), folder: Path | None = None, by_name: bool = True, **options
+) -> ChatPage:
     """The chat page; `make_demo(model, processor).launch()` opens it.
 
     To ask for a name and a password, add `auth=("name", "password")`; to be reached from other machines,
@@ -92,15 +109,19 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), folder: Path |
             `data_preprocessing.questions_about(checkpoint)[:3]`.
         folder: where conversations are kept, with their pictures, and, unless GRADIO_TEMP_DIR of the environment
             names another place or an earlier page has set it, uploads; default: the user's data folder.
+        by_name: whether conversations belong to the name of the login, where there is one; False: to the browser, as
+            where all log in with one key and any name.
         options: of `generate`, for every question, such as `assistant_model=OVDraftModel(folder)`.
     """
     conversations = Conversations(folder)
     conversations.tidy()
-    # served as they are: Gradio's own copies live an hour, or until the end of another chat that shows the same
-    gr.set_static_paths([conversations.pictures, conversations.examples])
+    gr.set_static_paths([conversations.examples])  # or Gradio would copy them
     # its place for uploads and exports, /tmp/gradio, can be read by everybody, and is of use only to who made it
     os.environ.setdefault("GRADIO_TEMP_DIR", str(conversations.uploads))
-    Path(get_upload_folder()).mkdir(mode=0o700, parents=True, exist_ok=True)
+    uploads = Path(get_upload_folder())
+    uploads.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shown = written(examples, conversations.examples)
+    asked = [(each["text"], [Path(file) for file in each.get("files", ())]) for each in shown]
     with ChatPage(
         title="Llama 3.2 Vision",
         fill_height=True,
@@ -108,8 +129,10 @@ def make_demo(ov_model, processor, examples: Iterable[dict] = (), folder: Path |
         analytics_enabled=False,
         delete_cache=(600, 3600),  # every ten minutes, uploads older than an hour; all of them when the server ends
     ) as demo:
-        parts = lay_out(getattr(ov_model.config, "about", ""), written(examples, conversations.examples))
-        connect(demo, parts, Pages(Chat(ov_model, processor, conversations, **options)))
+        demo.chat = Chat(ov_model, processor, conversations, **options)
+        demo.files = Files(conversations, uploads, by_name)
+        parts = lay_out(getattr(ov_model.config, "about", ""), shown)
+        connect(demo, parts, Pages(demo.chat, asked, by_name))
     return demo
 
 
@@ -121,8 +144,9 @@ def lay_out(about: str, examples: list[dict]) -> SimpleNamespace:
         examples: as Gradio takes them.
     """
     part = SimpleNamespace()
-    part.owner = gr.BrowserState("", storage_key="ov_mllama", secret="none: it hides a random word")  # noqa: S106
-    part.news, part.version, part.address, part.whose = (gr.Textbox(visible="hidden") for _ in range(4))
+    # a token of earlier versions, which a cookie takes the place of
+    part.former = gr.BrowserState("", storage_key="ov_mllama", secret="none: it hides a random word")  # noqa: S106
+    part.news, part.version, part.address, part.opened = (gr.Textbox(visible="hidden") for _ in range(4))
     with gr.Sidebar(width=300):
         part.new = gr.Button("New chat")
         part.history = gr.Radio(
@@ -156,7 +180,7 @@ def lay_out(about: str, examples: list[dict]) -> SimpleNamespace:
         group_consecutive_messages=False,  # or its own edit fails where a bubble holds a picture (gradio#10229)
         autoscroll=False,  # it pulls back whoever scrolls up; page.js follows
         latex_delimiters=LATEX,
-        placeholder=WELCOME.format(about),
+        placeholder=WELCOME.format(as_typed(about)),
         examples=examples,
     )
     part.box = gr.MultimodalTextbox(
@@ -180,7 +204,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     on_the_page = {"fn": None, "api_visibility": "private"}
     shown = [part.version, part.timer, part.chatbot, part.box, part.history, part.address, part.name, part.foot]
-    ask_for_news = (pages.news, [part.whose, part.address, part.version], [part.news])
+    ask_for_news = (pages.news, [part.opened, part.address, part.version], [part.news])
 
     def does(events, fn, inputs=None, outputs=None, **options):
         return gr.on(events, fn, inputs, outputs, **options, **quick).then(*ask_for_news, **quick)
@@ -188,7 +212,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     part.timer.tick(*ask_for_news, **quick)
     part.news.change(pages.show, [part.version], shown, trigger_mode="always_last", **quick)
     part.address.change(inputs=[part.address], js=ADDRESS, **on_the_page)
-    does(demo.load, pages.open, [part.owner], [part.whose, part.owner, *part.wishes])
+    does(demo.load, pages.open, [part.former], [part.opened, part.former, *part.wishes])
     demo.unload(pages.left)
 
     does(part.box.submit, pages.ask, [part.box, *part.wishes], [part.box])
@@ -206,5 +230,5 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     part.export.click(pages.export, None, [part.exported], **quick).then(js=DOWNLOAD, **on_the_page)
     prompt, *sliders = part.wishes
     chosen = [prompt.blur, *(slider.release for slider in sliders)]  # changes are also what a page does when it opens
-    gr.on(chosen, pages.choose, [part.whose, *part.wishes], **quick)
+    gr.on(chosen, pages.choose, [part.opened, *part.wishes], **quick)
     gr.on([], pages.answer_program, [part.box, *part.wishes], part.hidden, api_name="chat")

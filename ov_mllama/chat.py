@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import sqlite3
+import threading
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +89,8 @@ class Chat:
         self.ahead = PicturesAhead(model, processor)
         self.line = Line()
         self._under_way: dict[Conversation, Answering] = {}
+        self._writer = ThreadPoolExecutor(1, "saves")  # in order, and the page does not wait for the disk
+        self._failed: set[Conversation] = set()  # to be written again in a moment
 
     def answering(self, conversation: Conversation) -> Answering | None:
         """The answer that a conversation waits for."""
@@ -106,21 +111,51 @@ class Chat:
             if turn.state == WAITING:  # given up before its first step
                 turn.state = STOPPED
             del self._under_way[conversation]
-            self.conversations.save(conversation)
+            self.save(conversation)
 
         task.add_done_callback(ended)
 
     async def stop(self, conversation: Conversation) -> None:
-        """Ends the answer under way, if there is one, and waits until it has ended, and those begun meanwhile too."""
+        """Ends the answer under way, if there is one, and waits until it has ended and was saved, and those begun
+        meanwhile too."""
         while answering := self._under_way.get(conversation):
             answering.task.cancel()
             await asyncio.wait([answering.task])
             await asyncio.sleep(0)  # its callback
+            await asyncio.to_thread(self.flush)
+
+    def save(self, conversation: Conversation) -> None:
+        """Save a conversation as it is now, in a thread. If that fails, `unsaved` says why, and it is tried again every
+        SAVE_EVERY_S seconds."""
+        self._writer.submit(self._write, conversation, self.conversations.snapshot(conversation))
+
+    def flush(self) -> None:
+        """Wait until everything that was to be saved has been tried."""
+        self._writer.submit(lambda: None).result()
+
+    def _write(self, conversation: Conversation, row: list | None) -> None:
+        try:
+            self.conversations.write(conversation, row)
+            conversation.unsaved = ""
+        except (sqlite3.Error, OSError) as error:
+            conversation.unsaved = f"This chat could not be saved ({error}). It is tried again every few seconds."
+            logger.warning("A chat could not be saved, and is tried again: %s", error)
+            if conversation not in self._failed:
+                self._failed.add(conversation)
+                again = threading.Timer(SAVE_EVERY_S, self._save_again, [conversation])
+                again.daemon = True
+                again.start()
+
+    def _save_again(self, conversation: Conversation) -> None:
+        self._failed.discard(conversation)
+        if conversation.unsaved:
+            with contextlib.suppress(RuntimeError):  # the program ends
+                self.save(conversation)
 
     async def _answer_and_save(self, conversation, progress: Progress, wishes: Wishes, uploads) -> None:
         async def save_often() -> None:
             while True:
-                self.conversations.save(conversation)
+                self.save(conversation)
                 await asyncio.sleep(SAVE_EVERY_S)
 
         saving = asyncio.create_task(save_often())
@@ -145,7 +180,7 @@ class Chat:
             arguments = {**self.options, **sampling(wishes.temperature, wishes.top_p), "max_new_tokens": limit}
 
             def note(stats, cut: bool) -> None:
-                turn.note = " · ".join([stats.times, *said])
+                turn.note = " · ".join([stats.times, *turn.remarks, *said])
                 turn.state = CUT if cut else ANSWERED
 
             with self.ahead.holding(uploads):

@@ -33,8 +33,35 @@
     left = log.scrollTop;
   };
   for (const event of ["scroll", "load"]) document.addEventListener(event, follow, true);
+  // Questions come as character references, and answers with invisible joiners, so that no text is markup (shown.py)
+  const asTyped = (text) => text.replace(/&#(\d+);/g, (_, code) => String.fromCodePoint(code));
+  const withoutJoiners = (text) => text.replaceAll("\u2060", "");
+  const edited = new WeakSet();
+  const editAsTyped = () => {
+    for (const area of document.querySelectorAll(".edit-textarea")) {
+      if (edited.has(area)) continue;
+      edited.add(area);
+      area.value = asTyped(area.value);
+      area.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+  };
+  if (navigator.clipboard) {
+    const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+    navigator.clipboard.writeText = (text) => write(withoutJoiners(asTyped(text)));
+  }
+  document.addEventListener("copy", (event) => {
+    const field = document.activeElement, inField = "selectionStart" in field;
+    const text = inField ? field.value.slice(field.selectionStart, field.selectionEnd) : String(getSelection());
+    const unseen = field.parentElement === document.body;  // where Gradio copies from on a page without https
+    const plain = withoutJoiners(unseen ? asTyped(text) : text);
+    if (plain === text) return;
+    event.clipboardData.setData("text/plain", plain);
+    event.preventDefault();
+  });
+
   new MutationObserver(() => {
     follow();
+    editAsTyped();
     for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
       button.ariaLabel = "Open the picture large";
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
@@ -51,9 +78,13 @@
 
   // What was typed is still there when the page is loaded again, as Gradio does when the server was away
   const box = document.querySelector("textarea[placeholder^='Ask a question']");
-  window.addEventListener("pagehide", () => sessionStorage.setItem("typed", box.value));
-  box.value = sessionStorage.getItem("typed") ?? "";
-  box.dispatchEvent(new Event("input", { bubbles: true }));
+  try {
+    box.value = sessionStorage.getItem("typed") ?? "";
+    box.dispatchEvent(new Event("input", { bubbles: true }));
+    window.addEventListener("pagehide", () => sessionStorage.setItem("typed", box.value));
+  } catch (error) {
+    if (error.name !== "SecurityError") throw error;  // a notebook's frame, in a browser that lets it keep nothing
+  }
 
   // Back and Forward go through conversations
   window.addEventListener("popstate", () => location.reload());

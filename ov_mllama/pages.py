@@ -7,27 +7,33 @@ start of the server all show what is kept.
 """
 
 import asyncio
+import logging
 import re
 import secrets
-import tempfile
-import zipfile
+import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat import Chat, Wishes
-from ov_mllama.conversations import Conversation, Turn
+from ov_mllama.conversations import MAX_TITLE, Conversation, Turn
+from ov_mllama.images import PictureError, open_picture
+from ov_mllama.owners import owner_of
+from ov_mllama.page_input import MAX_QUESTION, Recent, bounded_text, checked_wishes, images_of, refuse, text_of
 from ov_mllama.progress import Progress
-from ov_mllama.shown import GO_ON, as_markdown, bubbles, exported_name, shown_picture, who_answers
+from ov_mllama.shown import GO_ON, as_typed, bubbles, exported, who_answers
+
+logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.3  # how soon a page shows how an answer grows; a token takes the 11B as long
 IDLE_LOOK_EVERY_S = 1.0  # and what else has changed, such as in another tab: looking costs browser and server time
-
-
-def paths_of(message: dict) -> list[Path]:
-    """The pictures of a text box, or of an example."""
-    return [Path(file["path"] if isinstance(file, dict) else file) for file in message.get("files") or []]
+MAX_PAGES, MAX_PROGRAMS, MAX_OWNERS = 1000, 100, 1000  # remembered; those used longest ago are forgotten
+MAX_PROGRAM_TURNS = 200
+FORMER_TOKEN = re.compile("[0-9a-f]{32}")  # in the browser's local storage, of earlier versions
+OPENED = "opened"
 
 
 class Page:
@@ -38,83 +44,143 @@ class Page:
         conversation: the one that it shows.
         shown: what it shows already, by output of `show`.
         version: of what it shows.
+        refused: why the question in its box could not be asked.
     """
 
     def __init__(self, owner: str, conversation: Conversation):
         self.owner, self.conversation = owner, conversation
         self.shown: list = [None] * 6
         self.version = 0
+        self.refused = ""
 
 
-class Pages:
-    """What the open tabs show and do. `show` alone writes on a page, so whatever is done there only changes a
-    conversation, and every tab that shows it follows."""
+class Tabs:
+    """The open tabs. One is known by its owner and its session together: a session's name, which the browser chooses,
+    is worth nothing without its owner's login or cookie.
 
-    def __init__(self, chat: Chat):
-        self.chat, self.conversations = chat, chat.conversations
-        self._pages: dict[str, Page] = {}
-        self._programs: dict[str, list[Turn]] = {}
-        self._titles: dict[str, tuple[int, list]] = {}
+    Args:
+        chat: what answers.
+        by_name: as for `owners.owner_of`.
+    """
+
+    def __init__(self, chat: Chat, by_name: bool = True):
+        self.chat, self.conversations, self.by_name = chat, chat.conversations, by_name
+        self._pages: Recent = Recent(MAX_PAGES, lambda key: chat.ahead.want(key, []))
+        self._programs: Recent = Recent(MAX_PROGRAMS)
+        self._titles: Recent = Recent(MAX_OWNERS)
+
+    def _key(self, request: gr.Request) -> tuple[str | None, str]:
+        """Owner and session of a request."""
+        return owner_of(request.username, request.cookies, self.by_name), request.session_hash
 
     def page(self, request: gr.Request) -> Page:
         """The tab that a request comes from.
 
         Raises:
-            gr.Error: the server began anew, and the page has not said yet what it shows.
+            gr.Error: the server began anew, and the page has not said yet what it shows; or it is somebody else's.
         """
-        if request.session_hash not in self._pages:
-            raise gr.Error("The page was just connecting: please try again.")
-        return self._pages[request.session_hash]
-
-    def connect(self, owner: str, key: str, request: gr.Request) -> Page:
-        """A tab says whose it is and what it shows: the first time, and after the server began anew."""
-        owner = f"user {request.username}" if request.username else owner
-        kept = self.conversations.get(key, owner) if key else None
-        page = self._pages[request.session_hash] = Page(owner, kept or Conversation(owner))
+        page = self._pages.get(self._key(request))
+        if page is None:
+            raise gr.Error("The page was just connecting: please try again.", print_exception=False)
         return page
 
-    async def open(self, owner: str, request: gr.Request) -> list:
-        """A tab was opened or loaded again: whose it is, for itself and to keep, made up the first time; and settings.
-        Before it has this answer it asks for no news and keeps no settings."""
-        owner = owner or secrets.token_hex(16)
-        page = self.connect(owner, request.query_params.get("chat", ""), request)
-        return [owner, owner, *(self.conversations.settings(page.owner) or Wishes())]
+    async def connect(self, key: str, request: gr.Request) -> Page:
+        """A tab says what it shows: the first time, and after the server began anew.
+
+        Raises:
+            gr.Error: its browser takes no cookies; what is kept cannot be read.
+        """
+        owner, session = self._key(request)
+        if owner is None:
+            raise refuse("The page needs a cookie to know whose chats it shows: allow it, or open it in its own tab.")
+        kept = await self._read(self.conversations.get, key, owner) if key else None
+        page = self._pages[owner, session] = Page(owner, kept or Conversation(owner))
+        return page
+
+    @staticmethod
+    async def _read(function, *arguments):
+        """What a function of `conversations` returns, from a thread: it may wait for another program.
+
+        Raises:
+            gr.Error: it failed.
+        """
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        except (sqlite3.Error, OSError) as error:
+            raise refuse(f"The chats cannot be read or written just now ({error}): try again.") from error
+
+    async def open(self, former: str, request: gr.Request) -> list:
+        """A tab was opened or loaded again: that it was, its token of earlier versions, used up, and settings. Before
+        it has this answer it asks for no news and keeps no settings.
+
+        Args:
+            former: the token that earlier versions kept in the browser's local storage; its conversations become those
+                of the browser's cookie.
+        """
+        owner, _ = self._key(request)
+        if owner and owner.startswith("browser:") and isinstance(former, str) and FORMER_TOKEN.fullmatch(former):
+            await self._read(self.conversations.adopt, f"browser:{former}", owner)
+        page = await self.connect(request.query_params.get("chat", ""), request)
+        return [OPENED, "", *(await self._read(self.conversations.settings, page.owner) or Wishes())]
 
     def left(self, request: gr.Request) -> None:
         """A tab was closed: its answers are written on, its pictures are not wanted any more."""
-        self._pages.pop(request.session_hash, None)
-        self._programs.pop(request.session_hash, None)
-        self.chat.ahead.want(request.session_hash, [])
+        key = self._key(request)
+        self._pages.pop(key, None)
+        self._programs.pop(key, None)
+        self.chat.ahead.want(key, [])
+
+    async def _list_chats(self, owner: str) -> None:
+        """Read an owner's titles where they have changed; while they cannot be read, the old ones are shown."""
+        version = self.conversations.version
+        if self._titles.get(owner, (None,))[0] != version:
+            try:
+                self._titles[owner] = version, await asyncio.to_thread(self.conversations.titles, owner)
+            except (sqlite3.Error, OSError):
+                logger.warning("The list of chats cannot be read", exc_info=True)
+
+
+class Pages(Tabs):
+    """What the open tabs show and do. `show` alone writes on a page, so whatever is done there only changes a
+    conversation, and every tab that shows it follows.
+
+    Args:
+        chat, by_name: as for `Tabs`.
+        examples: questions and their images' files, as the page shows them.
+    """
+
+    def __init__(self, chat: Chat, examples: Sequence[tuple[str, Sequence[Path]]] = (), by_name: bool = True):
+        super().__init__(chat, by_name)
+        self.examples = examples
 
     def _look(self, page: Page) -> list:
         """What a page should show: messages, whether an answer is under way, earlier chats, id, name, who answers."""
         if page.conversation.gone:
             page.conversation = Conversation(page.owner)
-        version, titles = self._titles.get(page.owner, (None, []))
-        if version != self.conversations.version:
-            version, titles = self.conversations.version, self.conversations.titles(page.owner)
-            self._titles[page.owner] = version, titles
+        _, titles = self._titles.get(page.owner, (None, []))
         talk, under_way = page.conversation, self.chat.answering(page.conversation)
         waits = "Stopping ..." if under_way and under_way.task.cancelling() else str(under_way and under_way.progress)
         key = talk.id if talk.turns else ""
+        foot = f"{as_typed(who_answers(self.chat.model))} · Everything stays on the machine that serves this page."
         return [
             bubbles(talk.turns, waits),
             bool(under_way),
             (titles, key),
             key,
             talk.name,
-            who_answers(self.chat.model),
+            "\n\n".join([foot, *(f"⚠️ {as_typed(sentence)}" for sentence in (page.refused, talk.unsaved) if sentence)]),
         ]
 
-    async def news(self, owner: str, key: str, version: str, request: gr.Request):
+    async def news(self, opened: str, key: str, version: str, request: gr.Request):
         """Another word whenever a page does not show what it should; asked often, so it must be cheap.
 
         Args:
-            owner, key, version: what the page says of itself.
+            opened, key, version: what the page says of itself.
         """
-        if not owner:  # it has not been opened yet
+        if not opened:
             return gr.skip()
-        page = self._pages.get(request.session_hash) or self.connect(owner, key, request)
+        page = self._pages.get(self._key(request)) or await self.connect(key, request)
+        await self._list_chats(page.owner)
         shows_all = version == str(page.version) and self._look(page) == page.shown
         return gr.skip() if shows_all else secrets.token_hex(8)
 
@@ -125,16 +191,17 @@ class Pages:
             version: of what the page shows.
         """
         page = self.page(request)
+        await self._list_chats(page.owner)
         before = page.shown if version == str(page.version) else [None] * len(page.shown)
         page.shown, page.version = self._look(page), page.version + 1
-        messages, busy, (titles, current), key, name, who = page.shown
+        messages, busy, (titles, current), key, name, foot = page.shown
         parts = [
             messages,
             gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy),
             gr.Radio(titles, value=current or None),
             key,
             name,
-            f"{who} · Everything stays on the machine that serves this page.",
+            foot,
         ]
         changed = [
             part if now != then else gr.skip() for part, now, then in zip(parts, page.shown, before, strict=True)
@@ -143,35 +210,49 @@ class Pages:
         return [str(page.version), timer if busy != before[1] else gr.skip(), *changed]
 
     async def ask(self, message: dict, request: gr.Request, *wishes):
-        """Asks what is in the text box, and empties it; while an answer is under way it stays there."""
-        page = self.page(request)
-        talk, text = page.conversation, (message.get("text") or "").strip()
-        uploads = paths_of(message)
-        if not text and not uploads:
+        """Asks what is in the text box, and empties it; while an answer is under way, and where a picture cannot be
+        used, it stays there."""
+        return await self._ask(text_of(message), images_of(message), request, wishes)
+
+    async def _ask(self, text: str, images: Sequence[Path], request: gr.Request, wishes: Sequence):
+        """`ask` about files that are known to be uploads or examples."""
+        page, checked = self.page(request), checked_wishes(wishes)
+        talk = page.conversation
+        if not text and not images:
             return gr.skip()
         try:
-            pictures = [await asyncio.to_thread(self._keep, talk, file) for file in uploads]
-        except FileNotFoundError as error:  # Gradio keeps uploads for an hour
-            raise gr.Error(f"{Path(error.filename).name} has waited too long: please add it again.") from error
+            stored = [await asyncio.to_thread(self._store, talk, image) for image in images]
+        except PictureError as error:
+            page.refused = str(error)
+            return gr.skip()
+        except OSError as error:
+            page.refused = f"The picture could not be stored ({error.strerror}): make room on the disk."
+            return gr.skip()
         if self.chat.answering(talk):
             gr.Info("One answer at a time: stop this one first, or wait for its end.")
             return gr.skip()
-        talk.turns.append(Turn(text, pictures))
-        self.chat.begin(talk, Wishes(*wishes), uploads)
+        remarks = [remark for _, remark in stored if remark]
+        talk.turns.append(Turn(text, [picture for picture, _ in stored], remarks=remarks))
+        page.refused = ""
+        self.chat.begin(talk, checked, images)
         return {"text": "", "files": []}
 
-    def _keep(self, talk: Conversation, upload: Path) -> Path:
-        picture = self.conversations.keep(talk, upload)
-        shown_picture(picture)  # made now, in a thread
-        return picture
+    def _store(self, talk: Conversation, image: Path) -> tuple[Path, str]:
+        """Store an image anew, in a thread; its file, and a remark on what was opened of it."""
+        opened = open_picture(image)
+        return self.conversations.store(talk, opened, image.stem), opened.info.get("remark", "")
 
     async def example(self, chosen: gr.SelectData, request: gr.Request, *wishes) -> None:
-        """Asks one of the examples."""
-        await self.ask(chosen.value, request, *wishes)
+        """Asks one of the examples, by its number; what else the event says of it is not believed."""
+        index = chosen.index
+        if type(index) is not int or not 0 <= index < len(self.examples):
+            raise refuse("There is no such example.")
+        text, images = self.examples[index]
+        await self._ask(text, images, request, wishes)
 
     async def go_on(self, request: gr.Request, *wishes) -> None:
         """Asks for the rest of an answer that was cut."""
-        await self.ask({"text": GO_ON}, request, *wishes)
+        await self._ask(GO_ON, [], request, wishes)
 
     async def stop(self, request: gr.Request) -> None:
         """Stops the answer under way."""
@@ -179,10 +260,10 @@ class Pages:
 
     async def retry(self, request: gr.Request, *wishes) -> None:
         """Answers the last question again."""
-        talk = self.page(request).conversation
+        talk, checked = self.page(request).conversation, checked_wishes(wishes)
         await self.chat.stop(talk)
         if talk.turns:  # another tab may have taken them back
-            self.chat.begin(talk, Wishes(*wishes))
+            self.chat.begin(talk, checked)
 
     async def undo(self, request: gr.Request):
         """Takes the last question back into the text box."""
@@ -191,17 +272,23 @@ class Pages:
         if not talk.turns:
             return gr.skip()
         turn = talk.turns.pop()
-        self.conversations.save(talk)
-        return {"text": turn.question, "files": [str(picture) for picture in turn.pictures]}
+        self.chat.save(talk)
+        kept = [picture for picture in turn.pictures if picture.is_file()]
+        copies = [await asyncio.to_thread(save_file_to_cache, picture, get_upload_folder()) for picture in kept]
+        return {"text": turn.question, "files": copies}
 
     async def edit(self, edited: gr.EditData, request: gr.Request, *wishes) -> None:
         """Asks a question in other words, about the pictures that it had; what came after it is gone."""
-        talk = self.page(request).conversation
+        talk, checked = self.page(request).conversation, checked_wishes(wishes)
+        question = bounded_text(edited.value, MAX_QUESTION, "question")
+        index = edited.index[0] if isinstance(edited.index, (list, tuple)) and edited.index else edited.index
         await self.chat.stop(talk)
-        index = edited.index[0] if isinstance(edited.index, (list, tuple)) else edited.index
-        asked = sum(message["role"] == "user" for message in bubbles(talk.turns)[:index])
-        talk.turns[asked:] = [Turn(edited.value, talk.turns[asked].pictures)]
-        self.chat.begin(talk, Wishes(*wishes))
+        messages = bubbles(talk.turns)
+        if type(index) is not int or not 0 <= index < len(messages) or messages[index]["role"] != "user":
+            raise refuse("There is no such question any more.")
+        asked = sum(message["role"] == "user" for message in messages[:index])
+        talk.turns[asked:] = [Turn(question, talk.turns[asked].pictures, remarks=talk.turns[asked].remarks)]
+        self.chat.begin(talk, checked)
 
     async def begin_new(self, request: gr.Request) -> None:
         """An empty conversation; an answer under way is written on in its own."""
@@ -211,47 +298,51 @@ class Pages:
     async def reopen(self, key: str, request: gr.Request) -> None:
         """An earlier conversation."""
         page = self.page(request)
-        page.conversation = self.conversations.get(key, page.owner) or Conversation(page.owner)
+        kept = await self._read(self.conversations.get, key, page.owner) if isinstance(key, str) else None
+        page.conversation = kept or Conversation(page.owner)
 
     async def rename(self, name: str, request: gr.Request) -> str:
         """Another name for the conversation; none is its first question again. What it is called now."""
         talk = self.page(request).conversation
+        name = bounded_text(name, MAX_TITLE, "name")
         if talk.turns and name != talk.name:
             talk.title = name.strip()
-            self.conversations.save(talk)
+            self.chat.save(talk)
         return talk.name
 
     async def delete(self, sure: str, request: gr.Request) -> None:
         """Deletes the conversation, with its pictures, if its owner is sure."""
         talk = self.page(request).conversation
         if sure and talk.turns:
-            talk.gone = True
             await self.chat.stop(talk)
-            self.conversations.delete(talk)
+            await self._read(self.conversations.delete, talk)
 
     async def export(self, request: gr.Request) -> str:
         """The conversation as a file: Markdown and its pictures in a .zip."""
-        talk = self.page(request).conversation
-        name = re.sub(r"[^\w -]", "", talk.name).strip() or "chat"
-        path = Path(tempfile.mkdtemp(dir=get_upload_folder())) / f"{name}.zip"
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("chat.md", as_markdown(talk))
-            for picture in {picture for turn in talk.turns for picture in turn.pictures if picture.is_file()}:
-                file.write(picture, exported_name(picture))
-        return str(path)
+        return await asyncio.to_thread(exported, self.page(request).conversation)
 
-    async def choose(self, owner: str, request: gr.Request, *wishes) -> None:
+    async def choose(self, opened: str, request: gr.Request, *wishes) -> None:
         """Keeps the settings for the next time; not those that a page shows before it was opened."""
-        if owner:
-            self.conversations.choose(self.page(request).owner, [*wishes])
+        if opened:
+            await self._read(self.conversations.choose, self.page(request).owner, [*checked_wishes(wishes)])
 
     async def being_written(self, message: dict | None, request: gr.Request) -> None:
-        """What the text box holds now: its pictures are encoded ahead."""
-        self.chat.ahead.want(request.session_hash, paths_of(message or {}))
+        """What the text box holds now: its pictures are encoded ahead, on a page that is connected. One that is no
+        upload any more is left to the question about it."""
+        key = self._key(request)
+        if self._pages.get(key):
+            try:
+                images = images_of(message)
+            except gr.Error:
+                images = []
+            self.chat.ahead.want(key, images)
 
     async def answer_program(self, message: dict, request: gr.Request, *wishes) -> tuple[str, str]:
         """For gradio_client, whose sessions are conversations that are kept nowhere: answer and note."""
-        turns = self._programs.setdefault(request.session_hash, [])
-        turns.append(Turn((message.get("text") or "").strip(), paths_of(message)))
-        await self.chat.answer(turns, Progress(), Wishes(*wishes))
-        return turns[-1].answer, turns[-1].note
+        turn, checked, key = Turn(text_of(message), images_of(message)), checked_wishes(wishes), self._key(request)
+        turns = self._programs.get(key, [])
+        self._programs[key] = turns
+        turns.append(turn)
+        del turns[:-MAX_PROGRAM_TURNS]
+        await self.chat.answer(turns, Progress(), checked)
+        return turn.answer, turn.note

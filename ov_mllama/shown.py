@@ -2,19 +2,28 @@
 
 import functools
 import re
-import secrets
-from collections.abc import Iterable
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import quote
 
 from ov_mllama.conversations import CUT, FAILED, STOPPED, WAITING, Conversation, Turn
-from ov_mllama.images import open_picture
 
-NO_BROWSER_SHOWS = (".heic", ".heif", ".tif", ".tiff", ".ppm")
 GO_ON = "Go on"
+JOINER = "\u2060"  # has no width
+LATEX: list[dict] = [  # what begins and ends a formula
+    {"left": left, "right": right, "display": display}
+    for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False))
+]
 
 
 @functools.lru_cache(1000)  # a page asks ten times a second
+def as_answer(text: str) -> str:
+    """An answer as the page shows it: Markdown with formulas that loads nothing."""
+    return outside_formulas(with_formulas(text), loads_nothing)
+
+
 def with_formulas(text: str) -> str:
     """Text in which formulas between single dollars are marked as such, and sums of money are not (pandoc's rule: no
     space inside the dollars, no digit behind the second); code stays as it is."""
@@ -24,24 +33,48 @@ def with_formulas(text: str) -> str:
     return "".join(pieces)
 
 
-def shown_picture(path: Path) -> Path:
-    """The file that a browser shows for a kept picture, made if need be."""
-    if path.suffix.lower() not in NO_BROWSER_SHOWS or not path.is_file():
-        return path
-    copy = path.with_name(f"{path.name}.jpg")
-    if not copy.is_file():
-        try:
-            part = path.with_name(f"{secrets.token_hex(8)}.part")
-            open_picture(path).save(part, "JPEG", quality=90)
-            part.replace(copy)
-        except ValueError:
-            return path
-    return copy
+MARKUP = re.compile(r"[\\`*_{}\[\]<>#&!|~$@%^/=+\-\t\r\n]|(?<=www)\.|^(?: +|\d+[.)])", re.IGNORECASE)
+
+
+def as_typed(text: str) -> str:
+    """Markdown that shows a text as it was typed: no formatting, HTML, formula, link or line break of its own.
+
+    What could be markup becomes character references, which page.js undoes where text is edited or copied.
+    """
+    return MARKUP.sub(lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text)
+
+
+def loads_nothing(text: str) -> str:
+    """Markdown whose pictures are links and whose HTML is text: nothing is fetched before a person clicks.
+
+    JOINER, which nobody sees, parts "!" from "[" and "<" from what makes it a tag, in code too, because where code
+    begins is the browser's to say; page.js removes it from what is copied.
+    """
+    text = text.replace("```mermaid", "``` mermaid")  # a diagram may name pictures
+    return re.sub(r"!(?=\[)|<(?=[A-Za-z/!?])", rf"\g<0>{JOINER}", text)
+
+
+def outside_formulas(text: str, change: Callable[[str], str]) -> str:
+    """Text with a change to all but its formulas, which are found as the page finds them: it never makes HTML of them,
+    and they stay as they are."""
+    formulas: list[str] = []
+
+    def cut_out(found: re.Match) -> str:
+        formulas.append(found[0])
+        return f"\ue000{len(formulas) - 1}\ue001"
+
+    text = text.replace("\ue000", "")
+    for each in LATEX:
+        text = re.sub(f"{re.escape(each['left'])}.+?{re.escape(each['right'])}", cut_out, text, flags=re.DOTALL)
+    text = change(text)
+    for i in reversed(range(len(formulas))):  # the later ones may contain earlier ones
+        text = text.replace(f"\ue000{i}\ue001", formulas[i])
+    return text
 
 
 def remark(title: str, **more) -> dict:
-    """A line about the conversation that is no part of it."""
-    metadata = {"title": title} | ({"status": more.pop("status")} if "status" in more else {})
+    """A line about the conversation that is no part of it; its title is text."""
+    metadata = {"title": as_typed(title)} | ({"status": more.pop("status")} if "status" in more else {})
     return {"role": "assistant", "content": "", "metadata": metadata, **more}
 
 
@@ -53,10 +86,11 @@ def bubbles(turns: Iterable[Turn], waits: str = "") -> list[dict]:
     """
     messages: list[dict] = []
     for turn in turns:
-        pictures = [{"path": str(shown_picture(picture))} for picture in turn.pictures]
-        messages.append({"role": "user", "content": [*pictures, *([turn.question] if turn.question else [])]})
+        pictures = [{"path": str(picture)} for picture in turn.pictures]
+        question = [as_typed(turn.question)] if turn.question else []
+        messages.append({"role": "user", "content": [*pictures, *question]})
         if turn.answer:
-            messages.append({"role": "assistant", "content": with_formulas(turn.answer)})
+            messages.append({"role": "assistant", "content": as_answer(turn.answer)})
         if turn.state == WAITING:
             if not turn.answer or waits.startswith("Stopping"):
                 messages.append(remark(waits, status="pending"))
@@ -78,14 +112,37 @@ def who_answers(model) -> str:
 
 def exported_name(picture: Path) -> str:
     """Of a kept picture, beside a conversation's text."""
-    return f"pictures/{picture.parent.name[:6]}-{picture.name}"
+    return f"pictures/{picture.name}"
+
+
+def escaped(text: str) -> str:
+    """Text within Markdown: nothing in it is a picture, a link, HTML or a heading, and it stays readable."""
+    return re.sub(r"[\\`*_\[\]<>#|~!&$]", r"\\\g<0>", text)
 
 
 def as_markdown(conversation: Conversation) -> str:
-    """A conversation to keep elsewhere; its pictures are beside it, under `exported_name`."""
-    lines = [f"# {conversation.name}", ""]
+    """A conversation to keep elsewhere; its pictures are beside it, under `exported_name`, and no others are shown."""
+    lines = [f"# {escaped(' '.join(conversation.name.split()))}", ""]
     for turn in conversation.turns:
         lines += [f"![]({quote(exported_name(picture))})" for picture in turn.pictures]
-        lines += ["", *(f"> {line}" for line in turn.question.splitlines()), "", turn.answer, ""]
-        lines += [f"<sub>{turn.note}</sub>", ""] if turn.note else []
+        lines += ["", *(f"> {escaped(line)}" for line in turn.question.splitlines()), ""]
+        lines += [loads_nothing(turn.answer), ""]
+        lines += [f"<sub>{escaped(' '.join(turn.note.split()))}</sub>", ""] if turn.note else []
     return "\n".join(lines)
+
+
+def exported(conversation: Conversation) -> str:
+    """Write a conversation's .zip, Markdown and its pictures, into Gradio's folder of files that it sends, under the
+    file's digest; its path."""
+    from gradio.processing_utils import save_file_to_cache
+    from gradio.utils import get_upload_folder
+
+    name = re.sub(r"[^\w -]", "", conversation.name).strip()[:60] or "chat"
+    pictures = {picture for turn in conversation.turns for picture in turn.pictures if picture.is_file()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.zip"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("chat.md", as_markdown(conversation))
+            for picture in pictures:
+                file.write(picture, exported_name(picture))
+        return save_file_to_cache(path, get_upload_folder())

@@ -308,16 +308,21 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def mount_chat(app: FastAPI, model, processor, checkpoint: str | Path, key: str | None) -> FastAPI:
-    """The chat page, at /chat, whose password is the key, if there is one; its examples are the checkpoint's."""
+    """Mount the chat page at /chat; its password is the key, if there is one, and its examples are the checkpoint's.
+
+    Whoever has the key may log in under any name, so names own nothing: conversations are the browser's.
+    """
     import gradio as gr
 
     from data_preprocessing import questions_about
     from gradio_helper import LAUNCH, make_demo
 
-    looks = {name: LAUNCH[name] for name in ("max_file_size", "footer_links", "css_paths", "js", "theme")}
-    demo = make_demo(model, processor, questions_about(checkpoint)[:3])
+    looks = {
+        name: LAUNCH[name] for name in ("max_file_size", "run_history", "footer_links", "css_paths", "js", "theme")
+    }
+    demo = make_demo(model, processor, questions_about(checkpoint)[:3], by_name=False)
     auth = (lambda name, given: same(given, key)) if key else None
-    return gr.mount_gradio_app(app, demo, "/chat", auth=auth, **looks)
+    return gr.mount_gradio_app(app, demo, "/chat", auth=auth, app_kwargs=demo.app_kwargs(), **looks)
 
 
 if __name__ == "__main__":

@@ -345,10 +345,17 @@ def test_edited_question_keeps_its_picture_and_what_came_before(page):
 
 def test_broken_picture_then_go_on(page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
-    page.ask("What is it?", tmp_path / "broken.png")
-    page.expect_answers("broken.png is not a picture that can be read")
+    page.attach(tmp_path / "broken.png")
+    page.box.fill("What is it?")
+    page.send.click()
+    foot = page.tab.locator(".block.foot")
+    expect(foot).to_contain_text("broken.png is not a picture that can be read")
+    expect(page.bot).to_have_count(0)
+    expect(page.box).to_have_value("What is it?")
+    page.tab.locator(".delete-button").first.click()
     page.ask(SAMPLES[1]["question"], path_of(SAMPLES[1]))
-    page.expect_answers("is not a picture", SAMPLES[1]["answer"], "1 picture")
+    page.expect_answers(SAMPLES[1]["answer"], "1 picture")
+    expect(foot).not_to_contain_text("broken.png")
 
 
 def test_two_people_at_once_get_their_own_answers(browser, url):

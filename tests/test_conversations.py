@@ -1,18 +1,27 @@
 """What is kept of conversations: by whom it is read again, what is gone for good, and what a killed program leaves."""
 
 import asyncio
+import contextlib
+import json
 import multiprocessing
 import os
-import shutil
+import re
+import sqlite3
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
+import numpy as np
 import pytest
+from PIL import Image, ImageChops
 
+from chat_page import wait_until
 from ov_mllama.chat import Chat, Wishes
-from ov_mllama.conversations import ANSWERED, CUT, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.conversations import ANSWERED, CUT, MIGRATIONS, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.images import open_picture
+from ov_mllama.owners import COOKIE
 from ov_mllama.pages import Pages
 
 ME, OTHER = "me", "somebody else"
@@ -27,8 +36,18 @@ def kept(tmp_path):
 @pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "cat.png"
-    path.write_bytes(b"a picture" * 100_000)
+    noise(0).save(path)
     return path
+
+
+def noise(seed: int) -> Image.Image:
+    """A picture of random pixels."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+
+
+def same(one: Path, other) -> bool:
+    """Whether two pictures have the same pixels."""
+    return ImageChops.difference(Image.open(one), open_picture(other)).getbbox() is None
 
 
 def talk(kept, *questions: str, owner=ME) -> Conversation:
@@ -36,6 +55,21 @@ def talk(kept, *questions: str, owner=ME) -> Conversation:
     conversation = Conversation(owner, turns=[Turn(question, [], "Yes.", "2 s", ANSWERED) for question in questions])
     kept.save(conversation)
     return conversation
+
+
+TOKEN, OTHER_TOKEN = "a" * 64, "b" * 64
+
+
+def asks(session="tab", token=TOKEN, username=None, **query_params) -> SimpleNamespace:
+    """A request as Gradio gives it."""
+    cookies = {COOKIE: token} if token else {}
+    return SimpleNamespace(session_hash=session, username=username, query_params=query_params, cookies=cookies)
+
+
+def pages_of(kept, **options) -> Pages:
+    """Pages of a model that is never asked."""
+    model = SimpleNamespace(stats=SimpleNamespace(tokens_per_s=0))
+    return Pages(Chat(model, None, kept), **options)
 
 
 def another_program(kept) -> Conversations:
@@ -56,7 +90,7 @@ def test_another_program_reads_what_was_saved(kept, picture):
     again = another_program(kept).get(conversation.id, ME)
     assert again is not conversation
     assert (again.turns, again.title, again.owner) == (conversation.turns, "What is it?", ME)
-    assert again.turns[0].pictures[0].read_bytes() == picture.read_bytes()
+    assert same(again.turns[0].pictures[0], picture)
 
 
 def test_the_conversation_asked_last_is_first(kept):
@@ -147,45 +181,57 @@ def files(folder: Path) -> list[Path]:
 def test_a_picture_is_kept_once_under_its_own_name(kept, picture, tmp_path):
     conversation, other = Conversation(ME), Conversation(ME)
     copy = kept.keep(conversation, picture)
-    assert (copy.name, copy.read_bytes()) == (picture.name, picture.read_bytes())
+    assert copy.name.endswith("-cat.png")
+    assert same(copy, picture)
     assert kept.keep(conversation, picture) == copy
-    assert kept.keep(conversation, copy) == copy  # a question taken back names the copy
+    assert kept.keep(conversation, copy) == copy  # a question taken back brings the copy
     assert files(kept.pictures) == [copy]
     assert kept.keep(other, picture) != copy
     namesake = tmp_path / "elsewhere" / picture.name
     namesake.parent.mkdir()
-    namesake.write_bytes(b"another one")
-    assert kept.keep(conversation, namesake).read_bytes() == b"another one"
-    assert copy.read_bytes() == picture.read_bytes()
+    noise(1).save(namesake)
+    assert same(kept.keep(conversation, namesake), namesake)
+    assert same(copy, picture)
 
 
 def test_an_interrupted_copy_is_not_taken_for_the_picture(kept, picture, monkeypatch):
     conversation = Conversation(ME)
 
-    def half(source, target):
-        Path(target).write_bytes(Path(source).read_bytes()[:1000])
+    def half(image, target, *args, **options):
+        Path(target).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "copyfile", half)
+    monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(KeyboardInterrupt):
         kept.keep(conversation, picture)
     monkeypatch.undo()
-    assert kept.keep(conversation, picture).read_bytes() == picture.read_bytes()
+    assert files(kept.pictures) == []
+    assert same(kept.keep(conversation, picture), picture)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["кот 猫 🐈 (1).png", " .png", "a%20b#c?.png", "x" * 251 + ".png", "猫" * 83 + ".png", "part", "..."],
-    ids=["unicode", "space", "address", "long", "long unicode", "part", "dots"],
+    [
+        "кот 猫 🐈 (1).png",
+        " .png",
+        "a%20b#c?.png",
+        "x" * 251 + ".png",
+        "猫" * 83 + ".png",
+        "part",
+        "...",
+        "a\n[b](c).png",
+    ],
+    ids=["unicode", "space", "address", "long", "long unicode", "part", "dots", "markdown"],
 )
 def test_odd_file_names(kept, tmp_path, name):
     odd = tmp_path / name
-    odd.write_bytes(b"picture")
+    noise(0).save(odd, "PNG")
     conversation = Conversation(ME)
     conversation.turns = [Turn("?", [kept.keep(conversation, odd)])]
     kept.save(conversation)
     (again,) = another_program(kept).get(conversation.id, ME).turns[0].pictures
-    assert (again.name, again.read_bytes()) == (name, b"picture")
+    assert same(again, odd)
+    assert re.fullmatch(r"[0-9a-f]{16}-[\w -]+\.png", again.name)
 
 
 def test_what_is_deleted_is_gone(kept, picture):
@@ -206,7 +252,7 @@ def test_what_is_kept_is_the_users_alone(kept, picture, picture_first):
     conversation = talk(kept, "?") if not picture_first else Conversation(ME)
     kept.keep(conversation, picture)
     folders = [kept.folder, *(path for path in kept.folder.rglob("*") if path.is_dir())]
-    assert len(folders) == 4
+    assert len(folders) == 3
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
 
 
@@ -264,6 +310,205 @@ def test_programs_that_write_at_once_lose_nothing(kept):
     assert sorted(title for title, _ in titles) == sorted(f"{n}.{i}" for n in range(PROGRAMS) for i in range(SAVES))
     assert {len(kept.get(key, ME).turns) for _, key in titles} == {2}
     assert [kept.settings(f"user {number}") for number in range(PROGRAMS)] == [[SAVES - 1]] * PROGRAMS
+
+
+# ---- The file's format ----------------------------------------------------------------------------------------------
+
+
+def write_file(folder: Path, version: int, **owners: list) -> None:
+    """A chat.sqlite3 as a version of the program has left it; `owners` by conversation."""
+    folder.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(folder / "chat.sqlite3")) as database, database:
+        database.executescript(MIGRATIONS[0])
+        for key, (owner, turns) in owners.items():
+            row = [key, owner, "A title", 1.0, json.dumps(turns)]
+            database.execute("INSERT INTO conversations VALUES (?, ?, ?, ?, ?)", row)
+            database.execute("INSERT INTO settings VALUES (?, ?)", [owner, json.dumps(["Brief.", 7, 0, 0.9])])
+        database.execute(f"PRAGMA user_version = {version}")
+
+
+def test_file_of_an_earlier_version_is_migrated(kept):
+    turn = {"question": "What?", "answer": "A cat.", "state": ANSWERED}
+    token = "0123456789abcdef" * 2
+    write_file(
+        kept.folder,
+        0,
+        a=("alice-token", [turn]),
+        b=("user alice", [turn]),
+        c=(token, [turn]),
+        d=("user user x", [turn]),
+    )
+    for program in (kept, another_program(kept)):  # once
+        for key, owner in (("a", "browser:alice-token"), ("b", "user:alice"), ("d", "user:user x")):
+            assert [name for _, name in program.titles(owner)] == [key]
+            assert program.get(key, owner).turns[0].answer == "A cat."
+            assert program.settings(owner) == ["Brief.", 7, 0, 0.9]
+        assert [name for _, name in program.titles(f"browser:{token}")] == ["c"]
+        assert (
+            program.titles("user alice") == program.titles("alice-token") == program.titles("browser:user alice") == []
+        )
+
+
+def test_programs_that_migrate_at_once_do_it_once(tmp_path):
+    write_file(tmp_path / "data", 0, a=("user alice", []))
+    programs = [Conversations(tmp_path / "data") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert {len(titles) for titles in pool.map(lambda program: program.titles("user:alice"), programs)} == {1}
+
+
+@pytest.mark.parametrize("version", [len(MIGRATIONS) + 1, 1000])
+def test_file_of_a_newer_version_is_refused_and_left_alone(kept, version):
+    write_file(kept.folder, version, a=("user:alice", []))
+    before = (kept.folder / "chat.sqlite3").read_bytes()
+    for use in (kept.tidy, lambda: kept.titles("user:alice"), lambda: talk(kept, "?")):
+        with pytest.raises(ValueError, match=f"chat.sqlite3 has format {version}.*update the program"):
+            use()
+    assert (kept.folder / "chat.sqlite3").read_bytes() == before
+
+
+def test_migration_that_fails_changes_nothing(kept, monkeypatch):
+    write_file(kept.folder, 0, a=("user alice", []))
+    monkeypatch.setattr("ov_mllama.conversations.MIGRATIONS", (*MIGRATIONS, "SELECT no_such_column FROM settings"))
+    with pytest.raises(sqlite3.OperationalError):
+        kept.tidy()
+    monkeypatch.undo()
+    assert len(kept.titles("user:alice")) == 1
+
+
+def test_fields_of_other_versions(kept):
+    turns = [{"question": "What?", "colour": "blue", "pictures": []}, {"answer": "Yes.", "state": ANSWERED}, {}]
+    write_file(kept.folder, len(MIGRATIONS), a=(ME, turns))
+    first, second, third = kept.get("a", ME).turns
+    assert (first.question, first.state) == ("What?", STOPPED)
+    assert (second.question, second.answer, second.pictures, second.remarks) == ("", "Yes.", [], [])
+    assert third.question == ""
+
+
+def test_picture_of_an_earlier_version_is_stored_anew_without_exif(kept, tmp_path):
+    old = kept.pictures / "a" / "0123456789abcdef" / "cat.jpg"
+    old.parent.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x010F] = "Camera of somebody"
+    noise(0).save(old, exif=exif)
+    turn = {"question": "What?", "pictures": ["0123456789abcdef/cat.jpg", "0123456789abcdef/gone.heic"]}
+    turn["pictures"] = [f"a/{name}" for name in turn["pictures"]]
+    with contextlib.closing(sqlite3.connect(kept.folder / "chat.sqlite3")) as database, database:
+        database.executescript(MIGRATIONS[0])
+        database.execute("INSERT INTO conversations VALUES ('a', ?, 'A title', 1, ?)", ["user me", json.dumps([turn])])
+    picture, gone = kept.get("a", "user:me").turns[0].pictures
+    assert (picture.parent.parent, picture.suffix) == (kept.pictures, ".png")
+    assert same(picture, old)
+    assert b"Camera" not in picture.read_bytes()
+    assert not gone.exists()
+
+
+# ---- Saves that fail, and state without end -------------------------------------------------------------------------
+
+
+def test_save_that_fails_is_repeated_until_it_succeeds(kept, monkeypatch):
+    monkeypatch.setattr("ov_mllama.chat.SAVE_EVERY_S", 0.05)
+    chat, conversation = Chat(None, None, kept), Conversation(ME, turns=[Turn("?", state=ANSWERED)])
+    kept.titles(ME)
+    file, tried, real = kept.folder / "chat.sqlite3", [], kept.write
+
+    def write(*given):
+        tried.append(given)
+        real(*given)
+
+    monkeypatch.setattr(kept, "write", write)
+    with contextlib.closing(sqlite3.connect(file)) as other:
+        monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.01)
+        other.execute("BEGIN EXCLUSIVE")
+        chat.save(conversation)
+        wait_until(lambda: len(tried) > 2)
+        assert "could not be saved (database is locked)" in conversation.unsaved
+        other.rollback()
+    wait_until(lambda: not conversation.unsaved)
+    assert another_program(kept).get(conversation.id, ME).turns == conversation.turns
+    chat.flush()
+    count = len(tried)
+    chat.save(conversation)
+    chat.flush()
+    assert len(tried) == count + 1
+
+
+def test_event_loop_does_not_wait_for_the_database(kept, monkeypatch):
+    pages, request = pages_of(kept), asks()
+    kept.tidy()
+
+    async def ticks_while(coroutine) -> int:
+        task, ticks = asyncio.create_task(coroutine), 0
+        while not task.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        with contextlib.suppress(gr.Error):
+            task.result()
+        return ticks
+
+    async def locked():
+        await pages.open("", request)
+        kept.version += 1
+        talk = pages.page(request).conversation
+        talk.turns.append(Turn("?", state=ANSWERED))
+        with contextlib.closing(sqlite3.connect(kept.folder / "chat.sqlite3")) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            return [
+                await ticks_while(pages.news("opened", "", "", request)),
+                await ticks_while(pages.open("", request)),
+                await ticks_while(pages.reopen("no such", request)),
+                await ticks_while(pages.choose("opened", request, *Wishes())),
+                await ticks_while(pages.delete("yes", request)),
+            ]
+
+    monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.3)
+    assert min(asyncio.run(locked())[:4]) > 3
+
+
+def test_conversation_that_could_not_be_deleted_is_still_there(kept, monkeypatch):
+    conversation = talk(kept, "?")
+    monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.01)
+    with contextlib.closing(sqlite3.connect(kept.folder / "chat.sqlite3")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.OperationalError):
+            kept.delete(conversation)
+    assert kept.get(conversation.id, ME) is conversation
+    kept.delete(conversation)
+    assert kept.titles(ME) == []
+
+
+def test_state_of_sessions_that_strangers_name_is_bounded(kept, monkeypatch):
+    monkeypatch.setattr("ov_mllama.pages.MAX_PAGES", 10)
+    monkeypatch.setattr("ov_mllama.pages.MAX_PROGRAMS", 5)
+    monkeypatch.setattr("ov_mllama.pages.MAX_OWNERS", 7)
+    pages = pages_of(kept)
+
+    async def answer(*_):
+        pass
+
+    monkeypatch.setattr(pages.chat, "answer", answer)
+
+    async def flood():
+        for i in range(50):
+            request = asks(f"session {i}", f"{i:064x}")
+            await pages.news("opened", "", "", request)
+            await pages.answer_program({"text": "?", "files": []}, request, *Wishes())
+        for _ in range(300):
+            await pages.answer_program({"text": "?", "files": []}, request, *Wishes())
+        return request
+
+    last = asyncio.run(flood())
+    state = {name: len(value) for name, value in vars(pages).items() if isinstance(value, dict)}
+    assert max(state.values()) <= 10, state
+    assert max(len(turns) for turns in pages._programs.values()) <= 200  # noqa: SLF001
+    assert pages.page(last)
+
+
+def test_remark_on_a_picture_of_several_frames_is_kept(kept, tmp_path):
+    file = tmp_path / "moving.gif"
+    noise(0).save(file, save_all=True, append_images=[noise(1)])
+    with pytest.warns(UserWarning, match="several frames"):
+        _, remark = pages_of(kept)._store(Conversation(ME), file)  # noqa: SLF001
+    assert remark == "moving.gif has several frames: the first one is used."
 
 
 # ---- Answers that are given up --------------------------------------------------------------------------------------
@@ -345,18 +590,17 @@ def test_several_who_begin_anew_at_once_get_one_answer(kept):
 
 
 def test_a_page_is_shown_and_keeps_settings_only_once_it_was_opened(kept):
-    conversation = talk(kept, "?")
-    model = SimpleNamespace(stats=SimpleNamespace(tokens_per_s=0))
-    pages = Pages(Chat(model, None, kept))
-    request = SimpleNamespace(session_hash="tab", username=None, query_params={"chat": conversation.id})
-    kept.choose(ME, ["Be brief.", 7, 0, 0.9])
+    me = f"browser:{TOKEN}"
+    conversation = talk(kept, "?", owner=me)
+    pages, request = pages_of(kept), asks(chat=conversation.id)
+    kept.choose(me, ["Be brief.", 7, 0, 0.9])
 
     async def load():
         assert await pages.news("", "", "", request) == gr.skip()
         await pages.choose("", request, *Wishes())
-        whose, owner, *settings = await pages.open(ME, request)
-        assert (whose, owner, settings) == (ME, ME, ["Be brief.", 7, 0, 0.9])
-        assert await pages.news(ME, "", "", request)
+        opened, former, *settings = await pages.open("", request)
+        assert (bool(opened), former, settings) == (True, "", ["Be brief.", 7, 0, 0.9])
+        assert await pages.news(opened, "", "", request)
         return await pages.show("", request)
 
     assert conversation.id in asyncio.run(load())
@@ -364,11 +608,10 @@ def test_a_page_is_shown_and_keeps_settings_only_once_it_was_opened(kept):
 
 
 def test_what_is_no_longer_there_is_said(kept, tmp_path):
-    pages = Pages(Chat(SimpleNamespace(stats=SimpleNamespace(tokens_per_s=0)), None, kept))
-    request = SimpleNamespace(session_hash="tab", username=None, query_params={})
+    pages, request = pages_of(kept), asks()
 
     async def ask():
-        await pages.open(ME, request)
+        await pages.open("", request)
         assert await pages.undo(request) == gr.skip()
         await pages.retry(request, *Wishes())
         await pages.ask({"text": "?", "files": [str(tmp_path / "gone.png")]}, request, *Wishes())

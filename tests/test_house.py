@@ -26,8 +26,8 @@ ORDER = (
     *("cache", "convert", "device", "language", "checks", "sessions"),
     *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
     "model",
-    *("conversation", "ahead", "quality", "conversations", "shown", "chat", "pages"),
-    *("ending", "proxies", "__main__"),
+    *("conversation", "ahead", "quality", "conversations", "http_headers", "owners", "shown", "chat"),
+    *("page_input", "pages", "ending", "proxies", "__main__"),
 )
 # What running a converted model must not need
 NOT_FOR_INFERENCE = {"nncf", "gradio", "datasets", "ipywidgets", "convert", "compress", "graphs", "tracing"}
