@@ -24,7 +24,7 @@ ORDER = (
     *("cache", "convert", "device", "language", "checks", "sessions"),
     *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
     "model",
-    *("conversation", "ahead", "quality", "conversations", "shown", "chat", "pages"),
+    *("conversation", "ahead", "quality", "conversations", "shown", "chat", "http_headers", "pages"),
     *("ending", "__main__"),
 )
 # What running a converted model must not need
