@@ -51,8 +51,8 @@ def prompt_inputs(processor, text: str, images: list) -> dict[str, torch.Tensor]
 
 
 def padded(prompts: list[dict[str, torch.Tensor]], pad_token: int | None) -> dict[str, torch.Tensor]:
-    """Prompts of as many images each (`prompt_inputs`) as one batch, padded on the left: answers begin at the right, for
-    all of them. Tokenizers that were saved for training pad on the right, and their setting is shared by all threads.
+    """Prompts of as many images each (`prompt_inputs`) as one batch, padded on the left, so that all answers begin in
+    the same column. Tokenizers that were saved for training pad on the right, and their setting is all threads'.
 
     Args:
         pad_token: any will do where there is None, nothing looks at it.

@@ -3,19 +3,20 @@
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import httpx
 
 from ov_mllama.images import PictureError, fetch
-from serving.questions import Refusal
+from serving.questions import MAX_IMAGES, Refusal
 
+FETCH_S = 60.0  # for all images of a request, which holds a place
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet: not of this machine, its networks, or multicast, nor an IPv6 address
-    that stands for such an IPv4 one."""
+    """Whether an IP address is one of the internet: not of this machine, its networks, or multicast, nor an IPv6
+    address that stands for such an IPv4 one."""
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
         embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
@@ -27,8 +28,12 @@ def is_public(address: str) -> bool:
 
 
 async def resolve(host: str) -> list[str]:
-    """The IP addresses of a host; of decimal, octal and short forms too, as the system reads them."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    """The IP addresses of a host, none if it has none; of decimal, octal and short forms too, as the system reads
+    them."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # a client need not know which names there are here
+        return []
     return list(dict.fromkeys(address[0] for *_, address in found))
 
 
@@ -46,7 +51,7 @@ class PublicTransport(httpx.AsyncHTTPTransport):
         host = request.url.raw_host.decode("ascii")
         addresses = await resolve(host)
         if not addresses or not all(map(is_public, addresses)):
-            raise httpx.ConnectError(f"{host} is not on the public internet")
+            raise httpx.ConnectError(f"{host} is no host of the public internet")
         extensions = {**request.extensions, "sni_hostname": host}
         for address in addresses:
             url = request.url.copy_with(host=address)
@@ -65,22 +70,35 @@ async def fetch_images(messages: list[dict], hold: Callable[[int], None]) -> Non
         messages: of a request, not checked yet.
         hold: told the bytes of all that were fetched; raises where those are too many.
     Raises:
-        Refusal: if one cannot be fetched.
+        Refusal: if one cannot be fetched, they are too many, or take longer than FETCH_S.
     """
-    fetched = 0
+    found, fetched, where = list(addressed(messages)), 0, None
+    if len(found) > MAX_IMAGES:
+        raise Refusal(400, f"A request has at most {MAX_IMAGES} pictures.", "too_large", found[-1][1])
+    try:
+        async with asyncio.timeout(FETCH_S):
+            for image, field in found:
+                where = field
+                image["url"] = await fetch(image["url"], transport=PublicTransport(), trust_env=False)
+                fetched += len(image["url"])
+                hold(fetched)
+    except PictureError as error:
+        raise Refusal(400, str(error)[:500], "invalid_image", where) from error
+    except TimeoutError as error:
+        sentence = f"The pictures did not arrive within {FETCH_S:.0f} seconds: send data URIs."
+        raise Refusal(400, sentence, "invalid_image", where) from error
+
+
+def addressed(messages: list[dict]) -> Iterator[tuple[dict, str]]:
+    """Each image that is given by an address, as {"url", ...}, and the field that holds it."""
     for i, message in enumerate(messages):
         parts = message.get("content") if message.get("role") == "user" else None
         for j, part in enumerate(parts if isinstance(parts, list) else []):
-            given = part.get("image_url") if isinstance(part, dict) and part.get("type") == "image_url" else None
-            given = {"url": given} if isinstance(given, str) else given
-            url = given.get("url") if isinstance(given, dict) else None
-            if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+            if not isinstance(part, dict) or part.get("type") != "image_url":
                 continue
-            where = f"messages[{i}].content[{j}].image_url"
-            try:
-                content = await fetch(url, transport=PublicTransport(), trust_env=False)
-            except PictureError as error:
-                raise Refusal(400, str(error)[:500], "invalid_image", where) from error
-            part["image_url"] = {**given, "url": content}
-            fetched += len(content)
-            hold(fetched)
+            if isinstance(part.get("image_url"), str):
+                part["image_url"] = {"url": part["image_url"]}
+            image = part.get("image_url")
+            url = image.get("url") if isinstance(image, dict) else None
+            if isinstance(url, str) and url.startswith(("http://", "https://")):
+                yield image, f"messages[{i}].content[{j}].image_url"

@@ -218,7 +218,7 @@ async def stream(asked: Asked, request: Request, http: HttpRequest) -> Streaming
             if request.stream_options and request.stream_options.include_usage:
                 yield event([], usage(asked))
             yield "data: [DONE]\n\n"
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - `failure` logs it
             refusal = error if isinstance(error, Refusal) else failure(error)
             yield f"data: {json.dumps(refusal.body)}\n\n"
         finally:

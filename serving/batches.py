@@ -198,6 +198,8 @@ class Batches:
         try:
             return prompt_text(self.model, self.processor, question.messages, question.max_new_tokens)
         except ValueError as error:
+            if type(error) is not ValueError:  # of the inside
+                raise
             raise Refusal(400, str(error), "context_length_exceeded", "messages") from error
 
     def _tiles(self, picture) -> int:
