@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 
 from ov_mllama.conversation import padded, prompt_inputs, prompt_text
 from ov_mllama.images import PictureError
-from ov_mllama.inference import LOOK_EVERY_S, Stopped
+from ov_mllama.inference import Stopped
 from ov_mllama.machine import give_back
 from serving.questions import Question, Refusal, failure
 from serving.rows import Choice, Ends, Row, Schemas
@@ -20,6 +20,7 @@ TILES = 16  # that a batch has at most, of different pictures: each of its quest
 PICTURE_TENSORS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 IMAGE_ROOM = 2_000_000_000  # bytes of encoded pictures to keep: so many tiles, of the 11B
 QUEUE_BYTES = 500_000_000  # of requests that are read, wait or are answered
+PAUSE_S = 0.5  # after an error that is no question's
 SAID_PLAINLY = (ValueError, FloatingPointError, PictureError)  # the model's refusals are sentences already
 
 
@@ -252,13 +253,13 @@ class Batches:
             if batch := self._next():
                 self._answer_or_requeue(batch)
         except BaseException as error:  # noqa: BLE001
+            with self._changed:  # the one in front may be the reason
+                batch = batch or [self._waiting.popleft() for _ in range(min(1, len(self._waiting)))]
             refusal = failure(error)
-            if not batch:  # the one in front may be the reason
-                time.sleep(LOOK_EVERY_S)
-                with self._changed:
-                    batch = [self._waiting.popleft()] if self._waiting else []
             for asked in batch:
                 self._end(asked, refusal)
+            if not batch:
+                time.sleep(PAUSE_S)
 
     def _next(self) -> list[Asked]:
         """The question that waits longest, and those after it that can share its steps; none at the end."""

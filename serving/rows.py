@@ -158,11 +158,11 @@ class Row:
         """The answer has a token more."""
         if self.finish:
             return
+        if self.matcher and not (self.error or self.matcher.consume_token(token)):
+            self.error = unfollowed(self.matcher.get_error())
         if self.error:
             self._end("error")
             return
-        if self.matcher:
-            self.matcher.consume_token(token)
         if token in ends:
             self.words.tokens.append(token)
             self._end("stop")
