@@ -235,12 +235,12 @@ def main() -> None:
         print(f"❗ {warning[0].upper()}{warning[1:]}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     gate = Gate()
-    with bound(options.host, options.port) as place, running(gate, place) as server:
+    with bound(options.host, options.port) as place, running(gate, place) as ended:
         app, name = loaded(options, key)
         gate.open(app)
         print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            wait_for(server)
+            wait_for(ended)
 
 
 def parsed() -> argparse.Namespace:

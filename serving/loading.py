@@ -80,25 +80,32 @@ async def loading(scope, receive, send) -> None:
 
 
 @contextlib.contextmanager
-def running(app, place: socket.socket) -> Iterator[threading.Thread]:
-    """A server in a thread of its own, so that a model can be loaded, and the loading interrupted, beside it. It is
-    told to end, promptly, when the block does.
+def running(app, place: socket.socket) -> Iterator[threading.Event]:
+    """A server in a thread of its own, so that a model can be loaded, and the loading interrupted, beside it: an event
+    that is set once it has ended. It is told to end, promptly, when the block does.
 
     Args:
         place: the socket that it listens on.
     """
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    server, ended = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on")), threading.Event()
     end_soon(server)
-    thread = threading.Thread(target=server.run, args=([place],), name="server")
-    thread.start()
+
+    def run() -> None:
+        try:
+            server.run([place])
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, name="server", daemon=True).start()
     try:
-        yield thread
+        yield ended
     finally:
         server.should_exit = True
-        wait_for(thread)
+        wait_for(ended)
 
 
-def wait_for(thread: threading.Thread) -> None:
-    """Wait for a thread's end; unlike `join` it can be interrupted on all systems."""
-    while thread.is_alive():
-        thread.join(0.5)
+def wait_for(ended: threading.Event) -> None:
+    """Wait for an event; it can be interrupted on all systems. (A thread whose `join` is interrupted counts as ended in
+    Python 3.11 though it is not.)"""
+    while not ended.wait(0.5):
+        pass

@@ -1144,7 +1144,7 @@ def test_loading_can_be_interrupted(tmp_path, name):
     file, port = tmp_path / "program.py", free_port()
     file.write_text(LOADING.format(root=str(ROOT), then="time.sleep(100)"), encoding="utf-8")
     with program(file, port) as process:
-        wait_until(lambda: answers_at(f"http://127.0.0.1:{port}/health"), 60)
+        wait_until(lambda: answers_at(f"http://127.0.0.1:{port}/health"), 180)
         process.send_signal(getattr(signal, name))
         assert process.wait(20) == 130
         assert "Traceback" not in process.stdout.read()
