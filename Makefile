@@ -6,7 +6,8 @@
 #   make lab        open the notebook in JupyterLab
 #   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on
 #                   MODEL_DIR=<converted>; DRAFT=<hub id or folder> guesses ahead
-#   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page
+#   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
+#                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
 #   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, a Parquet data set
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb, types of the package, spelling
@@ -37,7 +38,7 @@ chat: .venv/.run
 	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)')
 
 serve: .venv/.scale
-	$(BIN)/python -m serving.app $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat)
+	$(BIN)/python -m serving.app $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)')
 
 caption: .venv/.scale
 	$(BIN)/python -m serving.caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)')

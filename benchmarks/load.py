@@ -33,10 +33,11 @@ def start(model_dir: Path, port: int) -> subprocess.Popen:
     )
     while server.poll() is None:
         try:
-            httpx.get(f"http://127.0.0.1:{port}/health")
-            return server
+            if httpx.get(f"http://127.0.0.1:{port}/health").is_success:  # 503 while it loads
+                return server
         except httpx.TransportError:
-            time.sleep(0.5)
+            pass
+        time.sleep(0.5)
     raise RuntimeError("The server did not start.")
 
 

@@ -7,6 +7,7 @@ tokens_per_s by clients, tokens_per_s_over_one; pictures_per_minute by "workers 
 
 import argparse
 import asyncio
+import io
 import shutil
 import tempfile
 import time
@@ -18,10 +19,11 @@ from benchmarks.benchmark import provenance, report
 from ov_mllama.photographs import photographs
 from serving import load
 from serving.batches import Batches
+from serving.images import ImageFile
 from serving.questions import Question
 
 
-def question(picture, words: str, tokens: int) -> Question:
+def question(picture: ImageFile, words: str, tokens: int) -> Question:
     """About a picture."""
     content = [{"type": "image"}, {"type": "text", "text": words}]
     return Question([{"role": "user", "content": content}], [picture], tokens)
@@ -66,7 +68,9 @@ def main() -> None:
     options = parser.parse_args()
     model, processor = load(options.model_dir, check_golden=False)
     batches = Batches(model, processor)
-    picture = photographs()[0]["image"]
+    file = io.BytesIO()
+    photographs()[0]["image"].save(file, "png")
+    picture = ImageFile.from_bytes(file.getvalue())
     asyncio.run(ask_all(batches, picture, 1, 1, 4))  # its picture is kept from here on
     speed = {}
     for clients in options.clients:

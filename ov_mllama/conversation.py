@@ -40,8 +40,33 @@ def prompts_about(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
         text.append(processor.apply_chat_template(messages, add_generation_prompt=True))
-    images = [[sample["image"]] for sample in samples]
-    return processor(text=text, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
+    pad = processor.tokenizer.pad_token_id
+    return padded([prompt_inputs(processor, t, [s["image"]]) for t, s in zip(text, samples, strict=True)], pad)
+
+
+def prompt_inputs(processor, text: str, images: list) -> dict[str, torch.Tensor]:
+    """The processor's tensors of one prompt, as the chat template writes it, and its images."""
+    nested = [images] if images else None
+    return dict(processor(text=[text], images=nested, add_special_tokens=False, return_tensors="pt"))
+
+
+def padded(prompts: list[dict[str, torch.Tensor]], pad_token: int | None) -> dict[str, torch.Tensor]:
+    """Prompts of as many images each (`prompt_inputs`) as one batch, padded on the left, so that all answers begin in
+    the same column. Tokenizers that were saved for training pad on the right, and their setting is all threads'.
+
+    Args:
+        pad_token: any will do where there is None, nothing looks at it.
+    """
+    fill = {"input_ids": pad_token or 0, "attention_mask": 0, "cross_attention_mask": 0}
+    length = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    batch = {}
+    for name in prompts[0]:
+        rows = [prompt[name] for prompt in prompts]
+        if name in fill:  # [1, tokens, ...]
+            blanks = [row.new_full((1, length - row.shape[1], *row.shape[2:]), fill[name]) for row in rows]
+            rows = [torch.cat(pair, 1) for pair in zip(blanks, rows, strict=True)]
+        batch[name] = torch.cat(rows)
+    return batch
 
 
 def prompt_text(model, processor, messages: list[dict], max_new_tokens: int) -> str:

@@ -169,11 +169,20 @@ def download(url: str) -> bytes:
     Raises:
         PictureError: no such file, none in time, too large, or a web page.
     """
+    with ThreadPoolExecutor(1) as executor:  # Jupyter's own thread has a loop already
+        return executor.submit(asyncio.run, fetch(url)).result()
+
+
+async def fetch(url: str, **client) -> bytes:
+    """`download`, within a loop.
+
+    Args:
+        client: options of `httpx.AsyncClient`, such as a `transport` that reaches less.
+    """
     if not url.startswith(("http://", "https://")):
         raise PictureError(f"{url} is no address of a picture: give one that begins with https://, or a path.")
     try:
-        with ThreadPoolExecutor(1) as executor:  # Jupyter's own thread has a loop already
-            return executor.submit(asyncio.run, fetch(url)).result()
+        return await content_of(url, **client)
     except PictureError:
         raise
     except TimeoutError as error:
@@ -182,13 +191,13 @@ def download(url: str) -> bytes:
         raise PictureError(f"{url} could not be fetched ({error or type(error).__name__}).") from error
 
 
-async def fetch(url: str) -> bytes:
-    """`download` without its errors' sentences."""
+async def content_of(url: str, **client) -> bytes:
+    """`fetch` without its errors' sentences."""
     content = bytearray()
     async with (
         asyncio.timeout(SECONDS),
-        httpx.AsyncClient(follow_redirects=True, timeout=SECONDS) as client,
-        client.stream("GET", url) as response,
+        httpx.AsyncClient(follow_redirects=True, timeout=SECONDS, **client) as opened,
+        opened.stream("GET", url) as response,
     ):
         response.raise_for_status()
         kind = response.headers.get("content-type", "")

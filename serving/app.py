@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server: python -m serving.app [--checkpoint ID] [--key SECRET] [--chat]
+"""An OpenAI-compatible server: python -m serving.app [--checkpoint ID] [--key-file FILE] [--chat]
 
 POST /v1/chat/completions (texts and pictures, whole or streamed, JSON schemas), GET /v1/models, GET /health; with
 --chat the chat page too. It listens on this machine only, fetches nothing from addresses, and answers questions that
@@ -8,15 +8,15 @@ wait together in one batch.
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
-import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -25,17 +25,20 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from ov_mllama.ending import end_soon, said_plainly
+from ov_mllama.ending import said_plainly
+from ov_mllama.http_headers import SecurityHeaders
 from ov_mllama.machine import check_device
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
 from ov_mllama.proxies import bypass_proxy_for_loopback
 from serving import load, positive
 from serving.batches import IMAGE_ROOM, Asked, Batches
-from serving.questions import Reader, Refusal, Request
+from serving.guards import Failures, TrustedHosts, check_key, error_response, key_from, same, warnings_for
+from serving.loading import Gate, running, wait_for
+from serving.questions import Reader, Refusal, Request, failure
+from serving.reading import body_of, check_name, check_type, reading
 
 MAX_BYTES = 50_000_000  # of a request's body: base64 makes a picture a third larger
 SAY_EVERY_S = 10.0  # that an answer is still waited for: proxies cut what is silent for a minute
@@ -49,6 +52,7 @@ def create_app(
     addresses: bool = False,
     origins: Sequence[str] = (),
     max_bytes: int = MAX_BYTES,
+    trusted_hosts: Sequence[str] = (),
 ) -> FastAPI:
     """The server's endpoints.
 
@@ -56,9 +60,10 @@ def create_app(
         batches: what answers; closed when the app ends.
         name: of the model.
         key: that clients give as a bearer token; None asks for none.
-        addresses: whether pictures may be fetched from the network.
+        addresses: whether pictures may be fetched from public addresses.
         origins: of web pages whose scripts may ask, such as "http://localhost:3000".
         max_bytes: of a request.
+        trusted_hosts: by whose names clients may reach the server, beside localhost and IP addresses; "*" for any.
     """
 
     @contextlib.asynccontextmanager
@@ -67,22 +72,17 @@ def create_app(
         await asyncio.to_thread(batches.close)  # a process that ends within an inference is aborted
 
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    reader = Reader(batches.model.config.vision_config.image_size, addresses=addresses)
+    guard(app, origins, trusted_hosts)
+    read = reading(Reader(batches.model.config.text_config.max_position_embeddings, addresses=addresses), name)
     here = Model(id=name, created=int(time.time()), object="model", owned_by="local")
-
-    def check_name(given: str) -> None:
-        if given != name:
-            raise Refusal(404, f"The model {given!r} is not here, {name!r} is.", "model_not_found", "model")
+    max_bytes = min(max_bytes, batches.queue_bytes)
 
     def allow(http: HttpRequest) -> None:
-        given = http.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not same(given, key):
-            raise Refusal(401, "Incorrect API key provided.", "invalid_api_key")
+        check_key(http.headers.get("authorization", ""), key)
 
     @app.get("/health")
-    async def health() -> dict:
-        return {"status": "ok"}
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok"} if batches.alive else {"status": "failed"}, 200 if batches.alive else 503)
 
     @app.get("/v1/models")
     async def models(http: HttpRequest) -> dict:
@@ -92,68 +92,43 @@ def create_app(
     @app.get("/v1/models/{given:path}")
     async def model(given: str, http: HttpRequest) -> dict:
         allow(http)
-        check_name(given)
+        check_name(given, name)
         return here.model_dump()
 
     @app.post("/v1/chat/completions")
     async def complete(http: HttpRequest):
         allow(http)
-        batches.check_room()  # before anything large is read
-        request = await request_of(http, max_bytes)
-        check_name(request.model)
-        question = await asyncio.to_thread(reader.read, request)
-        asked = await batches.ask(question)
+        check_type(http)
+        place = batches.enter()  # before anything large is read
+        hold = functools.partial(batches.hold, place)
+        try:
+            request, question = await read(await body_of(http, max_bytes, hold), hold)
+        except BaseException:
+            batches.leave(place)
+            raise
+        asked = await batches.ask(question, place)
         return await (stream if request.stream else whole)(asked, request, http)
 
-    errors_in_openais_form(app)
     return app
 
 
-def errors_in_openais_form(app: FastAPI) -> None:
-    """Whatever is not answered, a path that is not there included."""
+def guard(app: FastAPI, origins: Sequence[str], trusted_hosts: Sequence[str]) -> None:
+    """Checks before the endpoints, and the form of what is not answered, a path that is not there included."""
 
     @app.exception_handler(Refusal)
     async def refused(http: HttpRequest, refusal: Refusal) -> JSONResponse:
-        return JSONResponse(refusal.body, refusal.status, refusal.headers)
+        return error_response(refusal)
 
     @app.exception_handler(HTTPException)
     async def not_here(http: HttpRequest, error: HTTPException) -> JSONResponse:
-        refusal = Refusal(error.status_code, f"{http.method} {http.url.path}: {error.detail}.")
-        return JSONResponse(refusal.body, error.status_code, error.headers)
+        refusal = Refusal(error.status_code, f"{http.method} {http.url.path}: {error.detail}.", headers=error.headers)
+        return error_response(refusal)
 
-    @app.exception_handler(Exception)
-    async def failed(http: HttpRequest, error: Exception) -> JSONResponse:
-        return JSONResponse(Refusal(500, f"{type(error).__name__}: {error}", kind="server_error").body, 500)
-
-
-def same(given: str, key: str) -> bool:
-    """Whether a key is right, in a time that does not say how much of it is."""
-    return secrets.compare_digest(given.encode(), key.encode())
-
-
-async def request_of(http: HttpRequest, max_bytes: int) -> Request:
-    """A request, or a refusal that names the field."""
-    # any web page may make its reader's browser send other types, here too; for this one the browser asks first (CORS)
-    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "A request is JSON: send it with the header 'Content-Type: application/json'.")
-    try:
-        return Request.model_validate_json(await body_of(http, max_bytes))
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        where = ".".join(map(str, wrong["loc"]))
-        raise Refusal(400, f"{where or 'The body'}: {wrong['msg']}", "invalid_value", where or None) from error
-
-
-async def body_of(http: HttpRequest, max_bytes: int) -> bytes:
-    """A request's body, read no further than it may be long."""
-    body = bytearray()
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise Refusal(
-                413, f"A request has at most {max_bytes // 1_000_000} MB: send smaller pictures.", "too_large"
-            )
-    return bytes(body)
+    # the last is the first that a request meets
+    app.add_middleware(Failures)
+    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(TrustedHosts, names=trusted_hosts)
+    app.add_middleware(SecurityHeaders)
 
 
 def usage(asked: Asked) -> CompletionUsage:
@@ -244,7 +219,8 @@ async def stream(asked: Asked, request: Request, http: HttpRequest) -> Streaming
             if request.stream_options and request.stream_options.include_usage:
                 yield event([], usage(asked))
             yield "data: [DONE]\n\n"
-        except Refusal as refusal:
+        except Exception as error:  # noqa: BLE001 - `failure` logs it
+            refusal = error if isinstance(error, Refusal) else failure(error)
             yield f"data: {json.dumps(refusal.body)}\n\n"
         finally:
             leave()
@@ -254,6 +230,23 @@ async def stream(asked: Asked, request: Request, http: HttpRequest) -> Streaming
 
 def main() -> None:
     """The command line."""
+    options = parsed()
+    bypass_proxy_for_loopback()
+    key = key_from(options.key, options.key_file)
+    for warning in warnings_for(options.host, key, options.key is not None):
+        print(f"❗ {warning[0].upper()}{warning[1:]}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    gate = Gate()
+    with bound(options.host, options.port) as place, running(gate, place) as ended:
+        app, name = loaded(options, key)
+        gate.open(app)
+        print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            wait_for(ended)
+
+
+def parsed() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
@@ -262,35 +255,41 @@ def main() -> None:
     parser.add_argument("--device", default="CPU")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--trusted-hosts", nargs="+", default=[], help="names of this server beside --host, or '*' for any"
+    )
     parser.add_argument("--name", help="of the model, as clients say it; default: the folder's")
-    parser.add_argument("--key", help="that clients must give; default: OV_MLLAMA_KEY of the environment, else none")
-    parser.add_argument("--addresses", action="store_true", help="fetch pictures from addresses that clients name")
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument("--key-file", type=Path, help="with the key that clients must give; default: OV_MLLAMA_KEY")
+    keys.add_argument("--key", help="that clients must give, for all users of this machine to see")
+    parser.add_argument("--addresses", action="store_true", help="fetch pictures from public addresses of clients")
     parser.add_argument("--origins", nargs="+", default=[], help="of web pages whose scripts may ask, or '*' for any")
     parser.add_argument("--batch", type=positive, default=8, help="how many questions share the model's steps")
     parser.add_argument("--line", type=positive, default=32, help="how many may wait")
+    parser.add_argument(
+        "--queue-mb", type=positive, default=500, help="memory for the encoded pictures of all requests"
+    )
     parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat; with a key as its password")
-    options = parser.parse_args()
-    bypass_proxy_for_loopback()
-    place = bound(options.host, options.port)
+    return parser.parse_args()
+
+
+def loaded(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str]:
+    """The app of a model, which is prepared if need be, and the model's name."""
     check_device(options.device)
     model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
     files = files_to_load(model_dir, options.language_model, options.image_encoder)
     say_what_loads(model_dir, options.device, *files)
     model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_ROOM)
-    batches = Batches(model, processor, options.batch, options.line)
-    name, key = options.name or model_dir.resolve().name, options.key or os.environ.get("OV_MLLAMA_KEY")
-    app = create_app(batches, name, key, options.addresses, options.origins)
+    batches = Batches(model, processor, options.batch, options.line, options.queue_mb * 1_000_000)
+    name, hosts = options.name or model_dir.resolve().name, [options.host, *options.trusted_hosts]
+    app = create_app(batches, name, key, options.addresses, options.origins, trusted_hosts=hosts)
     if options.chat:
         app = mount_chat(app, model, processor, options.model_dir or options.checkpoint, key)
-    print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    end_soon(server)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[place])
+    return app, name
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address, taken before minutes are spent on a model; who comes meanwhile waits.
+    """A socket at an address, taken before minutes are spent on a model.
 
     Raises:
         OSError: another program has it.

@@ -19,13 +19,15 @@ class Arguments(BaseModel):
         model_dir: folder of a converted model, on each machine.
         replicas: how many load it.
         threads: of each; None: those of its machine.
-        key: that clients must give; none if it is empty.
+        key: that clients must give; none if it is empty. A file of Ray Serve's tells it to fewer than the command line.
+        trusted_hosts: names of the server, by which clients may reach it beside IP addresses, with blanks between.
     """
 
     model_dir: str
     replicas: int = 1
     threads: int | None = None
     key: str = ""
+    trusted_hosts: str = ""
 
 
 def build(arguments: Arguments):
@@ -36,7 +38,8 @@ def build(arguments: Arguments):
 
     model_dir = Path(arguments.model_dir)
     batches = Batches(*load(model_dir, threads=arguments.threads, image_cache_bytes=IMAGE_ROOM))
-    return create_app(batches, model_dir.resolve().name, arguments.key or None)
+    hosts = arguments.trusted_hosts.split()
+    return create_app(batches, model_dir.resolve().name, arguments.key or None, trusted_hosts=hosts)
 
 
 class Replica:
