@@ -38,6 +38,7 @@ from ov_mllama.files import (
     writing,
 )
 from ov_mllama.graphs import LanguageModel, VisionEncoder
+from ov_mllama.reference import TRANSFORMERS, Reference, described, reference_of
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.tracing import make_stateful, name_ports, trace
 
@@ -99,10 +100,10 @@ def padding_tiles_are_alike(model: MllamaForConditionalGeneration) -> bool:
     return True
 
 
-def convert_vision_encoder(model: MllamaForConditionalGeneration) -> ov.Model:
+def convert_vision_encoder(model: MllamaForConditionalGeneration, reference: Reference = TRANSFORMERS) -> ov.Model:
     """The vision tower, the projector and the cross-attention K/V projections as one OpenVINO model, for one image."""
     shapes, vision = MllamaShapes.from_config(model.config), model.config.vision_config
-    ov_model = trace(VisionEncoder(model), vision_encoder_example(model.config))
+    ov_model = trace(VisionEncoder(model, reference), vision_encoder_example(model.config))
     inputs = {
         "pixel_values": [-1, vision.num_channels, vision.image_size, vision.image_size],
         "aspect_ratio_ids": [1],
@@ -113,10 +114,12 @@ def convert_vision_encoder(model: MllamaForConditionalGeneration) -> ov.Model:
     return ov_model
 
 
-def convert_language_model(model: MllamaForConditionalGeneration | LlamaForCausalLM) -> ov.Model:
+def convert_language_model(
+    model: MllamaForConditionalGeneration | LlamaForCausalLM, reference: Reference = TRANSFORMERS
+) -> ov.Model:
     """The language model as one stateful OpenVINO model (ports as in `LanguageModel.forward`, plus `beam_idx`)."""
     shapes = MllamaShapes.from_config(model.config)
-    ov_model = trace(LanguageModel(model), language_model_example(shapes))
+    ov_model = trace(LanguageModel(model, reference), language_model_example(shapes))
     inputs = {
         "input_ids": [-1, -1],
         "attention_mask": [-1, -1],
@@ -210,13 +213,20 @@ def check_apart(source: Path, out_dir: Path) -> None:
         raise ValueError(f"{out_dir} is the checkpoint itself: choose another folder for its IRs.")
 
 
-def checkpoint_stamp(folder: Path) -> dict[str, str]:
-    """What the IRs that this version of the converter makes of a checkpoint say of their origin."""
+def checkpoint_stamp(folder: Path, reference: Reference | None = None) -> dict[str, str]:
+    """What the IRs that this version of the converter makes of a checkpoint say of their origin.
+
+    Args:
+        reference: they follow; None for a draft model, which has no part in what references differ in.
+    """
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return {"converter_version": CONVERTER_VERSION, "checkpoint": fingerprint(*files)}
+    follows = reference._asdict() if reference else {}
+    return {"converter_version": CONVERTER_VERSION, "checkpoint": fingerprint(*files), **follows}
 
 
-def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bool = True) -> Path:
+def convert_mllama(
+    model_id: str | Path, out_dir: str | Path, language_model: bool = True, reference: str = "auto"
+) -> Path:
     """Converts a Mllama checkpoint to OpenVINO; whatever `out_dir` already holds of it, whole, is kept.
 
     Args:
@@ -225,18 +235,21 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         out_dir: folder for `openvino_vision_encoder.xml`, `openvino_language_model.xml` (and their .bin), the config,
             the generation config and the processor with its chat template.
         language_model: False leaves it to `compress(..., checkpoint=model_id)`, which then never writes it in 16 bit.
+        reference: "meta", "transformers" or "auto", see `reference_of`: what the projector reads, and whether tokens
+            before an image attend to it. Meta's weights that a transformers since 4.55 saved again need "meta".
     Returns:
         out_dir as a Path.
     Raises:
         ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix; ValueError too if
-            out_dir is the checkpoint's own folder.
+            out_dir is the checkpoint's own folder, or for another `reference`.
         OSError, MemoryError: too little room (`check_disk_and_memory`); parts that are done are kept, a rerun does the
             rest.
     """
     out_dir = Path(out_dir)
     source = checkpoint_folder(model_id)
     check_apart(source, out_dir)
-    stamp = checkpoint_stamp(source)
+    chosen, why = reference_of(source, reference)
+    stamp = checkpoint_stamp(source, chosen)
     parts = {"vision encoder": (out_dir / VISION_ENCODER_NAME, VisionEncoder, convert_vision_encoder)}
     if language_model:
         parts["language model"] = (out_dir / LANGUAGE_MODEL_NAME, LanguageModel, convert_language_model)
@@ -244,6 +257,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         print(f"✅ {out_dir} already holds the converted model")
         return out_dir
 
+    print(f"Reference: {described(chosen)} ({why})")
     print("⌛ Load original model")
     model = load_checkpoint(source)
     sizes = {what: written_bytes(parts[what][1](model)) for what in parts}
@@ -258,7 +272,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
                 told = {"format": "16 bit"}
                 if what == "vision encoder":
                     told["padding_tiles"] = "alike" if padding_tiles_are_alike(model) else "each"
-                save_ir(convert(model), path, stamp | told)
+                save_ir(convert(model, chosen), path, stamp | told)
                 print(f"✅ {what.capitalize()} successfully converted")
     print(f"✅ Model successfully converted and can be found in {out_dir}")
     return out_dir

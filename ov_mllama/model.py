@@ -268,7 +268,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             check_images(images, prompt.input_ids.shape, self.image_encoder.pixels_shape, self.config)
             prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
             prompt.image_keys = image_keys(images)
-            rows = self.image_encoder.rows_read(images, prompt.seen)
+            rows = self.image_encoder.rows_read(images, prompt.seen, self.language_model.row_mask)
             picture_bytes = self.image_encoder.memory_for(images, prompt.image_keys)
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt, rows)
