@@ -65,7 +65,7 @@ def language_samples(model_dir: str | Path, count: int, source: str | Path | Non
 
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
     encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
-    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
+    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir, backend="pil"), encoder, count, source)
 
 
 def optimize_vision_encoder(
@@ -100,7 +100,7 @@ def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
 
     from data_preprocessing import prepare_dataset_vision
 
-    return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir), count, source)
+    return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir, backend="pil"), count, source)
 
 
 # ---- Widgets --------------------------------------------------------------------------------------------------------

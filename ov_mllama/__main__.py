@@ -17,22 +17,29 @@ from ov_mllama.files import DRAFT_MODEL_NAME
 from ov_mllama.machine import check_device
 from ov_mllama.model import OVMLlamaForConditionalGeneration
 from ov_mllama.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
+from ov_mllama.reference import NAMES
 
 DEMO = "demo_model"
 logger = logging.getLogger("ov_mllama")
+REFERENCE: dict = {
+    "choices": ("auto", *NAMES),
+    "default": "auto",
+    "help": "code that the checkpoint's weights were trained with; default: as its config.json says",
+}
 DRAFT_HELP = "hub id or folder of a small Llama with the same tokenizer, to guess ahead"
 
 
 def run_plan(options: argparse.Namespace) -> None:
     """Says what this machine would do with a checkpoint, for a chat."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
-    made = plan_here(options.checkpoint, model_dir, options.draft, for_chat=True)
+    made = plan_here(options.checkpoint, model_dir, options.draft, True, options.reference)
     print(made, *made.lacking, sep="\n")
 
 
 def run_prepare(options: argparse.Namespace) -> Path:
     """Converts and compresses a checkpoint as planned, where that is not done yet."""
-    return prepare(options.checkpoint, options.model_dir or default_folder(options.checkpoint), options.draft)
+    model_dir = options.model_dir or default_folder(options.checkpoint)
+    return prepare(options.checkpoint, model_dir, options.draft, options.reference)
 
 
 def run_chat(options: argparse.Namespace) -> None:
@@ -53,7 +60,7 @@ def run_chat(options: argparse.Namespace) -> None:
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
     drafting = {"assistant_model": draft} if draft else {}
-    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir), examples, **drafting)
+    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir, backend="pil"), examples, **drafting)
     auth = tuple(options.auth) if options.auth else None
     _, url, _ = demo.launch(server_port=options.port, auth=auth, prevent_thread_lock=True)
     # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
@@ -89,6 +96,7 @@ def main() -> None:
         command.add_argument("checkpoint", nargs="?", default=DEMO, help=f"hub id or folder; default: {DEMO}")
         command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
         command.add_argument("--draft", help=DRAFT_HELP)
+        command.add_argument("--reference", **REFERENCE)
     page = commands.add_parser("chat", help="opens the chat on a model, prepared first if need be")
     page.set_defaults(run=run_chat)
     page.add_argument("--checkpoint", help=f"hub id or folder; default, without --model-dir: {DEMO}")
@@ -96,6 +104,7 @@ def main() -> None:
     page.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
     page.add_argument("--image-encoder", help="its .xml; default likewise")
     page.add_argument("--draft", help=DRAFT_HELP)
+    page.add_argument("--reference", **REFERENCE)
     page.add_argument("--device", default="CPU")
     page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))

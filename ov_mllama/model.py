@@ -44,6 +44,7 @@ from ov_mllama.inference import StopOnEvent, turn_of
 from ov_mllama.language import OVLanguageModel
 from ov_mllama.likeness import LikeAModule
 from ov_mllama.progress import Progress
+from ov_mllama.reference import Reference
 from ov_mllama.sessions import Sessions, make_room
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.stats import GenerationStats
@@ -84,6 +85,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
     Attributes:
         session: of the calls without `past_key_values` (`generate` takes one of its own).
         turn: the lock that a thread holds while it computes; whoever takes it may decide then whether to begin at all.
+        reference: that its IRs follow, see `reference.Reference`.
         about: its name, the formats of its weights and its device, for people.
         stats: `GenerationStats` of the last prompt and the tokens since.
 
@@ -135,6 +137,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         )
         check_ports(self.shapes, self.image_encoder, self.language_model.compiled, model_dir)
         self.session, self.sessions = self.language_model.session(), Sessions(self.language_model, kv_cache_bytes)
+        self.reference = Reference.of(stamps[vision])
         self.about = named(model_dir, stamps[language], stamps[vision], device)
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:

@@ -23,7 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from ov_mllama.conversation import prompts_about
 from ov_mllama.convert import checkpoint_folder, load_checkpoint
+from ov_mllama.files import VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.reference import TRANSFORMERS, Reference, described
 
 BATCH = 50
 TIMED = 20  # questions asked one by one for the waits
@@ -32,7 +34,11 @@ ORIGINAL = {True: "PyTorch f32", False: "PyTorch 16 bit"}  # whether right answe
 
 
 def price_list(
-    checkpoint: str | Path, model_dir: Path, variants: dict[str, tuple[str, str]], samples: list[dict]
+    checkpoint: str | Path,
+    model_dir: Path,
+    variants: dict[str, tuple[str, str]],
+    samples: list[dict],
+    follow: Callable | None = None,
 ) -> list[dict]:
     """One row for each variant, the first being the original in PyTorch.
 
@@ -42,27 +48,46 @@ def price_list(
         variants: name -> file names of language model and image encoder.
         samples: questions to ask, {"image": PIL picture, "question", "answer" (the right one), "task"}, such as
             `demo_model.evaluate.heldout_samples`; or with a "caption" instead, such as `photographs.photographs`.
+        follow: has transformers' model follow a `reference.Reference` and returns it, such as `notebook_utils.follow`;
+            needed for IRs that follow another than transformers'. A function that a new process can import.
     Returns:
         dicts of "variant" and what `measure` returns, or `diverge`.
+    Raises:
+        ValueError: the IRs follow another reference, and no `follow` is given.
     """
     rows, reference = [], None
     known = all("answer" in sample for sample in samples)
     measured: Callable[..., tuple] = measure if known else diverge
-    checkpoint = checkpoint_folder(checkpoint)
+    checkpoint, followed = checkpoint_folder(checkpoint), Reference.of(ir_stamp(model_dir / VISION_ENCODER_NAME))
+    if followed != TRANSFORMERS and follow is None:
+        raise ValueError(
+            f"The original in transformers does not follow the reference of the IRs in {model_dir} "
+            f"({described(followed)}): give follow=notebook_utils.follow."
+        )
+    put_right = partial(follow, reference=followed) if follow else None
     bar = tqdm({ORIGINAL[known]: None, **variants}.items(), desc="Price list", unit="variant", leave=False)
     for name, files in bar:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            row, answers = process.submit(measured, checkpoint, model_dir, files, samples, reference).result()
+            row, answers = process.submit(
+                measured, checkpoint, model_dir, files, samples, reference, put_right
+            ).result()
         reference = reference or answers
         rows.append({"variant": name, **row})
     return rows
 
 
 def measure(
-    checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, samples: list[dict], reference: dict | None
+    checkpoint: Path,
+    model_dir: Path,
+    files: tuple[str, str] | None,
+    samples: list[dict],
+    reference: dict | None,
+    put_right: Callable | None = None,
 ) -> tuple[dict, dict]:
     """Measures one variant; None for `files` is the original.
 
+    Args:
+        put_right: has the original follow the reference that the IRs do, and returns it.
     Returns:
         a row: size_mb on disk; memory_mb, by which the process has grown after all answers; first_token_ms and
         next_token_ms, medians of what one waits (the first: picture and prompt); exact match by task and over "all" in
@@ -72,9 +97,9 @@ def measure(
         and the answers' tokens and log-probabilities: the reference for other variants.
     """
     transformers.logging.disable_progress_bar()
-    processor, before = AutoProcessor.from_pretrained(model_dir), psutil.Process().memory_info().rss
+    processor, before = AutoProcessor.from_pretrained(model_dir, backend="pil"), psutil.Process().memory_info().rss
     original = partial(MllamaForConditionalGeneration.from_pretrained, checkpoint, dtype=torch.float32)
-    model, size = opened(checkpoint, model_dir, files, original)
+    model, size = opened(checkpoint, model_dir, files, original, put_right)
     tokens = [answer for batch in batches(samples) for answer in greedy(model, processor, batch)]
     memory = psutil.Process().memory_info().rss - before
 
@@ -101,10 +126,19 @@ def measure(
     return row, {"tokens": tokens, "log_probs": log_probs}
 
 
-def opened(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, original: Callable[[], Any]):
-    """A variant's model, or the `original`; and the bytes of its weights on disk."""
+def opened(
+    checkpoint: Path,
+    model_dir: Path,
+    files: tuple[str, str] | None,
+    original: Callable[[], Any],
+    put_right: Callable | None,
+):
+    """A variant's model, or the `original`, put right; and the bytes of its weights on disk."""
     if files is None:
-        return original().eval(), sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+        model = original().eval()
+        return put_right(model) if put_right else model, sum(
+            path.stat().st_size for path in checkpoint.glob("*.safetensors")
+        )
     model = OVMLlamaForConditionalGeneration(
         model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False, image_cache_bytes=0
     )
@@ -112,12 +146,19 @@ def opened(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, ori
 
 
 def diverge(
-    checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, samples: list[dict], reference: list | None
+    checkpoint: Path,
+    model_dir: Path,
+    files: tuple[str, str] | None,
+    samples: list[dict],
+    reference: list | None,
+    put_right: Callable | None = None,
 ) -> tuple[dict, list[np.ndarray]]:
     """Compares one variant by its next-token probabilities along given captions; None for `files` is the original, in
     the 16 bit that it has: its weights stay in their files, and it is computed in bf16 or float16, whose rounding is in
     all that is compared with it.
 
+    Args:
+        put_right: as for `measure`.
     Returns:
         a row: size_gb on disk; memory_gb, anonymous, at the end; picture_s, median seconds for a picture (of IRs); kl,
         mean Kullback-Leibler divergence in nats of the reference's distributions to this variant's; kl_error, its
@@ -125,8 +166,8 @@ def diverge(
         and log-probabilities f32 [tokens, vocab] for each sample: the reference for other variants.
     """
     transformers.logging.disable_progress_bar()
-    processor, seconds, log_probs = AutoProcessor.from_pretrained(model_dir), [], []
-    model, size = opened(checkpoint, model_dir, files, partial(load_checkpoint, checkpoint))
+    processor, seconds, log_probs = AutoProcessor.from_pretrained(model_dir, backend="pil"), [], []
+    model, size = opened(checkpoint, model_dir, files, partial(load_checkpoint, checkpoint), put_right)
     for sample in samples:
         caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]
         log_probs += score(model, processor, [sample], [caption])

@@ -32,6 +32,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ov_mllama.ending import end_soon, said_plainly
 from ov_mllama.machine import check_device
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
+from ov_mllama.reference import NAMES
 from serving import load, positive
 from serving.batches import IMAGE_ROOM, Asked, Batches
 from serving.questions import Reader, Refusal, Request
@@ -255,6 +256,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for ov_mllama prepare")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     parser.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
     parser.add_argument("--image-encoder", help="its .xml; default likewise")
@@ -271,7 +273,8 @@ def main() -> None:
     options = parser.parse_args()
     place = bound(options.host, options.port)
     check_device(options.device)
-    model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
+    folder = default_folder(options.checkpoint)
+    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
     files = files_to_load(model_dir, options.language_model, options.image_encoder)
     say_what_loads(model_dir, options.device, *files)
     model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_ROOM)

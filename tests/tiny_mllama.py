@@ -123,6 +123,7 @@ def make_checkpoint(
 def share_position_tables(model: MllamaForConditionalGeneration) -> None:
     """Has each canvas's position tables be the corner of one random grid of tiles, zero beyond, as Meta's are."""
     tower, vision = model.model.vision_model, model.config.vision_config
+    tiles = vision.max_num_tiles
     tables = (
         tower.pre_tile_positional_embedding.embedding,
         tower.gated_positional_embedding.tile_embedding,
@@ -130,7 +131,7 @@ def share_position_tables(model: MllamaForConditionalGeneration) -> None:
     )
     with torch.no_grad():
         for table in tables:
-            grid = torch.randn(vision.max_num_tiles, vision.max_num_tiles, table.weight.shape[1] // vision.max_num_tiles)
+            grid = torch.randn(tiles, tiles, table.weight.shape[1] // tiles)
             table.weight.zero_()
             for ratio, (high, wide) in enumerate(vision.supported_aspect_ratios, 1):
                 corner = grid[:high, :wide].flatten() / 2
