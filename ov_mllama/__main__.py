@@ -1,4 +1,4 @@
-"""The command line, in the project's folder: `python -m ov_mllama plan`, `prepare`, `chat`; what a chat needs."""
+"""The command line, in the project's folder: `python -m ov_mllama plan`, `prepare`, `chat`, `compare-references`."""
 
 import argparse
 import logging
@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoProcessor
 
 from ov_mllama.checks import check_vocabulary
 from ov_mllama.conversations import Conversations
+from ov_mllama.costs import gigabytes
 from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.ending import said_plainly
 from ov_mllama.files import DRAFT_MODEL_NAME
 from ov_mllama.machine import check_device
 from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.plan import markdown
 from ov_mllama.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
 from ov_mllama.reference import NAMES
 
@@ -72,6 +74,28 @@ def run_chat(options: argparse.Namespace) -> None:
     os._exit(0)  # what is kept has been written; else Python waits for the step under way, or is aborted within it
 
 
+def run_compare(options: argparse.Namespace) -> None:
+    """Says which reference finds right captions likelier."""
+    from data_preprocessing import questions_about
+    from ov_mllama.quality import compare_references, verdict
+
+    folder = options.out or default_folder(options.checkpoint).with_name(f"{Path(options.checkpoint).name}-references")
+    samples = [
+        {**sample, "caption": sample.get("answer") or sample["caption"]}
+        for sample in questions_about(options.checkpoint)
+    ]
+    rows = compare_references(options.checkpoint, folder, samples)
+    cells = [(row["picture"], *(f"{row[name]:.4f}" for name in NAMES)) for row in rows]
+    cells.append(("mean", *(f"{sum(row[name] for row in rows) / len(rows):.4f}" for name in NAMES)))
+    print(
+        "Mean log-probability of a token of the right caption, in nats:",
+        markdown(("picture", *NAMES), cells),
+        sep="\n\n",
+    )
+    size = sum(path.stat().st_size for path in folder.glob("*/*.bin"))
+    print(f"\n{verdict(rows)}\nBoth conversions, {gigabytes(size)}, are left in {folder}.")
+
+
 def load_draft(options: argparse.Namespace) -> OVDraftModel:
     """The draft model, made first where that is not done yet."""
     from ov_mllama.compress import make_draft_model
@@ -97,6 +121,12 @@ def main() -> None:
         command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
         command.add_argument("--draft", help=DRAFT_HELP)
         command.add_argument("--reference", **REFERENCE)
+    compare = commands.add_parser(
+        "compare-references", help="with which code were these weights trained, Meta's or transformers'?"
+    )
+    compare.set_defaults(run=run_compare)
+    compare.add_argument("checkpoint", help="hub id or folder")
+    compare.add_argument("--out", type=Path, help="folder for both conversions; default: models/<name>-references")
     page = commands.add_parser("chat", help="opens the chat on a model, prepared first if need be")
     page.set_defaults(run=run_chat)
     page.add_argument("--checkpoint", help=f"hub id or folder; default, without --model-dir: {DEMO}")

@@ -121,7 +121,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         stamps = check_model_dir(model_dir, (vision, language))
         self.config = AutoConfig.from_pretrained(model_dir)
         self.generation_config = generation_config(model_dir, self.config)
-        self.shapes = MllamaShapes.from_config(self.config)
+        self.shapes, self.reference = MllamaShapes.from_config(self.config), Reference.of(stamps[vision])
         self.slice_lm_head = slice_lm_head
         self.stats = GenerationStats()
         self.turn = threading.RLock()
@@ -137,7 +137,6 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         )
         check_ports(self.shapes, self.image_encoder, self.language_model.compiled, model_dir)
         self.session, self.sessions = self.language_model.session(), Sessions(self.language_model, kv_cache_bytes)
-        self.reference = Reference.of(stamps[vision])
         self.about = named(model_dir, stamps[language], stamps[vision], device)
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:

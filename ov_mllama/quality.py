@@ -1,7 +1,8 @@
 """What each variant of a model costs and what it loses, beside the original in PyTorch.
 
 Where right answers are known, variants are asked (`measure`); those of a model that answers in its own words are
-compared by how likely they find a given caption's tokens (`diverge`). Every variant is measured in a process of its
+compared by how likely they find a given caption's tokens (`diverge`); so are the two references that a checkpoint's
+weights may have been trained with (`compare_references`). Every variant is measured in a process of its
 own: none sees another's memory, and one is in memory at a time.
 """
 
@@ -22,10 +23,12 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from ov_mllama.conversation import prompts_about
-from ov_mllama.convert import checkpoint_folder, load_checkpoint
-from ov_mllama.files import VISION_ENCODER_NAME, ir_stamp
+from ov_mllama.convert import checkpoint_folder, convert_mllama, load_checkpoint
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.reference import TRANSFORMERS, Reference, described
+from ov_mllama.prepare import plan_here
+from ov_mllama.reference import NAMES, TRANSFORMERS, Reference, described
+from ov_mllama.settings import Settings
 
 BATCH = 50
 TIMED = 20  # questions asked one by one for the waits
@@ -184,6 +187,64 @@ def diverge(
         "same": 100 * float((expected.argmax(-1) == actual.argmax(-1)).mean()),
     }
     return row, log_probs
+
+
+def compare_references(checkpoint: str | Path, folder: Path, samples: list[dict]) -> list[dict]:
+    """Measures how likely a checkpoint finds given captions, converted in Meta's and in transformers' reference. The
+    one that its weights were trained with should find them likelier.
+
+    Args:
+        folder: for the IRs, which are left there, of each reference in a folder of its name. The language model is in
+            16 bit or, where the plan for this machine has no memory for that, in INT4.
+        samples: {"image", "question", "caption"}, such as `photographs.photographs`.
+    Returns:
+        for each sample its "picture" and, as "meta" and "transformers", the mean log-probability of a token of its
+        caption, in nats.
+    Raises:
+        as `convert_mllama` and `compress_language_model`.
+    """
+    from ov_mllama.compress import compress_language_model  # see `prepare.prepare`
+
+    rows = [{"picture": sample.get("name", f"{number}")} for number, sample in enumerate(samples, 1)]
+    for name in NAMES:
+        made = plan_here(checkpoint, folder / name, reference=name)
+        made.check_disk()
+        model_dir = convert_mllama(checkpoint, folder / name, made.write_16_bit, reference=name)
+        language = model_dir / LANGUAGE_MODEL_NAME
+        if not made.write_16_bit:
+            language = compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            found = process.submit(caption_log_probs, model_dir, language.name, samples).result()
+        for row, log_prob in zip(rows, found, strict=True):
+            row[name] = log_prob
+    return rows
+
+
+def caption_log_probs(model_dir: Path, language: str, samples: list[dict]) -> list[float]:
+    """Mean log-probability of a token of each sample's caption, in nats.
+
+    Args:
+        language: file name of the language model.
+    """
+    processor = AutoProcessor.from_pretrained(model_dir, backend="pil")
+    model, means = OVMLlamaForConditionalGeneration(model_dir, language_model_name=language, warm_up=False), []
+    for sample in tqdm(samples, desc=f"Captions, {model_dir.name}", leave=False):
+        caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]
+        (log_probs,) = score(model, processor, [sample], [caption])
+        means.append(float(log_probs[np.arange(len(caption)), caption].mean()))
+    return means
+
+
+def verdict(rows: list[dict]) -> str:
+    """Return the better of the two references by what `compare_references` returns, if so few captions can tell."""
+    gains = np.array([row["meta"] - row["transformers"] for row in rows])
+    mean, error = gains.mean(), gains.std(ddof=1) / len(gains) ** 0.5
+    better = "Meta's reference is better" if mean > 0 else "transformers' reference is better"
+    better = better if abs(mean) > 2 * error else "so few captions cannot tell them apart"
+    return (
+        f"meta - transformers: {mean:+.4f} ± {2 * error:.4f} nats a token (two standard errors), {(gains > 0).sum()} "
+        f"of {len(rows)} captions likelier with meta: {better}."
+    )
 
 
 def batches(items: list) -> list[list]:

@@ -15,6 +15,7 @@ from notebook_utils import follow
 from ov_mllama.convert import convert_mllama
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp, newest
 from ov_mllama.prepare import made_of, plan_here, prepare
+from ov_mllama.quality import caption_log_probs, verdict
 from ov_mllama.reference import BEFORE_4_55, META, NAMES, TRANSFORMERS, Reference, reference_of
 from ov_mllama.settings import NEEDS_NO_PICTURES
 from ov_mllama_compression import compress, optimize_vision_encoder
@@ -292,3 +293,30 @@ def test_nothing_is_reused_for_another_picture_without_the_row_mask(request, pai
     actual = model.generate(**inputs, **GREEDY)
     assert model.stats.reused_tokens == 0
     assert actual.tolist() == fresh(model, inputs).tolist()
+
+
+# ---- Which is better ----
+
+
+def test_verdict_names_the_better_only_where_captions_tell():
+    def rows(*gains):
+        return [{"meta": -1 + gain, "transformers": -1} for gain in gains]
+
+    assert "3 of 3 captions likelier with meta: Meta's reference is better." in verdict(rows(0.2, 0.21, 0.19))
+    assert "0 of 3 captions likelier with meta: transformers' reference is better." in verdict(rows(-0.2, -0.21, -0.19))
+    assert verdict(rows(0.5, -0.5, 0.1)).endswith("so few captions cannot tell them apart.")
+
+
+def test_compare_references_measures_both(pair, tmp_path, monkeypatch, capsys):
+    """As each conversion by itself finds the captions."""
+    samples = [{"image": pair.picture(1, 1), "question": "What?", "caption": "Noise."} for _ in range(2)]
+    monkeypatch.setattr("data_preprocessing.questions_about", lambda checkpoint: samples)
+    arguments = ["ov_mllama", "compare-references", str(pair.checkpoint), "--out", str(tmp_path / "both")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    command_line.main()
+    printed = capsys.readouterr().out
+    for name in NAMES:
+        assert followed(tmp_path / "both" / name) == {NAMES[name]}
+    found = [caption_log_probs(tmp_path / "both" / name, LANGUAGE_MODEL_NAME, samples)[0] for name in NAMES]
+    assert f"| mean | {found[0]:.4f} | {found[1]:.4f} |" in printed
+    assert "likelier with meta" in printed
