@@ -2,6 +2,7 @@
 put right; and what the row mask brings, a beginning that another image does not change."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from test_parity import ATOL, CASES, GREEDY
 from transformers import MllamaForConditionalGeneration
 
 import ov_mllama.__main__ as command_line
-from conftest import F32, chat_of
+from conftest import F32, ROOT, chat_of
 from notebook_utils import follow
 from ov_mllama.convert import convert_mllama
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp, newest
@@ -296,6 +297,20 @@ def test_nothing_is_reused_for_another_picture_without_the_row_mask(request, pai
 
 
 # ---- Which is better ----
+
+
+def test_reports_scripts_run_and_show_what_they_say(pair, monkeypatch, capsys):
+    """On random weights: each caption twice, and tokens before an image that change with it until they are masked."""
+    layers, rows = re.findall(r"```python\n(.*?)```", (ROOT / "docs/upstream.md").read_text(encoding="utf-8"), re.S)
+    monkeypatch.setattr(sys, "argv", ["script", str(pair.checkpoint)])
+    exec(layers, {})  # noqa: S102, our own
+    pairs = re.findall(r"(-[\d.]+) as it is, (-[\d.]+) with the layers' inputs", capsys.readouterr().out)
+    assert len(pairs) == 4
+    assert all(before != after for before, after in pairs)
+    exec(rows, {})  # noqa: S102
+    as_it_is, masked = (json.loads(line.split(":")[1]) for line in capsys.readouterr().out.splitlines())
+    assert min(as_it_is) > 0.01
+    assert set(masked) == {0.0}
 
 
 def test_verdict_names_the_better_only_where_captions_tell():
