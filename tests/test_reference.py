@@ -5,6 +5,8 @@ import json
 import re
 import sys
 
+import numpy as np
+import openvino
 import pytest
 import torch
 from test_parity import ATOL, CASES, GREEDY
@@ -15,6 +17,7 @@ from conftest import F32, ROOT, chat_of
 from notebook_utils import follow
 from ov_mllama.convert import convert_mllama
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp, newest
+from ov_mllama.pieces import quantize_in_pieces, split
 from ov_mllama.prepare import made_of, plan_here, prepare
 from ov_mllama.quality import caption_log_probs, verdict
 from ov_mllama.reference import BEFORE_4_55, META, NAMES, TRANSFORMERS, Reference, reference_of
@@ -294,6 +297,25 @@ def test_nothing_is_reused_for_another_picture_without_the_row_mask(request, pai
     actual = model.generate(**inputs, **GREEDY)
     assert model.stats.reused_tokens == 0
     assert actual.tolist() == fresh(model, inputs).tolist()
+
+
+def test_pieces_of_an_encoder_that_reads_the_embedding_are_the_model(meta, tmp_path):
+    """No piece computes the embedding again, and joined they are the whole."""
+    model = openvino.Core().read_model(meta.model_dir / VISION_ENCODER_NAME)
+    for layers in (1, 8):
+        convolutions = [
+            op for part in split(model, layers) for op in part.get_ops() if op.get_type_name() == "Convolution"
+        ]
+        assert len(convolutions) == 1
+        pixels = torch.arange(2.0 * 3 * 28 * 28).sin().view(2, 3, 28, 28).numpy()
+        sample = dict(pixel_values=pixels, aspect_ratio_ids=[2], real_tiles=2, tile_counts=[1, 1])
+        sample = {name: np.asarray(array) for name, array in sample.items()}
+        joined = quantize_in_pieces(model, [sample], lambda piece, _: piece, tmp_path, layers)
+        expected, actual = (
+            openvino.Core().compile_model(each, "CPU", F32)(sample).to_tuple() for each in (model, joined)
+        )
+        for pair in zip(expected, actual, strict=True):
+            np.testing.assert_array_equal(*pair)
 
 
 # ---- Which is better ----
