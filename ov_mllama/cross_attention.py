@@ -86,7 +86,9 @@ def restrict(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes, row_mask:
     sees_any = mask.any(-1, keepdims=True)
     if row_mask and not sees_any.any():
         return no_images(shapes)
-    visible = (mask if row_mask else mask | ~sees_any).astype(np.float32)
+    # what is multiplied by 0 may be anything: the tiles that the others see, so that mostly no bias is needed
+    instead = mask.any(1, keepdims=True) if row_mask else True
+    visible = (mask | (~sees_any & instead)).astype(np.float32)
     counts = visible @ encoded.stands_for.swapaxes(1, 2).astype(np.float32)  # [batch, query, columns]
     needed, key_values = np.asarray(counts.any((0, 1))), encoded.key_values
     if not needed.all():
