@@ -16,12 +16,14 @@ import ov_mllama.__main__ as command_line
 from conftest import F32, ROOT, chat_of
 from notebook_utils import follow
 from ov_mllama.convert import convert_mllama
+from ov_mllama.cross_attention import restrict
 from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp, newest
 from ov_mllama.pieces import quantize_in_pieces, split
 from ov_mllama.prepare import made_of, plan_here, prepare
 from ov_mllama.quality import caption_log_probs, verdict
 from ov_mllama.reference import BEFORE_4_55, META, NAMES, TRANSFORMERS, Reference, reference_of
 from ov_mllama.settings import NEEDS_NO_PICTURES
+from ov_mllama.vision import Encoded
 from ov_mllama_compression import compress, optimize_vision_encoder
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint, written_by
@@ -261,6 +263,25 @@ def test_system_prompt_is_reused_for_another_picture(pair, meta, first, second):
     meta.ov(**begun)
     torch.testing.assert_close(meta.ov(**inputs, logits_to_keep=5).logits, logits[:, -5:], atol=1e-5, rtol=0)
     assert meta.ov.stats.reused_tokens >= len(LONG)
+
+
+def test_with_the_row_mask_no_padding_tile_is_read(meta):
+    """Nor is a bias needed where all that see a picture see the same of it; where none does, nothing is read."""
+    shapes = meta.ov.shapes
+    rows = 2 * shapes.patches_per_tile
+    key_values = {name: np.ones(shapes.cross_kv_shape(name, 1, rows), np.float32) for name in shapes.cross_kv_names}
+    stands_for = np.array([[[1, 0, 0, 0], [0, 1, 1, 1]]], bool)  # a tile, and one padding tile for three
+    mask = np.zeros((1, 3, 4), bool)
+    mask[:, 1:, 0] = True
+    encoded = Encoded(key_values, stands_for, [], 0)
+    read = {row_mask: restrict(encoded, mask, shapes, row_mask) for row_mask in (True, False)}
+    counts = {row_mask: view.key_values[shapes.cross_kv_names[1]].shape[2] for row_mask, view in read.items()}
+    assert counts == {True: shapes.patches_per_tile, False: rows}
+    assert read[True].bias.shape == (1, 1, 1, 1)
+    assert read[True].sees_image.ravel().tolist() == [0, 1, 1]
+    nothing = restrict(encoded, mask[:, :1], shapes, True)
+    assert nothing.key_values[shapes.cross_kv_names[1]].shape[2] == 1
+    assert not nothing.sees_image.any()
 
 
 def test_first_turn_is_reused_when_the_second_brings_a_picture(pair, meta):
