@@ -17,6 +17,7 @@ from ov_mllama.ending import said_plainly
 from ov_mllama.files import DRAFT_MODEL_NAME
 from ov_mllama.machine import check_device
 from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.photographs import calibration_samples
 from ov_mllama.plan import markdown
 from ov_mllama.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
 from ov_mllama.reference import NAMES
@@ -80,10 +81,9 @@ def run_compare(options: argparse.Namespace) -> None:
     from ov_mllama.quality import compare_references, verdict
 
     folder = options.out or default_folder(options.checkpoint).with_name(f"{Path(options.checkpoint).name}-references")
-    samples = [
-        {**sample, "caption": sample.get("answer") or sample["caption"]}
-        for sample in questions_about(options.checkpoint)
-    ]
+    asked = questions_about(options.checkpoint)
+    known = "answer" in asked[0]  # the checkpoint's own
+    samples = [{**sample, "caption": sample["answer"]} for sample in asked] if known else calibration_samples()
     rows = compare_references(options.checkpoint, folder, samples)
     cells = [(row["picture"], *(f"{row[name]:.4f}" for name in NAMES)) for row in rows]
     cells.append(("mean", *(f"{sum(row[name] for row in rows) / len(rows):.4f}" for name in NAMES)))

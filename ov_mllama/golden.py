@@ -33,7 +33,7 @@ def check_golden_answer(model, model_dir: Path, device: str) -> None:
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     if answer != golden["answer"]:
         warnings.warn(
-            f"On {device} this model answers '{answer}' where PyTorch answers '{golden['answer']}'. Use "
+            f"On {device} this model answers '{answer}' where transformers answers '{golden['answer']}'. Use "
             "device='CPU', or ov_config={'INFERENCE_PRECISION_HINT': 'f32'}, or another driver.",
             stacklevel=3,
         )

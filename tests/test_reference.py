@@ -223,7 +223,7 @@ def test_golden_question_is_not_asked_of_another_reference(pair, tmp_path, recwa
     OVMLlamaForConditionalGeneration(folder)
     assert not [warning for warning in recwarn if "A wrong one" in str(warning.message)]
     (folder / "golden.json").write_text(json.dumps({**golden, "reference": "meta"}))
-    with pytest.warns(UserWarning, match="PyTorch answers 'A wrong one.'"):
+    with pytest.warns(UserWarning, match="transformers answers 'A wrong one.'"):
         OVMLlamaForConditionalGeneration(folder)
 
 
@@ -367,7 +367,9 @@ def test_verdict_names_the_better_only_where_captions_tell():
 
 def test_compare_references_measures_both(pair, tmp_path, monkeypatch, capsys):
     """As each conversion by itself finds the captions."""
-    samples = [{"image": pair.picture(1, 1), "question": "What?", "caption": "Noise."} for _ in range(2)]
+    samples = [
+        {"image": pair.picture(1, 1), "question": "What?", "answer": "Noise.", "caption": "Noise."} for _ in range(2)
+    ]
     monkeypatch.setattr("data_preprocessing.questions_about", lambda checkpoint: samples)
     arguments = ["ov_mllama", "compare-references", str(pair.checkpoint), "--out", str(tmp_path / "both")]
     monkeypatch.setattr(sys, "argv", arguments)
