@@ -5,7 +5,8 @@
 #   make torture    hostile pictures and prompts, faults and kills, long; says what was tried and what went wrong
 #   make lab        open the notebook in JupyterLab
 #   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on
-#                   MODEL_DIR=<converted>; DRAFT=<hub id or folder> guesses ahead
+#                   MODEL_DIR=<converted>; DRAFT=<hub id or folder> guesses ahead; REFERENCE=meta or transformers says
+#                   with which code the weights were trained, where the checkpoint does not (docs/upstream.md)
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
 #                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
 #   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, a Parquet data set
@@ -22,7 +23,8 @@ CHAT ?=
 QUESTION ?= Describe this image.
 OUT ?= captions.parquet
 DRAFT ?=
-SETTINGS := MODEL_ID CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
+REFERENCE ?=
+SETTINGS := MODEL_ID REFERENCE CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -35,13 +37,13 @@ lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
 
 chat: .venv/.run
-	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)')
+	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 serve: .venv/.scale
-	$(BIN)/python -m serving.app $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)')
+	$(BIN)/python -m serving.app $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 caption: .venv/.scale
-	$(BIN)/python -m serving.caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)')
+	$(BIN)/python -m serving.caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json
@@ -86,6 +88,9 @@ endif
 	$(PIP) -r requirements-scale.txt
 	touch $@
 
+# Meta's reference, which tests compare with (tests/meta_reference.py), without the packages that it asks for: what tests
+# need of those is in requirements-dev.txt, and fairscale is not needed
 .venv/.dev: requirements-dev.txt .venv/.scale
 	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps llama-models==0.3.0
 	touch $@

@@ -183,3 +183,36 @@ def by_chance(lost: int, won: int) -> float:
     """How often so uneven a share comes of heads and tails."""
     throws, fewer = lost + won, min(lost, won)
     return min(1.0, 2 * sum(math.comb(throws, count) for count in range(fewer + 1)) / 2**throws)
+
+
+def show_references(layers: int, indices: list[int], reads: str) -> None:
+    """Draws which states of the vision encoder's layers the projector reads, by each code.
+
+    Args:
+        layers: of the local encoder.
+        indices: `intermediate_layers_indices` of the checkpoint.
+        reads: what this model's projector reads, the layers' "inputs" or their "outputs".
+    """
+    inputs, outputs = set(indices), {index + 1 for index in indices}
+    rows = {
+        "Meta's code; transformers to 4.54": inputs,
+        "transformers 4.55.0 to 4.55.2": {layers},
+        "transformers since 4.56": outputs,
+        "this model": inputs if reads == "inputs" else outputs,
+    }
+    figure, axis = plt.subplots(figsize=(min(4 + 0.6 * layers, 13), 2.6), layout="constrained")
+    for height, (name, read) in enumerate(reversed(rows.items())):
+        for layer in range(layers):
+            axis.add_patch(plt.Rectangle((layer + 0.2, height - 0.25), 0.6, 0.5, color="0.88"))
+            if layers < 12 or layer in inputs:
+                axis.text(layer + 0.5, height, str(layer), ha="center", va="center", fontsize=8, color="0.4")
+        colour = "tab:green" if name == "this model" else "tab:blue"
+        axis.plot(range(layers + 1), [height] * (layers + 1), ".", color="0.6", markersize=3)
+        axis.plot(sorted(read), [height] * len(read), "o", color=colour, markersize=9 if layers < 12 else 6)
+    axis.set(xlim=(-0.4, layers + 0.4), ylim=(-0.6, len(rows) - 0.4), xticks=[0, layers], yticks=range(len(rows)))
+    axis.set_xticklabels(["embedding", "last state"])
+    axis.set_yticklabels(reversed(rows))
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    read = "; ".join(f"{name}: {', '.join(map(str, sorted(states)))}" for name, states in rows.items())
+    show_picture(figure, f"States of {layers} vision layers that the projector reads, the embedding being 0. {read}")

@@ -18,6 +18,7 @@ import ipywidgets
 import nbformat
 import openvino as ov
 import psutil
+import torch
 from IPython.display import Markdown, display
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
@@ -31,6 +32,30 @@ def show_versions(*packages: str) -> None:
     print(f"{ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, {psutil.cpu_count(logical=False)} cores")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     print(", ".join([f"Python {platform.python_version()}", *versions]))
+
+
+def follow(model, reference):
+    """Has a model of transformers follow the reference that IRs do, for a comparison, by hooks on its layers.
+
+    Args:
+        model: `MllamaForConditionalGeneration` of transformers 5.
+        reference: `ov_mllama.reference.Reference`.
+    Returns:
+        the model.
+    """
+
+    def read_inputs(encoder, args, output):  # states by index are then what goes into each layer
+        output.hidden_states = (args[0], *output.hidden_states)
+
+    def leave_alone(layer, args, kwargs, output):  # tokens that see no image come out as they went in
+        return torch.where(kwargs["full_text_row_masked_out_mask"][:, 0] > 0, output, args[0])
+
+    text = model.model.language_model
+    if reference.vision_layers == "inputs":
+        model.model.vision_model.transformer.register_forward_hook(read_inputs)
+    for index in text.config.cross_attention_layers if reference.row_mask == "on" else ():
+        text.layers[index].register_forward_hook(leave_alone, with_kwargs=True)
+    return model
 
 
 def show_plan(plan) -> None:

@@ -93,7 +93,7 @@ def language_samples(model_dir: str | Path, count: int, source: str | Path | Non
 
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
     encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
-    samples = prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir), encoder, count, source)
+    samples = prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir, backend="pil"), encoder, count, source)
     samples.check_source()  # NNCF reads none where the settings need none
     return samples
 
@@ -137,7 +137,7 @@ def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
 
     from data_preprocessing import prepare_dataset_vision
 
-    return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir), count, source)
+    return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir, backend="pil"), count, source)
 
 
 # ---- Widgets --------------------------------------------------------------------------------------------------------

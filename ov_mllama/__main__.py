@@ -1,4 +1,4 @@
-"""The command line, in the project's folder: `python -m ov_mllama plan`, `prepare`, `chat`; what a chat needs."""
+"""The command line, in the project's folder: `python -m ov_mllama plan`, `prepare`, `chat`, `compare-references`."""
 
 import argparse
 import logging
@@ -11,29 +11,39 @@ from transformers import AutoConfig, AutoProcessor
 
 from ov_mllama.checks import check_vocabulary
 from ov_mllama.conversations import Conversations
+from ov_mllama.costs import gigabytes
 from ov_mllama.draft_model import OVDraftModel
 from ov_mllama.ending import said_plainly
 from ov_mllama.files import DRAFT_MODEL_NAME
 from ov_mllama.machine import check_device
 from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.photographs import calibration_samples
+from ov_mllama.plan import markdown
 from ov_mllama.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
 from ov_mllama.proxies import bypass_proxy_for_loopback
+from ov_mllama.reference import NAMES
 
 DEMO = "demo_model"
 logger = logging.getLogger("ov_mllama")
+REFERENCE: dict = {
+    "choices": ("auto", *NAMES),
+    "default": "auto",
+    "help": "code that the checkpoint's weights were trained with; default: as its config.json says",
+}
 DRAFT_HELP = "hub id or folder of a small Llama with the same tokenizer, to guess ahead"
 
 
 def run_plan(options: argparse.Namespace) -> None:
     """Says what this machine would do with a checkpoint, for a chat."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
-    made = plan_here(options.checkpoint, model_dir, options.draft, for_chat=True)
+    made = plan_here(options.checkpoint, model_dir, options.draft, True, options.reference)
     print(made, *made.lacking, sep="\n")
 
 
 def run_prepare(options: argparse.Namespace) -> Path:
     """Converts and compresses a checkpoint as planned, where that is not done yet."""
-    return prepare(options.checkpoint, options.model_dir or default_folder(options.checkpoint), options.draft)
+    model_dir = options.model_dir or default_folder(options.checkpoint)
+    return prepare(options.checkpoint, model_dir, options.draft, options.reference)
 
 
 def run_chat(options: argparse.Namespace) -> None:
@@ -54,7 +64,7 @@ def run_chat(options: argparse.Namespace) -> None:
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
     drafting = {"assistant_model": draft} if draft else {}
-    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir), examples, **drafting)
+    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir, backend="pil"), examples, **drafting)
     auth = tuple(options.auth) if options.auth else None
     _, url, _ = demo.launch(server_port=options.port, auth=auth, prevent_thread_lock=True)
     # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
@@ -64,6 +74,27 @@ def run_chat(options: argparse.Namespace) -> None:
     demo.block_thread()
     sys.stdout.flush()
     os._exit(0)  # what is kept has been written; else Python waits for the step under way, or is aborted within it
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Says which reference finds right captions likelier."""
+    from data_preprocessing import questions_about
+    from ov_mllama.quality import compare_references, verdict
+
+    folder = options.out or default_folder(options.checkpoint).with_name(f"{Path(options.checkpoint).name}-references")
+    asked = questions_about(options.checkpoint)
+    known = "answer" in asked[0]  # the checkpoint's own
+    samples = [{**sample, "caption": sample["answer"]} for sample in asked] if known else calibration_samples()
+    rows = compare_references(options.checkpoint, folder, samples)
+    cells = [(row["picture"], *(f"{row[name]:.4f}" for name in NAMES)) for row in rows]
+    cells.append(("mean", *(f"{sum(row[name] for row in rows) / len(rows):.4f}" for name in NAMES)))
+    print(
+        "Mean log-probability of a token of the right caption, in nats:",
+        markdown(("picture", *NAMES), cells),
+        sep="\n\n",
+    )
+    size = sum(path.stat().st_size for path in folder.glob("*/*.bin"))
+    print(f"\n{verdict(rows)}\nBoth conversions, {gigabytes(size)}, are left in {folder}.")
 
 
 def load_draft(options: argparse.Namespace) -> OVDraftModel:
@@ -90,6 +121,13 @@ def main() -> None:
         command.add_argument("checkpoint", nargs="?", default=DEMO, help=f"hub id or folder; default: {DEMO}")
         command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
         command.add_argument("--draft", help=DRAFT_HELP)
+        command.add_argument("--reference", **REFERENCE)
+    compare = commands.add_parser(
+        "compare-references", help="with which code were these weights trained, Meta's or transformers'?"
+    )
+    compare.set_defaults(run=run_compare)
+    compare.add_argument("checkpoint", help="hub id or folder")
+    compare.add_argument("--out", type=Path, help="folder for both conversions; default: models/<name>-references")
     page = commands.add_parser("chat", help="opens the chat on a model, prepared first if need be")
     page.set_defaults(run=run_chat)
     page.add_argument("--checkpoint", help=f"hub id or folder; default, without --model-dir: {DEMO}")
@@ -97,6 +135,7 @@ def main() -> None:
     page.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
     page.add_argument("--image-encoder", help="its .xml; default likewise")
     page.add_argument("--draft", help=DRAFT_HELP)
+    page.add_argument("--reference", **REFERENCE)
     page.add_argument("--device", default="CPU")
     page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))

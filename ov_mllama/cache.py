@@ -1,5 +1,6 @@
 """The bookkeeping of one conversation's KV cache: which columns of a session's state count, and whose they are."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,12 +160,34 @@ class OVCache:
         every_column[:, [*self.columns, *range(self.size, self.size + new)]] = attention_mask
         return every_column
 
-    def common_prefix(self, prompt: Prompt) -> int:
-        """How many tokens of a new prompt begin this one; at least those whose logits are asked for do not."""
-        if self.tokens is None or not prompt.is_plain or prompt.image_keys != self.image_keys:
+    def common_prefix(self, prompt: Prompt, row_mask: bool = False) -> int:
+        """How many tokens of a new prompt begin this one; at least those whose logits are asked for do not.
+
+        Args:
+            row_mask: a token depends only on the images that it and those before it see, so the images need to be the
+                same only from where one is seen; without, from the first token on (`reference.Reference`).
+        """
+        if self.tokens is None or not prompt.is_plain:
+            return 0
+        if prompt.image_keys != self.image_keys and not row_mask:
             return 0
         length = max(min(len(self.tokens), prompt.input_ids.shape[1] - prompt.logits_to_keep), 0)
         same = np.array(self.tokens[:length]) == prompt.input_ids[0, :length]
         rows = np.minimum(np.arange(length), len(self.seen) - 1)
-        same &= (self.seen[rows] == prompt.seen[0, :length]).all(-1)
+        same &= see_alike(self.seen[rows], self.image_keys[0], prompt.seen[0, :length], prompt.image_keys[0])
         return length if same.all() else int(same.argmin())
+
+
+def see_alike(
+    seen: np.ndarray, keys: tuple[bytes, ...], others_seen: np.ndarray, others_keys: tuple[bytes, ...]
+) -> np.ndarray:
+    """Tokens of two prompts that see the same tiles of the same images, or no image: bool [tokens].
+
+    Args:
+        seen, others_seen: bool [tokens, images * tiles]; keys, others_keys: of the images, in order.
+    """
+    pairs = zip(keys, others_keys, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    tiles = shared and shared * (seen.shape[1] // len(keys))  # of the images that both begin with
+    same = (seen[:, :tiles] == others_seen[:, :tiles]).all(-1)
+    return same & ~seen[:, tiles:].any(-1) & ~others_seen[:, tiles:].any(-1)

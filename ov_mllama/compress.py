@@ -31,6 +31,7 @@ from ov_mllama.files import (
     writing,
 )
 from ov_mllama.pieces import quantize_in_pieces
+from ov_mllama.reference import Reference
 from ov_mllama.settings import DATA_FREE_METRIC, INT8, NEEDS_NO_PICTURES, VISION_OPTIONS, Settings
 
 DATA_METRICS = tuple(metric.value for metric in SensitivityMetric if metric.value != DATA_FREE_METRIC)
@@ -56,7 +57,8 @@ def compress_language_model(
         samples: opens at least `settings.dataset_size` samples of the language IR's inputs; called only if needed.
         samples_name: what they are, so that others make another IR; a function is called only if needed.
         checkpoint: the original, as given to `convert_mllama`. With it the uncompressed IR is neither needed nor
-            written; the result is the same (with scale_estimation, up to the rounding of a few scales).
+            written; the result is the same (with scale_estimation, up to the rounding of a few scales). It follows the
+            reference that the folder's vision encoder does.
         force: make it anew.
     Returns:
         path of the compressed .xml in `model_dir`, its name composed from the settings.
@@ -73,12 +75,13 @@ def compress_language_model(
             "compress(..., checkpoint=model_id), or have it written by convert_mllama."
         )
     needed = (VISION_ENCODER_NAME,) if checkpoint else (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)
-    stamps = check_model_dir(model_dir, needed)
+    encoder = check_model_dir(model_dir, needed)[VISION_ENCODER_NAME]
     config = AutoConfig.from_pretrained(model_dir)
     settings.check(config)
+    reference = Reference.of(encoder)
     source = checkpoint_folder(checkpoint) if checkpoint else model_dir / LANGUAGE_MODEL_NAME
-    stamp = checkpoint_stamp(source) if checkpoint else origin(source)
-    if stamp.get("checkpoint") != stamps[VISION_ENCODER_NAME]["checkpoint"]:
+    stamp = checkpoint_stamp(source, reference) if checkpoint else origin(source)
+    if stamp.get("checkpoint") != encoder["checkpoint"]:
         raise ValueError(
             f"{model_dir} was converted from another checkpoint than {checkpoint}, or from that before it changed: run "
             f"convert_mllama('{checkpoint}', '{model_dir}', language_model=False) first, or choose another folder."
@@ -89,7 +92,10 @@ def compress_language_model(
     def make() -> ov.Model:
         dataset = nncf.Dataset(samples()) if samples and settings.dataset_size else None
         with quiet_nncf():
-            model = convert_language_model(load_checkpoint(source)) if checkpoint else ov.Core().read_model(source)
+            if checkpoint:
+                model = convert_language_model(load_checkpoint(source), reference)
+            else:
+                model = ov.Core().read_model(source)
             return compress_weights(model, settings, dataset)
 
     less = "leave out the calibration data (dataset_size=0)" if settings.dataset_size else ""

@@ -41,6 +41,7 @@ from ov_mllama.files import (
     writing,
 )
 from ov_mllama.graphs import LanguageModel, VisionEncoder
+from ov_mllama.reference import TRANSFORMERS, Reference, described, reference_of
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.tracing import make_stateful, name_ports, trace
 
@@ -102,10 +103,10 @@ def padding_tiles_are_alike(model: MllamaForConditionalGeneration) -> bool:
     return True
 
 
-def convert_vision_encoder(model: MllamaForConditionalGeneration) -> ov.Model:
+def convert_vision_encoder(model: MllamaForConditionalGeneration, reference: Reference = TRANSFORMERS) -> ov.Model:
     """The vision tower, the projector and the cross-attention K/V projections as one OpenVINO model, for one image."""
     shapes, vision = MllamaShapes.from_config(model.config), model.config.vision_config
-    ov_model = trace(VisionEncoder(model), vision_encoder_example(model.config))
+    ov_model = trace(VisionEncoder(model, reference), vision_encoder_example(model.config))
     inputs = {
         "pixel_values": [-1, vision.num_channels, vision.image_size, vision.image_size],
         "aspect_ratio_ids": [1],
@@ -116,10 +117,12 @@ def convert_vision_encoder(model: MllamaForConditionalGeneration) -> ov.Model:
     return ov_model
 
 
-def convert_language_model(model: MllamaForConditionalGeneration | LlamaForCausalLM) -> ov.Model:
+def convert_language_model(
+    model: MllamaForConditionalGeneration | LlamaForCausalLM, reference: Reference = TRANSFORMERS
+) -> ov.Model:
     """The language model as one stateful OpenVINO model (ports as in `LanguageModel.forward`, plus `beam_idx`)."""
     shapes = MllamaShapes.from_config(model.config)
-    ov_model = trace(LanguageModel(model), language_model_example(shapes))
+    ov_model = trace(LanguageModel(model, reference), language_model_example(shapes))
     inputs = {
         "input_ids": [-1, -1],
         "attention_mask": [-1, -1],
@@ -213,12 +216,19 @@ def check_apart(source: Path, out_dir: Path) -> None:
         raise ValueError(f"{out_dir} is the checkpoint itself: choose another folder for its IRs.")
 
 
-def checkpoint_stamp(folder: Path) -> dict[str, str]:
-    """What the IRs that this version of the converter makes of a checkpoint say of their origin."""
-    return {"converter_version": CONVERTER_VERSION, "checkpoint": checkpoint_fingerprint(folder)}
+def checkpoint_stamp(folder: Path, reference: Reference | None = None) -> dict[str, str]:
+    """What the IRs that this version of the converter makes of a checkpoint say of their origin.
+
+    Args:
+        reference: they follow; None for a draft model, which has no part in what references differ in.
+    """
+    follows = reference._asdict() if reference else {}
+    return {"converter_version": CONVERTER_VERSION, "checkpoint": checkpoint_fingerprint(folder), **follows}
 
 
-def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bool = True) -> Path:
+def convert_mllama(
+    model_id: str | Path, out_dir: str | Path, language_model: bool = True, reference: str = "auto"
+) -> Path:
     """Converts a Mllama checkpoint to OpenVINO; whatever `out_dir` already holds of it, whole, is kept.
 
     What it holds of another checkpoint is replaced or removed: config, tokenizer, templates, IRs, draft model. Files
@@ -230,18 +240,22 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         out_dir: folder for `openvino_vision_encoder.xml`, `openvino_language_model.xml` (and their .bin), the config,
             the generation config and the processor with its chat template.
         language_model: False leaves it to `compress(..., checkpoint=model_id)`, which then never writes it in 16 bit.
+        reference: "meta", "transformers" or "auto", see `reference_of`: what the projector reads, and whether tokens
+            before an image attend to it. Meta's weights that a transformers since 4.55 saved again need "meta".
     Returns:
         out_dir as a Path.
     Raises:
         ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix; ValueError too if
-            out_dir is the checkpoint's own folder, or as `check_tensors`, before anything is written.
+            out_dir is the checkpoint's own folder, for another `reference`, or as `check_tensors`, before anything is
+            written.
         OSError, MemoryError: too little room (`check_disk_and_memory`); parts that are done are kept, a rerun does the
             rest.
     """
     out_dir = Path(out_dir)
     source = checkpoint_folder(model_id)
     check_apart(source, out_dir)
-    stamp = checkpoint_stamp(source)
+    chosen, why = reference_of(source, reference)
+    stamp = checkpoint_stamp(source, chosen)
     parts = {"vision encoder": (out_dir / VISION_ENCODER_NAME, VisionEncoder, convert_vision_encoder)}
     if language_model:
         parts["language model"] = (out_dir / LANGUAGE_MODEL_NAME, LanguageModel, convert_language_model)
@@ -250,6 +264,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
         print(f"✅ {out_dir} already holds the converted model")
         return out_dir
 
+    print(f"Reference: {described(chosen)} ({why})")
     print("⌛ Load original model")
     model = load_checkpoint(source)
     sizes = {what: written_bytes(parts[what][1](model)) for what in parts}
@@ -266,7 +281,7 @@ def convert_mllama(model_id: str | Path, out_dir: str | Path, language_model: bo
                 told = {"format": "16 bit"}
                 if what == "vision encoder":
                     told["padding_tiles"] = "alike" if padding_tiles_are_alike(model) else "each"
-                save_ir(convert(model), path, stamp | told)
+                save_ir(convert(model, chosen), path, stamp | told)
                 print(f"✅ {what.capitalize()} successfully converted")
     print(f"✅ Model successfully converted and can be found in {out_dir}")
     return out_dir

@@ -70,19 +70,25 @@ def no_images(shapes: MllamaShapes) -> CrossAttention:
     )
 
 
-def restrict(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes) -> CrossAttention:
+def restrict(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes, row_mask: bool = False) -> CrossAttention:
     """The part of the images that tokens may see, and the bias that hides the rest and counts what stands for several.
 
     A token that may see no tile at all (text before the first image) attends to every row, padding tiles included,
     and only its MLP is switched off: what transformers does, and its open question (transformers#39379). So no row can
-    be left out of a step that has such a token. A key that stands for n tiles that a token may see counts n times:
-    exp(score + log n) is n * exp(score).
+    be left out of a step that has such a token. With Meta's row mask it attends to none.
+
+    A key that stands for n tiles that a token may see counts n times: exp(score + log n) is n * exp(score).
 
     Args:
         mask: bool [batch, query, images * tiles].
+        row_mask: the language IR has Meta's (`reference.Reference`).
     """
     sees_any = mask.any(-1, keepdims=True)
-    visible = (mask | ~sees_any).astype(np.float32)
+    if row_mask and not sees_any.any():
+        return no_images(shapes)
+    # what is multiplied by 0 may be anything: the tiles that the others see, so that mostly no bias is needed
+    instead = mask.any(1, keepdims=True) if row_mask else True
+    visible = (mask | (~sees_any & instead)).astype(np.float32)
     counts = visible @ encoded.stands_for.swapaxes(1, 2).astype(np.float32)  # [batch, query, columns]
     needed, key_values = np.asarray(counts.any((0, 1))), encoded.key_values
     if not needed.all():

@@ -19,10 +19,11 @@ from transformers import GenerationConfig, MllamaConfig
 
 from ov_mllama.companions import check_companions, names_in, stamp_of
 from ov_mllama.machine import free_disk, free_memory
+from ov_mllama.reference import Reference
 
 # Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
 # Say in CHANGELOG.md what that costs; tests/test_convert.py notices a graph that changed without it.
-CONVERTER_VERSION = "4"
+CONVERTER_VERSION = "5"
 
 VISION_ENCODER_NAME = "openvino_vision_encoder.xml"
 LANGUAGE_MODEL_NAME = "openvino_language_model.xml"
@@ -144,7 +145,8 @@ def ir_stamp(path: Path) -> dict[str, str]:
 
     Returns:
         `converter_version`, `checkpoint` (its fingerprint), `format` of its weights ("16 bit", "int4_asym", ...),
-        `padding_tiles` ("alike" or "each", see `convert.padding_tiles_are_alike`), `openvino` (its version), `weights`
+        `padding_tiles` ("alike" or "each", see `convert.padding_tiles_are_alike`), `vision_layers` and `row_mask` (see
+        `reference.Reference`; not of a draft model), `openvino` (its version), `weights`
         (fingerprint of the .bin) and, if compressed, `samples` it was calibrated with; of a language model also
         `group_size`, how many weights share a scale. Empty for an IR that is missing, incomplete, made by another
         program, or beside a .bin not its own.
@@ -203,13 +205,13 @@ def is_current(path: Path, wanted: dict[str, str]) -> bool:
 
 def origin(path: Path) -> dict[str, str]:
     """The part of an IR's stamp that its descendants share."""
-    shared = ("converter_version", "checkpoint", "padding_tiles")
+    shared = ("converter_version", "checkpoint", "padding_tiles", *Reference._fields)
     return {key: value for key, value in ir_stamp(path).items() if key in shared}
 
 
 def check_model_dir(model_dir: Path, names: tuple[str, ...] | str) -> dict[str, dict[str, str]]:
-    """Refuses a folder whose IRs are missing, incomplete, foreign, outdated or of two different checkpoints, or whose
-    companions are not theirs.
+    """Refuses a folder whose IRs are missing, incomplete, foreign, outdated, or of two different checkpoints or
+    references, or whose companions are not theirs.
 
     Returns:
         the `ir_stamp` of each.
@@ -258,6 +260,11 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...] | str) -> dict[str, 
             f"{' and '.join(names)} in {model_dir} come from different checkpoints: run convert_mllama again with the "
             "one you want, into a folder of its own."
         )
+    if len({tuple(stamp.get(key) for key in Reference._fields) for stamp in stamps.values()}) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} in {model_dir} follow different references: run convert_mllama again with the one "
+            "you want, and compress what was compressed."
+        )
     check_companions(model_dir, next(iter(stamps.values()))["checkpoint"], maker)
     return stamps
 
@@ -297,8 +304,7 @@ def newest(model_dir: Path, original: str) -> str:
     """
     wanted = {"converter_version": CONVERTER_VERSION}
     encoder = ir_stamp(model_dir / VISION_ENCODER_NAME)  # every folder has it, and it says of which checkpoint
-    if "checkpoint" in encoder:
-        wanted["checkpoint"] = encoder["checkpoint"]
+    wanted |= {key: encoder[key] for key in ("checkpoint", *Reference._fields) if key in encoder}
     compressed = "llm_*.xml" if original == LANGUAGE_MODEL_NAME else f"{Path(original).stem}_*.xml"
     files = sorted(model_dir.glob(compressed), key=lambda path: path.stat().st_mtime, reverse=True)
     fitting = (path.name for path in [*files, model_dir / original] if is_current(path, wanted))

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import apply_rotary_pos_emb, repeat_kv
 
+from ov_mllama.reference import TRANSFORMERS, Reference
 from ov_mllama.shapes import MASKED, MllamaShapes
 
 
@@ -27,11 +28,17 @@ class VisionEncoder(nn.Module):
     - Rows that start alike stay alike, since all padding queries see the same. Where a checkpoint's padding tiles start
       alike (in Meta's they are zero) one of them is computed, and counts as a key for all: log(n) is added to the score
       of a key that stands for n. The rows that align a tile to a multiple of 8 are such in every checkpoint.
+
+    The projector reads, beside the tower's result, states of some layers (`intermediate_layers_indices`):
+
+    - Meta's reference takes what goes into them (llama-models 0.3.0, multimodal/model.py, `ImageTransformer.forward`).
+    - transformers since 4.56 takes what comes out (5.23.0, modeling_mllama.py, `MllamaVisionEncoder.forward`).
     """
 
-    def __init__(self, model: MllamaForConditionalGeneration):
+    def __init__(self, model: MllamaForConditionalGeneration, reference: Reference = TRANSFORMERS):
         super().__init__()
         self.shapes = MllamaShapes.from_config(model.config)
+        self.reference = reference
         self.vision_model = model.model.vision_model
         self.projector = model.model.multi_modal_projector
         layers = model.model.language_model.layers
@@ -59,10 +66,10 @@ class VisionEncoder(nn.Module):
         x = self.embed(pixel_values, aspect_ratio_ids, tiles).flatten(1, 2)  # [1, tiles * patches, channels]
         x = torch.cat([x, x.new_zeros(1, 1, x.shape[-1])], dim=1)  # real rows come first
         bias = self.key_bias(of_patches, tile_counts.sum()[None] * alignment)
-        intermediate = []
+        states = [x]
         for layer in _progress(tower.transformer.layers, "Tracing vision encoder"):
             x = self.encoder_layer(layer, x, real_rows, bias)
-            intermediate.append(x)
+            states.append(x)
 
         embedding = self.tile_embedding(x, aspect_ratio_ids)[:, :tiles]  # [1, tiles, 1, channels]
         x = tower.layernorm_post(x)
@@ -74,10 +81,19 @@ class VisionEncoder(nn.Module):
             x = self.encoder_layer(layer, x, real_rows, bias)
 
         rows = tiles * patches
-        chosen = torch.stack([intermediate[i][:, :rows] for i in tower.intermediate_layers_indices], dim=-1)
+        chosen = torch.stack([state[:, :rows] for state in self.read_by_projector(states)], dim=-1)
         features = torch.cat([x[:, :rows], chosen.flatten(2)], dim=-1)  # [1, rows, vision_output_dim]
-        states = self.projector(features)  # [1, rows, hidden_size]
-        return tuple(tensor for attention in self.cross_attentions for tensor in self.key_value(attention, states))
+        x = self.projector(features)  # [1, rows, hidden_size]
+        return tuple(tensor for attention in self.cross_attentions for tensor in self.key_value(attention, x))
+
+    def read_by_projector(self, states):
+        """Of the embedding and each layer's output, in order, those at `intermediate_layers_indices`.
+
+        Index -1 of outputs is the embedding (after `layernorm_pre`), which is how they name the input of layer 0.
+        """
+        outputs = self.reference.vision_layers == "outputs"
+        indices = self.vision_model.intermediate_layers_indices
+        return [states[index + 1 if outputs and index >= -1 else index] for index in indices]
 
     def embed(self, pixel_values, aspect_ratio_ids, tiles):
         """Pixels -> [1, tiles, patches, channels] with class token and position embeddings."""
@@ -132,12 +148,16 @@ class VisionEncoder(nn.Module):
 class LanguageModel(nn.Module):
     """One step of the language model with every piece of state explicit; `make_stateful` hides the text KV cache.
 
-    A plain Llama is one without cross-attention layers.
+    A plain Llama is one without cross-attention layers. Of a token that sees no image these add
+
+    - nothing in Meta's reference (llama-models 0.3.0, multimodal/model.py, `full_text_row_masked_out_mask` twice);
+    - attention to all rows in transformers, without the MLP (5.23.0, modeling_mllama.py; transformers#39379).
     """
 
-    def __init__(self, model: MllamaForConditionalGeneration | LlamaForCausalLM):
+    def __init__(self, model: MllamaForConditionalGeneration | LlamaForCausalLM, reference: Reference = TRANSFORMERS):
         super().__init__()
         self.shapes = MllamaShapes.from_config(model.config)
+        self.row_mask = reference.row_mask == "on"
         self.text_model = getattr(model.model, "language_model", model.model)
         self.lm_head = model.lm_head
 
@@ -162,7 +182,7 @@ class LanguageModel(nn.Module):
             cross_attention_bias: f32 [batch, 1, query, rows], added to the scores of text against image rows. Any axis
                 may be 1, so "everything may be seen" is a single zero.
             sees_image: f32 [batch, query, 1], 0 for tokens that may see no image: their MLP in the cross-attention
-                layers is switched off, as transformers does (its attention is not, transformers#39379).
+                layers is switched off, and with Meta's row mask their attention too.
             cross_attn_key_values: (key, value) for each cross-attention layer, as the vision encoder wrote them.
         Returns:
             logits f32 [batch, logits_to_keep, vocab], then the grown key and value of each self-attention layer.
@@ -222,6 +242,7 @@ class LanguageModel(nn.Module):
         weights = scores.softmax(dim=-1).view(batch, shapes.num_kv_heads, groups * queries, -1)
         attended = (weights @ value).view(batch, shapes.num_heads, queries, shapes.head_dim)
         attended = attention.o_proj(attended.transpose(1, 2).reshape(batch, queries, -1))
+        attended = sees_image * attended if self.row_mask else attended
         x = x + layer.cross_attn_attn_gate.tanh() * attended
         mlp = layer.mlp(layer.post_attention_layernorm(x))
         return x + layer.cross_attn_mlp_gate.tanh() * (sees_image * mlp)

@@ -87,6 +87,7 @@ class OVLanguageModel:
     Attributes:
         chosen: what it is computed in on this device, and why (`precision.choose`).
         reads_bf16: whether it takes images' K/V in bf16.
+        row_mask: tokens that see no image do not depend on any (`reference.Reference`).
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class OVLanguageModel:
         stamp = ir_stamp(Path(path)) if stamp is None else stamp
         self.chosen = choose("language", stamp, device, ov_config)
         self.reads_bf16 = self.chosen.bf16
+        self.row_mask = stamp.get("row_mask") == "on"
         self._ir = (path, device, self.chosen.properties)
         self._compiled: ov.CompiledModel | None = None
         self._cache_bits = 32  # until it is compiled
@@ -217,8 +219,9 @@ class Session:
         if not prompt.is_plain:
             cache.tokens = None
         rest = prompt.seen[:, reused:]
-        if reused and previous and np.array_equal(previous.last_seen, cache.last_seen):
-            view = previous.cross_attention  # of the same images
+        same_images = previous is not None and previous.image_keys == cache.image_keys
+        if reused and previous and same_images and np.array_equal(previous.last_seen, cache.last_seen):
+            view = previous.cross_attention
         else:
             if previous:
                 previous.cross_attention = None  # 0.1 GB for each tile of the 11B: not both at once
@@ -284,7 +287,7 @@ class Session:
     def reusable(self, prompt: Prompt) -> int:
         """How many tokens of a prompt need not be computed. Not less than half of the state: most of it would be
         hidden columns, and each step reads them all."""
-        shared = self.cache.common_prefix(prompt) if self.cache else 0
+        shared = self.cache.common_prefix(prompt, self.model.row_mask) if self.cache else 0
         return shared if 2 * shared >= self.cache_size else 0
 
     def holds_images(self, prompt: Prompt) -> bool:
@@ -317,7 +320,7 @@ class Session:
         shapes = self.model.shapes
         if not shapes.cross_layers:
             return None
-        view = restrict(encoded, seen, shapes) if encoded else no_images(shapes)
+        view = restrict(encoded, seen, shapes, self.model.row_mask) if encoded else no_images(shapes)
         view = view.in_bf16() if self.model.reads_bf16 else view
         return self._device_tensors.place(view) if self._device_tensors else view
 

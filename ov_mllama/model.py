@@ -44,6 +44,7 @@ from ov_mllama.inference import StopOnEvent, turn_of
 from ov_mllama.language import OVLanguageModel
 from ov_mllama.likeness import LikeAModule
 from ov_mllama.progress import Progress
+from ov_mllama.reference import Reference
 from ov_mllama.sessions import Sessions, make_room
 from ov_mllama.shapes import MllamaShapes
 from ov_mllama.stats import GenerationStats
@@ -82,6 +83,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
     Attributes:
         session: of the calls without `past_key_values` (`generate` takes one of its own).
         turn: the lock that a thread holds while it computes; whoever takes it may decide then whether to begin at all.
+        reference: that its IRs follow, see `reference.Reference`.
         about: its name, the formats of its weights and its device, for people.
         stats: `GenerationStats` of the last prompt and the tokens since.
 
@@ -117,7 +119,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         stamps = check_model_dir(model_dir, (vision, language))
         self.config = AutoConfig.from_pretrained(model_dir)
         self.generation_config = generation_config(model_dir, self.config)
-        self.shapes = MllamaShapes.from_config(self.config)
+        self.shapes, self.reference = MllamaShapes.from_config(self.config), Reference.of(stamps[vision])
         self.slice_lm_head = slice_lm_head
         self.stats = GenerationStats()
         self.turn = threading.RLock()
@@ -260,7 +262,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             check_images(images, prompt.input_ids.shape, self.image_encoder.pixels_shape, self.config)
             prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
             prompt.image_keys = image_keys(images)
-        rows = self.image_encoder.rows_read(images, prompt.seen) if images else 0
+        rows = self.image_encoder.rows_read(images, prompt.seen, self.language_model.row_mask) if images else 0
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt, rows)
         images = None if session.holds_images(prompt) else images

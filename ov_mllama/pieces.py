@@ -19,6 +19,7 @@ from openvino.properties.hint import inference_precision
 
 from ov_mllama.costs import PIECE_LAYERS
 
+FIRST_NORM = re.compile(r"__module\.vision_model\.transformer\.layers\.0\.input_layernorm/.*/MVN")
 LAST_LINEAR = re.compile(r"__module\.vision_model\.((?:global_)?transformer)\.layers\.(\d+)\.mlp\.fc2/.*/Add")
 
 Sample = dict[str, np.ndarray]  # a model's inputs by port name
@@ -79,14 +80,12 @@ def piece_ends(model: ov.Model, layers: int) -> list[str]:
     Raises:
         ValueError: as `layer_outputs`.
     """
-    ends = []
+    ends = [node.get_friendly_name() for node in embeddings(model) if is_handed_on(node)]
     for outputs in layer_outputs(model).values():
         length = 0
         for node in outputs:
             length += 1
-            # beside the next layer's norm and its residual sum, the projector reads it
-            handed_on = len(node.output(0).get_target_inputs()) > 2
-            if handed_on or length == layers or node is outputs[-1]:
+            if is_handed_on(node) or length == layers or node is outputs[-1]:
                 ends.append(node.get_friendly_name())
                 length = 0
     return ends
@@ -110,6 +109,18 @@ def layer_outputs(model: ov.Model) -> dict[str, list[ov.Node]]:
                 f"it cannot be split to be quantised. Convert it again with the exact versions of requirements.txt."
             )
     return {encoder: [layers[index] for index in range(len(layers))] for encoder, layers in found.items()}
+
+
+def embeddings(model: ov.Model) -> list[ov.Node]:
+    """The node that computes the first layer's input; none in a graph whose nodes are named otherwise."""
+    return [
+        node.input_value(0).get_node() for node in model.get_ops() if FIRST_NORM.fullmatch(node.get_friendly_name())
+    ]
+
+
+def is_handed_on(node: ov.Node) -> bool:
+    """Whether the projector reads a layer's input or output, beside the next layer's norm and its residual sum."""
+    return len(node.output(0).get_target_inputs()) > 2
 
 
 def residual_sum(node: ov.Node) -> ov.Node:

@@ -20,6 +20,7 @@ from ov_mllama.files import (
 )
 from ov_mllama.machine import Machine, free_memory, has_own_memory
 from ov_mllama.plan import Plan, Step, loading, plan
+from ov_mllama.reference import reference_of
 from ov_mllama.settings import NEEDS_NO_PICTURES, Settings
 
 
@@ -30,7 +31,11 @@ def default_folder(checkpoint: str | Path) -> Path:
 
 
 def plan_here(
-    checkpoint: str | Path, model_dir: str | Path, draft: str | Path | None = None, for_chat: bool = False
+    checkpoint: str | Path,
+    model_dir: str | Path,
+    draft: str | Path | None = None,
+    for_chat: bool = False,
+    reference: str = "auto",
 ) -> Plan:
     """What to do with a checkpoint on this machine, as it is now.
 
@@ -39,25 +44,31 @@ def plan_here(
         model_dir: where the converted model will be; what is there already is not counted.
         draft: the draft model's hub id or folder, if there is to be one.
         for_chat: as for `plan`.
+        reference: as for `convert_mllama`; IRs that follow another are made anew.
     Raises:
         ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix; and ValueError: the
-            draft model has another vocabulary.
+            draft model has another vocabulary, or there is no such reference.
     """
     source = checkpoint_folder(checkpoint, weights=Path(checkpoint).is_dir())
     config, here = AutoConfig.from_pretrained(source), Machine.here(model_dir, HF_HUB_CACHE)
-    downloaded, made = has_weights(source), made_of(source, model_dir)
+    downloaded, made = has_weights(source), made_of(source, model_dir, reference)
     if not draft:
         return plan(config, here, Settings(), downloaded, made, for_chat=for_chat)
     draft_source = checkpoint_folder(draft, weights=Path(draft).is_dir(), wanted="llama")
     draft_config = AutoConfig.from_pretrained(draft_source)
     check_vocabulary(draft_config.vocab_size, config.text_config.vocab_size)
-    made += made_of(draft_source, Path(model_dir, DRAFT_FOLDER))
+    made += made_of(draft_source, Path(model_dir, DRAFT_FOLDER), reference=None)
     return plan(config, here, Settings(), downloaded, made, draft_config, has_weights(draft_source), for_chat)
 
 
-def made_of(source: Path, folder: str | Path) -> list[str]:
-    """File names of the IRs in a folder that were made of a checkpoint; while that is not downloaded, of any."""
-    wanted = checkpoint_stamp(source) if has_weights(source) else {"converter_version": CONVERTER_VERSION}
+def made_of(source: Path, folder: str | Path, reference: str | None = "auto") -> list[str]:
+    """File names of the IRs in a folder that were made of a checkpoint; while that is not downloaded, of any.
+
+    Args:
+        reference: they follow, as for `convert_mllama`; None for a draft model, which follows none.
+    """
+    follows = reference_of(source, reference)[0] if reference else None
+    wanted = checkpoint_stamp(source, follows) if has_weights(source) else {"converter_version": CONVERTER_VERSION}
     return [path.name for path in Path(folder).glob("*.xml") if is_current(path, wanted)]
 
 
@@ -101,21 +112,23 @@ def has_weights(folder: Path) -> bool:
     return all((folder / name).is_file() for name in set(files))
 
 
-def prepare(checkpoint: str | Path, model_dir: str | Path, draft: str | Path | None = None) -> Path:
+def prepare(
+    checkpoint: str | Path, model_dir: str | Path, draft: str | Path | None = None, reference: str = "auto"
+) -> Path:
     """Converts and compresses a checkpoint by data-free means as the plan for this machine says, for a chat; whatever
     is there already is kept.
 
     Args:
-        checkpoint, model_dir, draft: as for `plan_here`; the draft model goes to DRAFT_FOLDER in model_dir.
+        checkpoint, model_dir, draft, reference: as for `plan_here`; the draft model goes to DRAFT_FOLDER in model_dir.
     Returns:
         model_dir as a Path.
     Raises:
         ValueError, FileNotFoundError, PermissionError, OSError, MemoryError: as the steps, each naming the fix.
     """
-    made = plan_here(checkpoint, model_dir, draft, for_chat=True)
+    made = plan_here(checkpoint, model_dir, draft, for_chat=True, reference=reference)
     print(made, *made.lacking, sep="\n")
     made.check_disk()
-    model_dir = convert_mllama(checkpoint, model_dir, language_model=made.write_16_bit)
+    model_dir = convert_mllama(checkpoint, model_dir, language_model=made.write_16_bit, reference=reference)
     # not before: NNCF, once imported, has a hand in what torch traces, and torch then says so
     from ov_mllama.compress import compress_language_model, make_draft_model, make_vision_encoder
 

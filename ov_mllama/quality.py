@@ -1,7 +1,8 @@
 """What each variant of a model costs and what it loses, beside the original in PyTorch.
 
 Where right answers are known, variants are asked (`measure`); those of a model that answers in its own words are
-compared by how likely they find a given caption's tokens (`diverge`). Every variant is measured in a process of its
+compared by how likely they find a given caption's tokens (`diverge`); so are the two references that a checkpoint's
+weights may have been trained with (`compare_references`). Every variant is measured in a process of its
 own: none sees another's memory, and one is in memory at a time.
 """
 
@@ -22,8 +23,12 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from ov_mllama.conversation import prompts_about
-from ov_mllama.convert import checkpoint_folder, load_checkpoint
+from ov_mllama.convert import checkpoint_folder, convert_mllama, load_checkpoint
+from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.prepare import plan_here
+from ov_mllama.reference import NAMES, TRANSFORMERS, Reference, described
+from ov_mllama.settings import Settings
 
 BATCH = 50
 TIMED = 20  # questions asked one by one for the waits
@@ -32,7 +37,11 @@ ORIGINAL = {True: "PyTorch f32", False: "PyTorch 16 bit"}  # whether right answe
 
 
 def price_list(
-    checkpoint: str | Path, model_dir: Path, variants: dict[str, tuple[str, str]], samples: list[dict]
+    checkpoint: str | Path,
+    model_dir: Path,
+    variants: dict[str, tuple[str, str]],
+    samples: list[dict],
+    follow: Callable | None = None,
 ) -> list[dict]:
     """One row for each variant, the first being the original in PyTorch.
 
@@ -42,27 +51,46 @@ def price_list(
         variants: name -> file names of language model and image encoder.
         samples: questions to ask, {"image": PIL picture, "question", "answer" (the right one), "task"}, such as
             `demo_model.evaluate.heldout_samples`; or with a "caption" instead, such as `photographs.photographs`.
+        follow: has transformers' model follow a `reference.Reference` and returns it, such as `notebook_utils.follow`;
+            needed for IRs that follow another than transformers'. A function that a new process can import.
     Returns:
         dicts of "variant" and what `measure` returns, or `diverge`.
+    Raises:
+        ValueError: the IRs follow another reference, and no `follow` is given.
     """
     rows, reference = [], None
     known = all("answer" in sample for sample in samples)
     measured: Callable[..., tuple] = measure if known else diverge
-    checkpoint = checkpoint_folder(checkpoint)
+    checkpoint, followed = checkpoint_folder(checkpoint), Reference.of(ir_stamp(model_dir / VISION_ENCODER_NAME))
+    if followed != TRANSFORMERS and follow is None:
+        raise ValueError(
+            f"The original in transformers does not follow the reference of the IRs in {model_dir} "
+            f"({described(followed)}): give follow=notebook_utils.follow."
+        )
+    put_right = partial(follow, reference=followed) if follow else None
     bar = tqdm({ORIGINAL[known]: None, **variants}.items(), desc="Price list", unit="variant", leave=False)
     for name, files in bar:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            row, answers = process.submit(measured, checkpoint, model_dir, files, samples, reference).result()
+            row, answers = process.submit(
+                measured, checkpoint, model_dir, files, samples, reference, put_right
+            ).result()
         reference = reference or answers
         rows.append({"variant": name, **row})
     return rows
 
 
 def measure(
-    checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, samples: list[dict], reference: dict | None
+    checkpoint: Path,
+    model_dir: Path,
+    files: tuple[str, str] | None,
+    samples: list[dict],
+    reference: dict | None,
+    put_right: Callable | None = None,
 ) -> tuple[dict, dict]:
     """Measures one variant; None for `files` is the original.
 
+    Args:
+        put_right: has the original follow the reference that the IRs do, and returns it.
     Returns:
         a row: size_mb on disk; memory_mb, by which the process has grown after all answers; first_token_ms and
         next_token_ms, medians of what one waits (the first: picture and prompt); exact match by task and over "all" in
@@ -72,9 +100,9 @@ def measure(
         and the answers' tokens and log-probabilities: the reference for other variants.
     """
     transformers.logging.disable_progress_bar()
-    processor, before = AutoProcessor.from_pretrained(model_dir), psutil.Process().memory_info().rss
+    processor, before = AutoProcessor.from_pretrained(model_dir, backend="pil"), psutil.Process().memory_info().rss
     original = partial(MllamaForConditionalGeneration.from_pretrained, checkpoint, dtype=torch.float32)
-    model, size = opened(checkpoint, model_dir, files, original)
+    model, size = opened(checkpoint, model_dir, files, original, put_right)
     tokens = [answer for batch in batches(samples) for answer in greedy(model, processor, batch)]
     memory = psutil.Process().memory_info().rss - before
 
@@ -101,10 +129,19 @@ def measure(
     return row, {"tokens": tokens, "log_probs": log_probs}
 
 
-def opened(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, original: Callable[[], Any]):
-    """A variant's model, or the `original`; and the bytes of its weights on disk."""
+def opened(
+    checkpoint: Path,
+    model_dir: Path,
+    files: tuple[str, str] | None,
+    original: Callable[[], Any],
+    put_right: Callable | None,
+):
+    """A variant's model, or the `original`, put right; and the bytes of its weights on disk."""
     if files is None:
-        return original().eval(), sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+        model = original().eval()
+        return put_right(model) if put_right else model, sum(
+            path.stat().st_size for path in checkpoint.glob("*.safetensors")
+        )
     model = OVMLlamaForConditionalGeneration(
         model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False, image_cache_bytes=0
     )
@@ -112,12 +149,19 @@ def opened(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, ori
 
 
 def diverge(
-    checkpoint: Path, model_dir: Path, files: tuple[str, str] | None, samples: list[dict], reference: list | None
+    checkpoint: Path,
+    model_dir: Path,
+    files: tuple[str, str] | None,
+    samples: list[dict],
+    reference: list | None,
+    put_right: Callable | None = None,
 ) -> tuple[dict, list[np.ndarray]]:
     """Compares one variant by its next-token probabilities along given captions; None for `files` is the original, in
     the 16 bit that it has: its weights stay in their files, and it is computed in bf16 or float16, whose rounding is in
     all that is compared with it.
 
+    Args:
+        put_right: as for `measure`.
     Returns:
         a row: size_gb on disk; memory_gb, anonymous, at the end; picture_s, median seconds for a picture (of IRs); kl,
         mean Kullback-Leibler divergence in nats of the reference's distributions to this variant's; kl_error, its
@@ -125,8 +169,8 @@ def diverge(
         and log-probabilities f32 [tokens, vocab] for each sample: the reference for other variants.
     """
     transformers.logging.disable_progress_bar()
-    processor, seconds, log_probs = AutoProcessor.from_pretrained(model_dir), [], []
-    model, size = opened(checkpoint, model_dir, files, partial(load_checkpoint, checkpoint))
+    processor, seconds, log_probs = AutoProcessor.from_pretrained(model_dir, backend="pil"), [], []
+    model, size = opened(checkpoint, model_dir, files, partial(load_checkpoint, checkpoint), put_right)
     for sample in samples:
         caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]
         log_probs += score(model, processor, [sample], [caption])
@@ -143,6 +187,64 @@ def diverge(
         "same": 100 * float((expected.argmax(-1) == actual.argmax(-1)).mean()),
     }
     return row, log_probs
+
+
+def compare_references(checkpoint: str | Path, folder: Path, samples: list[dict]) -> list[dict]:
+    """Measures how likely a checkpoint finds given captions, converted in Meta's and in transformers' reference. The
+    one that its weights were trained with should find them likelier.
+
+    Args:
+        folder: for the IRs, which are left there, of each reference in a folder of its name. The language model is in
+            16 bit or, where the plan for this machine has no memory for that, in INT4.
+        samples: {"image", "question", "caption"}, such as `photographs.photographs`.
+    Returns:
+        for each sample its "picture" and, as "meta" and "transformers", the mean log-probability of a token of its
+        caption, in nats.
+    Raises:
+        as `convert_mllama` and `compress_language_model`.
+    """
+    from ov_mllama.compress import compress_language_model  # see `prepare.prepare`
+
+    rows = [{"picture": sample.get("name", f"{number}")} for number, sample in enumerate(samples, 1)]
+    for name in NAMES:
+        made = plan_here(checkpoint, folder / name, reference=name)
+        made.check_disk()
+        model_dir = convert_mllama(checkpoint, folder / name, made.write_16_bit, reference=name)
+        language = model_dir / LANGUAGE_MODEL_NAME
+        if not made.write_16_bit:
+            language = compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            found = process.submit(caption_log_probs, model_dir, language.name, samples).result()
+        for row, log_prob in zip(rows, found, strict=True):
+            row[name] = log_prob
+    return rows
+
+
+def caption_log_probs(model_dir: Path, language: str, samples: list[dict]) -> list[float]:
+    """Mean log-probability of a token of each sample's caption, in nats.
+
+    Args:
+        language: file name of the language model.
+    """
+    processor = AutoProcessor.from_pretrained(model_dir, backend="pil")
+    model, means = OVMLlamaForConditionalGeneration(model_dir, language_model_name=language, warm_up=False), []
+    for sample in tqdm(samples, desc=f"Captions, {model_dir.name}", leave=False):
+        caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]
+        (log_probs,) = score(model, processor, [sample], [caption])
+        means.append(float(log_probs[np.arange(len(caption)), caption].mean()))
+    return means
+
+
+def verdict(rows: list[dict]) -> str:
+    """Return the better of the two references by what `compare_references` returns, if so few captions can tell."""
+    gains = np.array([row["meta"] - row["transformers"] for row in rows])
+    mean, error = gains.mean(), gains.std(ddof=1) / len(gains) ** 0.5
+    better = "Meta's reference is better" if mean > 0 else "transformers' reference is better"
+    better = better if abs(mean) > 2 * error else "so few captions cannot tell them apart"
+    return (
+        f"meta - transformers: {mean:+.4f} ± {2 * error:.4f} nats a token (two standard errors), {(gains > 0).sum()} "
+        f"of {len(rows)} captions likelier with meta: {better}."
+    )
 
 
 def batches(items: list) -> list[list]:

@@ -271,14 +271,15 @@ class OVImageEncoder:
                 "programs, or shrink it into one tile (`images.at_detail`)."
             )
 
-    def rows_read(self, images: ImageInputs, seen: np.ndarray) -> int:
+    def rows_read(self, images: ImageInputs, seen: np.ndarray, row_mask: bool = False) -> int:
         """At most how many K/V rows a prompt reads: tokens that see no image read the padding tiles' too (`restrict`).
 
         Args:
             seen: bool [batch, query, images * tiles].
+            row_mask: as for `restrict`.
         """
         mask = images.aspect_ratio_mask
-        tiles = mask.sum(-1) if seen.any(-1).all() else self._tiles(mask)
+        tiles = mask.sum(-1) if row_mask or seen.any(-1).all() else self._tiles(mask)
         return int(tiles.sum()) * self.shapes.patches_per_tile
 
     def _inputs(self, part: tuple) -> dict[str, np.ndarray]:

@@ -33,7 +33,7 @@ def load(
         image_encoder_name=encoder or newest(model_dir, VISION_ENCODER_NAME),
         **options,
     )
-    return model, AutoProcessor.from_pretrained(model_dir)
+    return model, AutoProcessor.from_pretrained(model_dir, backend="pil")
 
 
 def positive(text: str) -> int:

@@ -33,6 +33,7 @@ from ov_mllama.http_headers import SecurityHeaders
 from ov_mllama.machine import check_device
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
 from ov_mllama.proxies import bypass_proxy_for_loopback
+from ov_mllama.reference import NAMES
 from serving import load, positive
 from serving.batches import IMAGE_ROOM, Asked, Batches
 from serving.guards import Failures, TrustedHosts, check_key, error_response, key_from, same, warnings_for
@@ -249,6 +250,7 @@ def parsed() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for ov_mllama prepare")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     parser.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
     parser.add_argument("--image-encoder", help="its .xml; default likewise")
@@ -276,7 +278,8 @@ def parsed() -> argparse.Namespace:
 def loaded(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str]:
     """The app of a model, which is prepared if need be, and the model's name."""
     check_device(options.device)
-    model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
+    folder = default_folder(options.checkpoint)
+    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
     files = files_to_load(model_dir, options.language_model, options.image_encoder)
     say_what_loads(model_dir, options.device, *files)
     model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_ROOM)

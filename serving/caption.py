@@ -35,6 +35,7 @@ from ov_mllama.files import check_model_dir, writing
 from ov_mllama.images import SUFFIXES, open_picture
 from ov_mllama.prepare import default_folder, files_to_load, prepare, say_what_loads
 from ov_mllama.proxies import bypass_proxy_for_loopback
+from ov_mllama.reference import NAMES
 from serving import load, positive
 
 COLUMNS = ("id", "path", "question", "answer", "finish", "error", "model", "language_model", "vision_encoder")
@@ -301,6 +302,7 @@ def main() -> None:
     parser.add_argument("--question", default="Describe this image.")
     parser.add_argument("--out", type=Path, default=Path("captions.parquet"))
     parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for ov_mllama prepare")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument("--batch", type=positive, default=4, help="pictures that share the model's steps")
@@ -308,7 +310,8 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, help="of each of them; default: its share of the cores")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine alone")
     options = parser.parse_args()
-    model_dir = options.model_dir or prepare(options.checkpoint, default_folder(options.checkpoint))
+    folder = default_folder(options.checkpoint)
+    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
     say_what_loads(model_dir, "CPU", *files_to_load(model_dir))
     begin(options.address)
     asked = caption(

@@ -97,6 +97,11 @@ class Pair:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
+def chat_of(processor, messages: list[dict]) -> str:
+    """The chat template's text, ready for an answer."""
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
 @pytest.fixture
 def copy(pair, tmp_path):
     """A copy of the pair's converted model, for tests that change it."""

@@ -20,7 +20,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # Who may import whom, in order: each may import those before it. The command line wires everything together.
 ORDER = (
-    *("shapes", "settings", "stats", "progress", "images", "likeness", "machine", "photographs"),
+    *("shapes", "reference", "settings", "stats", "progress", "images", "likeness", "machine", "photographs"),
     *("costs", "checkpoint", "companions", "files", "graphs", "inference", "kept", "precision", "tracing"),
     *("vision", "cross_attention"),
     *("cache", "convert", "device", "language", "checks", "sessions"),
@@ -33,6 +33,7 @@ ORDER = (
 NOT_FOR_INFERENCE = {"nncf", "gradio", "datasets", "ipywidgets", "convert", "compress", "graphs", "tracing"}
 INFERENCE = (
     "shapes",
+    "reference",
     "stats",
     "progress",
     "images",

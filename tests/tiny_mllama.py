@@ -1,5 +1,6 @@
 """Random tiny Mllama checkpoints, complete with processor, for comparing against transformers. No network."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -49,11 +50,19 @@ def make_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     zero_padding: bool = False,
+    vision_layers: int = 3,
+    intermediate: tuple[int, ...] = (0, 2),
+    meta: bool = False,
+    spread: float = 0.2,
 ) -> Path:
     """Writes a random checkpoint of five text and 3+2 vision layers, every gate open, and returns its folder.
 
     Args:
         zero_padding: the embeddings of padding tiles are zero, as in Meta's checkpoints.
+        intermediate: layers of `vision_layers` whose states the projector reads.
+        meta: the position tables of all canvases are parts of one, as in Meta's, and the config says that Meta's own
+            converter wrote it.
+        spread: standard deviation of the weights.
     """
     tokenizer = byte_tokenizer()
     ratios = (
@@ -72,7 +81,7 @@ def make_checkpoint(
             "cross_attention_layers": list(cross_layers),
             "max_position_embeddings": 512,
             "rope_parameters": rope or {"rope_type": "default", "rope_theta": 10000.0},
-            "initializer_range": 0.2,
+            "initializer_range": spread,
             "bos_token_id": ids["<|begin_of_text|>"],
             "eos_token_id": eos,
             "pad_token_id": ids["<|finetune_right_pad_id|>"],
@@ -80,16 +89,16 @@ def make_checkpoint(
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": vision_layers,
             "num_global_layers": 2,
             "attention_heads": 4,
             "image_size": image_size,
             "patch_size": 7,
             "max_num_tiles": tiles,
-            "intermediate_layers_indices": [0, 2],
-            "vision_output_dim": 32 * 3,
+            "intermediate_layers_indices": list(intermediate),
+            "vision_output_dim": 32 * (1 + len(intermediate)),
             "supported_aspect_ratios": ratios,
-            "initializer_range": 0.2,
+            "initializer_range": spread,
         },
         image_token_index=ids["<|image|>"],
     )
@@ -98,12 +107,42 @@ def make_checkpoint(
     open_gates(model)
     if zero_padding:
         clear_padding_embeddings(model.state_dict(), config)
+    if meta:
+        share_position_tables(model)
     model.to(dtype).save_pretrained(folder)
+    if meta:
+        written_by(folder, "4.45.0.dev0")
     GenerationConfig(
         bos_token_id=ids["<|begin_of_text|>"], eos_token_id=eos, pad_token_id=ids["<|finetune_right_pad_id|>"]
     ).save_pretrained(folder)
     images = MllamaImageProcessor(size={"height": image_size, "width": image_size}, max_image_tiles=tiles)
     MllamaProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def share_position_tables(model: MllamaForConditionalGeneration) -> None:
+    """Has each canvas's position tables be the corner of one random grid of tiles, zero beyond, as Meta's are."""
+    tower, vision = model.model.vision_model, model.config.vision_config
+    tiles = vision.max_num_tiles
+    tables = (
+        tower.pre_tile_positional_embedding.embedding,
+        tower.gated_positional_embedding.tile_embedding,
+        tower.post_tile_positional_embedding.embedding,
+    )
+    with torch.no_grad():
+        for table in tables:
+            grid = torch.randn(tiles, tiles, table.weight.shape[1] // tiles)
+            table.weight.zero_()
+            for ratio, (high, wide) in enumerate(vision.supported_aspect_ratios, 1):
+                corner = grid[:high, :wide].flatten() / 2
+                table.weight[ratio, : len(corner)] = corner
+
+
+def written_by(folder: Path, version: str | None) -> Path:
+    """Has a checkpoint's config say that this version of transformers wrote it, or, None, nothing of it."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), "transformers_version": version}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return folder
 
 
