@@ -173,6 +173,22 @@ def load_samples(source: str | Path | IterableDataset | None, count: int, seed: 
         print("Skipped: " + ", ".join(f"{number} × {reason}" for reason, number in skipped.items()))
 
 
+def count_samples(source: str | Path, count: int) -> int:
+    """Number of samples to calibrate with: `count`, or all of a source on this disk that has fewer (it prints so).
+
+    Args:
+        source: as for `load_samples`. One on the hub is not read ahead.
+    """
+    if str(source) not in (PACKAGED, PHOTOGRAPHS) and not Path(source).is_dir():
+        return count
+    data = open_dataset(source)
+    undecoded = data.cast_column(columns(data)[0], datasets.Image(decode=False))
+    available = sum(1 for _ in itertools.islice(undecoded, count))
+    if available < count:
+        print(f"⚠️ {source} has {available} samples, {count} were asked for: calibration is with {available}")
+    return available
+
+
 # ---- Samples -> tensors ---------------------------------------------------------------------------------------------
 
 
@@ -180,7 +196,7 @@ class Samples(Iterable):
     """`make(sample)` of each sample, made anew at each iteration.
 
     Raises:
-        ValueError: in the iteration, there are fewer samples than `count`.
+        ValueError: in the iteration, there are fewer usable samples than `count`.
     """
 
     def __init__(self, make, source: str | Path | None, count: int, seed: int):
@@ -189,26 +205,10 @@ class Samples(Iterable):
         self.source = source
 
     def __iter__(self):
-        self.check_source()
         number = 0
         for sample in load_samples(self.open(), self.count):
             number += 1
             yield self.make(sample)
-        self.check(number)
-
-    def check_source(self) -> None:
-        """Refuses a source on this disk that is too small, before minutes of encoding.
-
-        Raises:
-            ValueError: it is.
-        """
-        if self.source and (str(self.source) in (PACKAGED, PHOTOGRAPHS) or Path(self.source).is_dir()):
-            data = self.open()
-            undecoded = data.cast_column(columns(data)[0], datasets.Image(decode=False))
-            self.check(sum(1 for _ in itertools.islice(undecoded, self.count)))
-
-    def check(self, number: int) -> None:
-        """Refuses fewer samples than were asked for."""
         if number < self.count:
             raise ValueError(
                 f"{self.source or 'The default source'} has {number} usable samples and {self.count} were asked for: "

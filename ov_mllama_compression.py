@@ -57,29 +57,32 @@ def compress(
         TypeError, ValueError, FileNotFoundError, OSError, MemoryError: as `compress_language_model`, each with the fix.
     """
     chosen = Settings.of(**settings)
-    count = chosen.dataset_size
-    named = cache(partial(named_source, Path(model_dir) / chosen.file_name, count, source, force))
+    chosen_samples = cache(
+        partial(available_samples, Path(model_dir) / chosen.file_name, chosen.dataset_size, source, force)
+    )
     return compress_language_model(
         model_dir,
         chosen,
-        lambda: language_samples(model_dir, count, named()),
-        lambda: f"{count} of {named()}",
+        lambda: language_samples(model_dir, *chosen_samples()),
+        lambda: "{} of {}".format(*chosen_samples()),
         checkpoint,
         force,
     )
 
 
-def named_source(path: Path, count: int, source: str | Path | None, force: bool) -> str | Path:
-    """The source of calibration samples: the given one, else the default that an IR of as many samples at `path` was
-    made with, else the default that is in reach, so that the IR's stamp can name it."""
-    if source is not None:
-        return source
-    made_with = ir_stamp(path).get("samples", "").removeprefix(f"{count} of ")
-    if made_with in DEFAULT_SOURCES and not force:
-        return made_with
-    from data_preprocessing import default_source
+def available_samples(path: Path, count: int, source: str | Path | None, force: bool) -> tuple[int, str | Path]:
+    """The number and source of calibration samples, as the IR's stamp names them.
 
-    return default_source()
+    Args:
+        count: that were asked for; a smaller source has fewer, see `count_samples`.
+        source: None for the default that the IR at `path` was made with, else the default that is in reach.
+    """
+    from data_preprocessing import count_samples, default_source
+
+    if source is None:
+        _, _, made_with = ir_stamp(path).get("samples", "").partition(" of ")
+        source = made_with if made_with in DEFAULT_SOURCES and not force else default_source()
+    return count_samples(source, count), source
 
 
 def language_samples(model_dir: str | Path, count: int, source: str | Path | None):
@@ -93,9 +96,7 @@ def language_samples(model_dir: str | Path, count: int, source: str | Path | Non
 
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
     encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
-    samples = prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir, backend="pil"), encoder, count, source)
-    samples.check_source()  # NNCF reads none where the settings need none
-    return samples
+    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir, backend="pil"), encoder, count, source)
 
 
 def optimize_vision_encoder(
@@ -120,13 +121,13 @@ def optimize_vision_encoder(
         ValueError, FileNotFoundError, OSError, MemoryError: as `make_vision_encoder`, each with the fix.
     """
     path = vision_encoder_path(Path(model_dir), option)
-    named = cache(partial(named_source, path, dataset_size, source, force))
+    chosen_samples = cache(partial(available_samples, path, dataset_size, source, force))
     return make_vision_encoder(
         model_dir,
         option,
         dataset_size,
-        lambda: image_samples(model_dir, dataset_size, named()),
-        lambda: f"{dataset_size} of {named()}",
+        lambda: image_samples(model_dir, *chosen_samples()),
+        lambda: "{} of {}".format(*chosen_samples()),
         force,
     )
 

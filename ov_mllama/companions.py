@@ -62,6 +62,8 @@ def changed(folder: Path) -> str | None:
     """Name of the first companion that is missing or another than was written; None if all are right."""
     for name, digest in stamp_of(folder).get("files", {}).items():
         path = folder / name
+        if path.name.startswith("golden."):  # a question to check a device with: anybody may leave it out
+            continue
         if not path.is_file() or (name not in EDITABLE and digest_of(path) != digest):
             return name
     return None

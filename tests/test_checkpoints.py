@@ -328,8 +328,8 @@ def killed_at(monkeypatch, step: int) -> list[str]:
 def test_conversion_killed_at_any_step_leaves_one_checkpoint_whole(two, tmp_path, monkeypatch, draft):
     first, second, first_dir, second_dir = two
     irs = {path: ov.Core().read_model(second_dir / path) for path in IRS}
-    monkeypatch.setattr(convert, "convert_vision_encoder", lambda _: irs[VISION_ENCODER_NAME].clone())
-    monkeypatch.setattr(convert, "convert_language_model", lambda _: irs[LANGUAGE_MODEL_NAME].clone())
+    monkeypatch.setattr(convert, "convert_vision_encoder", lambda *_: irs[VISION_ENCODER_NAME].clone())
+    monkeypatch.setattr(convert, "convert_language_model", lambda *_: irs[LANGUAGE_MODEL_NAME].clone())
     whole, step, outcomes = {checkpoint_fingerprint(first): files_of(first_dir)}, 0, []
     whole[checkpoint_fingerprint(second)] = files_of(second_dir)
     start = shutil.copytree(first_dir, tmp_path / "start")
