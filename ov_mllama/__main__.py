@@ -65,8 +65,8 @@ def run_chat(options: argparse.Namespace) -> None:
     )
     drafting = {"assistant_model": draft} if draft else {}
     demo = make_demo(model, AutoProcessor.from_pretrained(model_dir, backend="pil"), examples, **drafting)
-    auth = tuple(options.auth) if options.auth else None
-    _, url, _ = demo.launch(server_port=options.port, auth=auth, prevent_thread_lock=True)
+    users = users_from(options.auth, options.auth_file)
+    _, url, _ = demo.launch(server_port=options.port, auth=users or None, prevent_thread_lock=True)
     # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
     parts: list = [model, *drafting.values()]
     threading.Thread(target=lambda: [part.language_model.warm_up() for part in parts], daemon=True).start()
@@ -95,6 +95,28 @@ def run_compare(options: argparse.Namespace) -> None:
     )
     size = sum(path.stat().st_size for path in folder.glob("*/*.bin"))
     print(f"\n{verdict(rows)}\nBoth conversions, {gigabytes(size)}, are left in {folder}.")
+
+
+def users_from(auth: list[str] | None, file: Path | None) -> list[tuple[str, str]]:
+    """Names and passwords that the page asks for; none: it asks for none.
+
+    Args:
+        auth: name and password of the command line, which all users of this machine see in its list of processes.
+        file: of lines NAME:PASSWORD.
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if a line has no name or no password, or the file has no line.
+    """
+    if auth:
+        print("❗ All users of this machine see --auth in its list of processes: use --auth-file.")
+        return [(auth[0], auth[1])]
+    if file is None:
+        return []
+    lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    users = [tuple(part.strip() for part in line.split(":", 1)) for line in lines]
+    if not users or not all(len(user) == 2 and all(user) for user in users):
+        raise ValueError(f"{file} holds no users: give it lines NAME:PASSWORD.")
+    return [(name, password) for name, password in users]
 
 
 def load_draft(options: argparse.Namespace) -> OVDraftModel:
@@ -138,7 +160,9 @@ def main() -> None:
     page.add_argument("--reference", **REFERENCE)
     page.add_argument("--device", default="CPU")
     page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    page.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"))
+    users = page.add_mutually_exclusive_group()
+    users.add_argument("--auth-file", type=Path, help="lines NAME:PASSWORD; each user sees their own chats alone")
+    users.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"), help="for all users of this machine to see")
     options = parser.parse_args()
     bypass_proxy_for_loopback()
     logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
