@@ -196,8 +196,7 @@ class Session:
         Args:
             encoded: the prompt's images; None for text only, and where `holds_images`.
             cache: an empty one to fill; default a new one. It is `self.cache` from now on.
-            stop: once it is set, the prompt is given up at the end of the `PREFILL_TOKENS` under way; those before it
-                stay in the KV cache.
+            stop: cancels after the `PREFILL_TOKENS` under way; those before stay in the KV cache.
             progress: told how many tokens are left.
         Returns:
             logits f32 [batch, prompt.logits_to_keep, vocab].
@@ -216,8 +215,7 @@ class Session:
             if self._request:
                 self._request.reset_state()
         cache.stats.reused_tokens = reused
-        if not prompt.is_plain:
-            cache.tokens = None
+        cache.tokens = cache.tokens if prompt.is_plain else None
         rest = prompt.seen[:, reused:]
         same_images = previous is not None and previous.image_keys == cache.image_keys
         if reused and previous and same_images and np.array_equal(previous.last_seen, cache.last_seen):
@@ -246,8 +244,7 @@ class Session:
             read = cache.cross_attention if alike else view and view.tokens(slice(start - reused, chunk.stop - reused))
             mask = None if prompt.attention_mask is None else prompt.attention_mask[:, : chunk.stop]
             positions = None if prompt.position_ids is None else prompt.position_ids[:, chunk]
-            # of this chunk: the last positions may begin in an earlier one
-            wanted = min(prompt.logits_to_keep - (length - chunk.stop), chunk.stop - start)
+            wanted = min(prompt.logits_to_keep - (length - chunk.stop), chunk.stop - start)  # of this chunk
             rows, took = self._compute(cache, prompt.input_ids[:, chunk], read, mask, positions, max(wanted, 1))
             seconds += took
             if wanted > 0:
