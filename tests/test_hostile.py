@@ -585,7 +585,8 @@ def sent(port: int, kind: str, request: bytes) -> bytes:
                 client.sendall(request[start : start + 20])
                 time.sleep(0.02)
             client.sendall(request[200 if slow else 0 :])
-            client.shutdown(socket.SHUT_WR)
+            if kind == "raw":  # whose client has gone then
+                client.shutdown(socket.SHUT_WR)
         while (left := deadline - time.monotonic()) > 0 and len(received) < 3_000_000:
             client.settimeout(left)
             piece = client.recv(1 << 16)
@@ -638,6 +639,7 @@ def test_hostile_client_gets_and_breaks_nothing(target, times, tally):
         requests = [(kind, getattr(forger, kind)()) for kind in KINDS for _ in range(10)]
         with ThreadPoolExecutor(8) as threads:
             responses = [*threads.map(lambda case: sent(target.port, *case), requests)]
+        assert sum(map(bool, responses)) > len(requests) * 0.7
         wrong += [
             (seed, kind, promise, request[:300], response[:300])
             for (kind, request), response in zip(requests, responses, strict=True)
