@@ -18,7 +18,7 @@ from ov_mllama.chat import Chat
 from ov_mllama.conversations import Conversations
 from ov_mllama.ending import end_soon
 from ov_mllama.images import SUFFIXES
-from ov_mllama.owners import Files
+from ov_mllama.owners import Files, remember_who_asks
 from ov_mllama.pages import LOOK_EVERY_S, Pages
 from ov_mllama.proxies import bypass_proxy_for_loopback
 from ov_mllama.shown import LATEX, as_typed
@@ -71,6 +71,11 @@ class ChatPage(gr.Blocks):
         # Gradio's own copies live an hour, or until the end of another chat that shows the same
         gr.set_static_paths([self.files.conversations.pictures])
         return self.files.app_kwargs()
+
+    def queue(self, *args, **options):
+        super().queue(*args, **options)
+        remember_who_asks(self._queue)
+        return self
 
     def launch(self, *args, **options):
         options = {**LAUNCH, **options}
