@@ -212,7 +212,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     ask_for_news = (pages.news, [part.opened, part.address, part.version], [part.news])
 
     def does(events, fn, inputs=None, outputs=None, **options):
-        return gr.on(events, fn, inputs, outputs, **options, **quick).then(*ask_for_news, **quick)
+        event = gr.on(events, pages.showing_refusal(fn), inputs, outputs, **options, **quick)
+        return event.then(*ask_for_news, **quick)
 
     part.timer.tick(*ask_for_news, **quick)
     part.news.change(pages.show, [part.version], shown, trigger_mode="always_last", **quick)
@@ -232,8 +233,9 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     does(part.history.input, pages.reopen, [part.history])
     does([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name])
     does(part.delete.click, pages.delete, part.hidden[:1], js=SURE)
-    part.export.click(pages.export, None, [part.exported], **quick).then(js=DOWNLOAD, **on_the_page)
+    exported = part.export.click(pages.showing_refusal(pages.export), None, [part.exported], **quick)
+    exported.success(js=DOWNLOAD, **on_the_page)
     prompt, *sliders = part.wishes
     chosen = [prompt.blur, *(slider.release for slider in sliders)]  # changes are also what a page does when it opens
-    gr.on(chosen, pages.choose, [part.opened, *part.wishes], **quick)
+    does(chosen, pages.choose, [part.opened, *part.wishes])
     gr.on([], pages.answer_program, [part.box, *part.wishes], part.hidden, api_name="chat")

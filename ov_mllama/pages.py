@@ -7,11 +7,13 @@ start of the server all show what is kept.
 """
 
 import asyncio
+import functools
+import html
 import logging
 import re
 import secrets
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -44,7 +46,7 @@ class Page:
         conversation: the one that it shows.
         shown: what it shows already, by output of `show`.
         version: of what it shows.
-        refused: why the question in its box could not be asked.
+        refused: why what was done last was refused, such as a question.
     """
 
     def __init__(self, owner: str, conversation: Conversation):
@@ -96,6 +98,24 @@ class Tabs:
         kept = await self._read(self.conversations.get, key, owner) if key else None
         page = self._pages[owner, session] = Page(owner, kept or Conversation(owner))
         return page
+
+    def showing_refusal(self, action: Callable) -> Callable:
+        """Wrap an event's function so that its page shows, below the text box, why it was refused: Gradio's page shows
+        no error of an event without queue."""
+
+        @functools.wraps(action)
+        async def shown(*given):
+            key = self._key(next(each for each in given if isinstance(each, gr.Request)))
+            if key in self._pages:
+                self._pages[key].refused = ""
+            try:
+                return await action(*given)
+            except gr.Error as error:
+                if key in self._pages:
+                    self._pages[key].refused = html.unescape(str(error.message))
+                raise
+
+        return shown
 
     @staticmethod
     async def _read(function, *arguments):
@@ -223,17 +243,13 @@ class Pages(Tabs):
         try:
             stored = [await asyncio.to_thread(self._store, talk, image) for image in images]
         except PictureError as error:
-            page.refused = str(error)
-            return gr.skip()
+            raise refuse(error) from error
         except OSError as error:
-            page.refused = f"The picture could not be stored ({error.strerror}): make room on the disk."
-            return gr.skip()
+            raise refuse(f"The picture could not be stored ({error.strerror}): make room on the disk.") from error
         if self.chat.answering(talk):
-            gr.Info("One answer at a time: stop this one first, or wait for its end.")
-            return gr.skip()
+            raise refuse("One answer at a time: stop this one first, or wait for its end.")
         remarks = [remark for _, remark in stored if remark]
         talk.turns.append(Turn(text, [picture for picture, _ in stored], remarks=remarks))
-        page.refused = ""
         self.chat.begin(talk, checked, images)
         return {"text": "", "files": []}
 

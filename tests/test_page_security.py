@@ -21,6 +21,7 @@ from chat_page import SELF, WHO, Says, Slow, Tab, wait_until
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import make_demo
+from ov_mllama.page_input import MAX_QUESTION
 from ov_mllama_helper import convert_mllama
 
 pytestmark = pytest.mark.alone
@@ -799,6 +800,32 @@ def test_save_that_fails_is_said_and_tried_again(page, url, says, demo, monkeypa
     expect(page.history).to_have_text(["Is it kept?"])
     second = Tab(page.context, url)
     expect(second.history).to_have_text(["Is it kept?"])
+
+
+def test_refusal_is_shown_below_the_box(page, says, demo, tmp_path):
+    """Gradio's page shows no error of an event without queue: a question seemed to do nothing."""
+    says.text = "Yes."
+    foot = page.tab.locator(".block.foot")
+    (tmp_path / "gone <b>.png").write_bytes(png())
+    page.attach(tmp_path / "gone <b>.png")
+    for upload in Path(get_upload_folder()).rglob("gone*"):  # as Gradio does after an hour
+        upload.unlink()
+    page.box.fill("What is it?")
+    page.send.click()
+    expect(foot).to_contain_text("has waited too long")
+    expect(foot.locator("b")).to_have_count(0)
+    expect(page.box).to_have_value("What is it?")
+    page.tab.locator(".thumbnail-item button").first.click()
+    page.send.click()
+    page.expect_answers("Yes.", "1 s")
+    expect(foot).not_to_contain_text("has waited too long")
+    page.box.fill("x" * (MAX_QUESTION + 1))
+    page.send.click()
+    expect(foot).to_contain_text(f"use at most {MAX_QUESTION}")
+    page.box.fill("Short")
+    page.send.click()
+    page.expect_answers("Yes.", "1 s", "Yes.", "1 s")
+    expect(foot).not_to_contain_text("use at most")
 
 
 def test_example_is_answered_as_before(page, model):
