@@ -51,9 +51,9 @@ class Target:
     Attributes:
         port: on this machine.
         functions: numbers of the chat's events.
-        canaries: texts that no stranger's response may hold.
+        canaries: bytes that no stranger's response may hold.
         paths: files that no stranger may get.
-        victim: session, conversation and cookie-less facts of a page of somebody else.
+        victim: session, conversation and picture of somebody else's page.
         cookies: of a stranger who has the key, and so may log in.
     """
 
@@ -127,6 +127,7 @@ def target(slow_demo, processor, tmp_path_factory):
         target = Target(int(url.rpartition(":")[2]), functions, [word.encode() for word in words], [], {})
         patch.setattr("ov_mllama.chat.stream_words", says.words)
         target.victim = victim(target, f"What is {words[1]}?")
+        target.canaries.append(Path(target.victim["picture"]).read_bytes()[-200:])
         target.paths = [
             *map(str, beside),
             target.victim["picture"],
@@ -608,6 +609,11 @@ def wrong_with(target: Target, request: bytes, response: bytes) -> list[str]:
     if body != NO_REQUEST and b"Upgrade: websocket" not in request:
         policies = (b"x-content-type-options: nosniff", b"content-security-policy: ")
         wrong += [f"lacks {policy.decode()}" for policy in policies if policy not in head.lower()]
+    if status < 400:
+        asked_chat, host = request.split(b" ", 2)[1].startswith(b"/chat"), b"\r\nHost: evil.example\r\n"
+        wrong += ["to a foreign host"] * (host in request)
+        wrong += ["to a foreign origin"] * (asked_chat and b"\r\nOrigin: " in request)
+        wrong += ["to an endless stop"] * bool(re.search(rb'"stop": \[?"[xy]{201}', request))
     if status >= 400:
         inner = [b"Traceback", sys.prefix.encode(), str(ROOT).encode(), *EXCEPTION.findall(body)]
         wrong += [f"tells {text.decode()}" for text in inner if text in body and text not in request]
