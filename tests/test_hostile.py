@@ -295,6 +295,9 @@ class Forger:
         )
         if self.random.random() < 0.2:
             return self.ask(whole)
+        if self.random.random() < 0.2:
+            body["stop"] = self.pick("x" * 400_000, ["y" * 201], ["z"] * 1000, [""], ["\ud800"], [1])
+            return self.ask(body)
         field = self.pick(
             "model",
             "messages",
@@ -315,8 +318,6 @@ class Forger:
             "\ud800",
         )
         body[field] = self.pick(self.value(), self.schema()) if "format" in field or "guided" in field else self.value()
-        if self.random.random() < 0.2:
-            body["stop"] = self.pick("x" * 400_000, ["y" * 201], ["z"] * 1000, [""], ["\ud800"], [1])
         if self.random.random() < 0.2:
             body["messages"] = [{"role": self.pick("user", "system", "tool", "assistant"), "content": self.value()}] * 3
         if self.random.random() < 0.1:
