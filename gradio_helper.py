@@ -19,6 +19,7 @@ from ov_mllama.conversations import Conversations
 from ov_mllama.ending import end_soon
 from ov_mllama.images import SUFFIXES
 from ov_mllama.owners import Files, remember_who_asks
+from ov_mllama.page_input import showing_refusal
 from ov_mllama.pages import LOOK_EVERY_S, Pages
 from ov_mllama.proxies import bypass_proxy_for_loopback
 from ov_mllama.shown import LATEX, as_typed
@@ -212,7 +213,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     ask_for_news = (pages.news, [part.opened, part.address, part.version], [part.news])
 
     def does(events, fn, inputs=None, outputs=None, **options):
-        event = gr.on(events, pages.showing_refusal(fn), inputs, outputs, **options, **quick)
+        event = gr.on(events, showing_refusal(pages.find, fn), inputs, outputs, **options, **quick)
         return event.then(*ask_for_news, **quick)
 
     part.timer.tick(*ask_for_news, **quick)
@@ -234,7 +235,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     does(part.history.input, pages.reopen, [part.history])
     does([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name])
     does(part.delete.click, pages.delete, part.hidden[:1], js=SURE)
-    exported = part.export.click(pages.showing_refusal(pages.export), None, [part.exported], **quick)
+    exported = part.export.click(showing_refusal(pages.find, pages.export), None, [part.exported], **quick)
     exported.success(js=DOWNLOAD, **on_the_page)
     prompt, *sliders = part.wishes
     chosen = [prompt.blur, *(slider.release for slider in sliders)]  # changes are also what a page does when it opens

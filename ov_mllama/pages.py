@@ -7,13 +7,11 @@ start of the server all show what is kept.
 """
 
 import asyncio
-import functools
-import html
 import logging
 import re
 import secrets
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -75,13 +73,17 @@ class Tabs:
         """Owner and session of a request."""
         return owner_of(request.username, request.cookies, self.by_name), request.session_hash
 
+    def find(self, request: gr.Request) -> Page | None:
+        """The tab that a request comes from; None where the server does not know it, or it is somebody else's."""
+        return self._pages.get(self._key(request))
+
     def page(self, request: gr.Request) -> Page:
         """The tab that a request comes from.
 
         Raises:
             gr.Error: the server began anew, and the page has not said yet what it shows; or it is somebody else's.
         """
-        page = self._pages.get(self._key(request))
+        page = self.find(request)
         if page is None:
             raise gr.Error("The page was just connecting: please try again.", print_exception=False)
         return page
@@ -98,24 +100,6 @@ class Tabs:
         kept = await self._read(self.conversations.get, key, owner) if key else None
         page = self._pages[owner, session] = Page(owner, kept or Conversation(owner))
         return page
-
-    def showing_refusal(self, action: Callable) -> Callable:
-        """Wrap an event's function so that its page shows, below the text box, why it was refused: Gradio's page shows
-        no error of an event without queue."""
-
-        @functools.wraps(action)
-        async def shown(*given):
-            key = self._key(next(each for each in given if isinstance(each, gr.Request)))
-            if key in self._pages:
-                self._pages[key].refused = ""
-            try:
-                return await action(*given)
-            except gr.Error as error:
-                if key in self._pages:
-                    self._pages[key].refused = html.unescape(str(error.message))
-                raise
-
-        return shown
 
     @staticmethod
     async def _read(function, *arguments):
