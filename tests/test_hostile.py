@@ -295,8 +295,8 @@ class Forger:
         )
         if self.random.random() < 0.2:
             return self.ask(whole)
-        if self.random.random() < 0.2:
-            body["stop"] = self.pick("x" * 400_000, ["y" * 201], ["z"] * 1000, [""], ["\ud800"], [1])
+        if self.random.random() < 0.3:
+            body["stop"] = self.pick("x" * 400_000, "x" * 201, ["y" * 201], ["z"] * 1000, [""], ["\ud800"], [1])
             return self.ask(body)
         field = self.pick(
             "model",
