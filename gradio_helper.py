@@ -18,7 +18,8 @@ from ov_mllama.chat import Chat
 from ov_mllama.conversations import Conversations
 from ov_mllama.ending import end_soon
 from ov_mllama.images import SUFFIXES
-from ov_mllama.owners import Files
+from ov_mllama.owners import Files, remember_who_asks
+from ov_mllama.page_input import showing_refusal
 from ov_mllama.pages import LOOK_EVERY_S, Pages
 from ov_mllama.proxies import bypass_proxy_for_loopback
 from ov_mllama.shown import LATEX, as_typed
@@ -71,6 +72,11 @@ class ChatPage(gr.Blocks):
         # Gradio's own copies live an hour, or until the end of another chat that shows the same
         gr.set_static_paths([self.files.conversations.pictures])
         return self.files.app_kwargs()
+
+    def queue(self, *args, **options):
+        super().queue(*args, **options)
+        remember_who_asks(self._queue)
+        return self
 
     def launch(self, *args, **options):
         options = {**LAUNCH, **options}
@@ -207,12 +213,14 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     ask_for_news = (pages.news, [part.opened, part.address, part.version], [part.news])
 
     def does(events, fn, inputs=None, outputs=None, **options):
-        return gr.on(events, fn, inputs, outputs, **options, **quick).then(*ask_for_news, **quick)
+        event = gr.on(events, showing_refusal(pages.find, fn), inputs, outputs, **options, **quick)
+        return event.then(*ask_for_news, **quick)
 
     part.timer.tick(*ask_for_news, **quick)
     part.news.change(pages.show, [part.version], shown, trigger_mode="always_last", **quick)
     part.address.change(inputs=[part.address], js=ADDRESS, **on_the_page)
-    does(demo.load, pages.open, [part.former], [part.opened, part.former, *part.wishes])
+    loaded = demo.load(pages.open, [part.former], [part.opened, part.former, *part.wishes], **quick)
+    loaded.then(*ask_for_news, **quick)
     demo.unload(pages.left)
 
     does(part.box.submit, pages.ask, [part.box, *part.wishes], [part.box])
@@ -227,8 +235,9 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     does(part.history.input, pages.reopen, [part.history])
     does([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name])
     does(part.delete.click, pages.delete, part.hidden[:1], js=SURE)
-    part.export.click(pages.export, None, [part.exported], **quick).then(js=DOWNLOAD, **on_the_page)
+    exported = part.export.click(showing_refusal(pages.find, pages.export), None, [part.exported], **quick)
+    exported.success(js=DOWNLOAD, **on_the_page)
     prompt, *sliders = part.wishes
     chosen = [prompt.blur, *(slider.release for slider in sliders)]  # changes are also what a page does when it opens
-    gr.on(chosen, pages.choose, [part.opened, *part.wishes], **quick)
+    does(chosen, pages.choose, [part.opened, *part.wishes])
     gr.on([], pages.answer_program, [part.box, *part.wishes], part.hidden, api_name="chat")

@@ -43,7 +43,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} holds {', '.join(found)}, but no {WEIGHTS} and no {INDEX}: {fix}")
     try:
         shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if any(Path(name).name != name for name in shards):  # another folder's, or no text
+            raise ValueError("no names of files beside it")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX} is no index of weights{hint(folder / INDEX)}") from error
     absent = [name for name in shards if not (folder / name).is_file()]
     if absent or not shards:
@@ -70,7 +72,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, dict]]:
         tensors.pop("__metadata__", None)
         needed = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
         _ = [tuple(tensor["shape"]) for tensor in tensors.values()]
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no safetensors file{hint(path)}") from error
     if size < needed:
         raise ValueError(f"{path} is cut short, {size:,} of {needed:,} bytes: download it again.")

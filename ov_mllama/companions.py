@@ -42,11 +42,16 @@ def stamp_of(folder: Path) -> dict:
     """The content of a folder's STAMP_NAME; empty where there is none, or no readable one."""
     try:
         stamp = json.loads((folder / STAMP_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     names = stamp.get("files") if isinstance(stamp, dict) else None
-    within = isinstance(names, dict) and not any(Path(name).is_absolute() or ".." in Path(name).parts for name in names)
-    return stamp if within else {}
+    return stamp if isinstance(names, dict) and all(is_within(folder, name) for name in names) else {}
+
+
+def is_within(folder: Path, name: str) -> bool:
+    """Whether a relative path stays within a folder, through no link of a folder: what it names may be removed."""
+    absolute = Path(name).is_absolute() or ".." in Path(name).parts
+    return not absolute and (folder / name).parent.resolve().is_relative_to(folder.resolve())
 
 
 def names_in(folder: Path) -> set[str]:

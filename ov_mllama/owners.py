@@ -19,7 +19,19 @@ from ov_mllama.http_headers import SecurityHeaders
 
 COOKIE, FRAMED_COOKIE = "ov_mllama", "ov_mllama_framed"
 TOKEN = re.compile("[0-9a-f]{64}")
+MAX_SESSIONS = 10_000  # of Gradio's queue, whose askers are remembered
 COOKIE_S = 400 * 24 * 60 * 60  # browsers keep none longer; every load of the page begins anew
+# Gradio's routes that the page does not use: deep links publish what any session shows, others fetch, run or write
+UNUSED = tuple(
+    f"/{name}{rest}"
+    for name in (
+        *("gradio_api/component_server", "gradio_api/custom_component", "gradio_api/deep_link", "gradio_api/dev"),
+        *("gradio_api/process_recording", "gradio_api/profiling", "gradio_api/run-history", "gradio_api/runs"),
+        *("gradio_api/stream", "gradio_api/undo-vibe-edit", "gradio_api/vibe-code", "gradio_api/vibe-edit"),
+        *("gradio_api/vibe-starter-queries", "monitoring"),
+    )
+    for rest in ("", "/{path:path}")
+) + ("/gradio_api/proxy={path:path}",)
 # what a browser may show of an upload; all else is downloaded
 IMAGE_TYPES = {
     ".png": "image/png",
@@ -90,31 +102,89 @@ class OwnerCookie:
         await self.app(scope, receive, send_with_cookies)
 
 
-class OwnQueue:
-    """ASGI middleware that gives a session's answers, which Gradio's queue sends to whoever names the session, to the
-    owner alone who asked.
+class SameOrigin:
+    """ASGI middleware that refuses what pages of other origins ask with their reader's cookies.
+
+    Cookies know no ports, so SameSite does not stop another user's page on this machine, and Gradio lets the scripts of
+    all of localhost read its answers. Browsers say where a request comes from, programs say nothing.
 
     Args:
         app: the ASGI application.
-        by_name: as for `owner_of`.
     """
 
-    def __init__(self, app, by_name: bool):
-        self.app, self.by_name = app, by_name
+    def __init__(self, app):
+        self.app = app
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"].endswith("/gradio_api/queue/data"):
+        if scope["type"] == "http" and is_from_elsewhere(scope["method"], HTTPConnection(scope).headers):
+            response = PlainTextResponse("A page of another origin may not ask here.", 403)
+            await response(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+def is_from_elsewhere(method: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a page of another origin sends a request; following a link from there is not meant."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    if origin is None and method in ("GET", "HEAD"):
+        return False
+    if site is not None:  # of https and of this machine; right behind a proxy that changes Host, too
+        return site not in ("same-origin", "none")
+    hosts = (headers.get("host"), headers.get("x-forwarded-host"))  # which no script of elsewhere can set
+    return origin is not None and origin.partition("://")[2] not in hosts
+
+
+class OwnQueue:
+    """ASGI middleware that gives a session's answers, which Gradio's queue sends to whoever names the session or one of
+    its events, to who asked alone (`remember_who_asks`).
+
+    Args:
+        app: the ASGI application.
+    """
+
+    PATHS = re.compile(r"/gradio_api/(queue/data|call/(?:v2/)?[^/]+/(?P<event>[^/]+))/?$")
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        wanted = self.PATHS.search(scope["path"]) if scope["type"] == "http" and scope["method"] == "GET" else None
+        if wanted:
             request = Request(scope)
-            session, owner = request.query_params.get("session_hash"), self._owner(login_of(request), request)
             queue = request.app.get_blocks()._queue  # noqa: SLF001
-            events = [event for event in queue.event_ids_to_events.values() if event.session_hash == session]
-            if any(self._owner(event.username, event.request) != owner for event in events):
+            session = wanted["event"] or request.query_params.get("session_hash")
+            session = queue.sessions.get(session, session)
+            who = (login_of(request), browser_token(request.cookies))
+            if queue.askers.get(session, who) != who:
                 await not_found(request)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    def _owner(self, username: str | None, request: Request) -> str | None:
-        return owner_of(username, request.cookies, self.by_name)
+
+def remember_who_asks(queue) -> None:
+    """Make Gradio's queue remember who began each session, and refuse the questions of others in it.
+
+    It gets `askers`, login and browser's token by session, and `sessions`, by event; those of long ago are forgotten,
+    answers long sent.
+    """
+    queue.askers, queue.sessions, push = {}, {}, queue.push
+
+    async def push_of_one(body, request: Request, username: str | None):
+        who = (username, browser_token(request.cookies))
+        if queue.askers.get(body.session_hash, who) != who:
+            return False, "This session is another browser's.", "error"
+        if body.session_hash:  # before it is asked: the answer may be there at once
+            queue.askers[body.session_hash] = who
+        success, event, state = await push(body=body, request=request, username=username)
+        if success:
+            session = queue.sessions[event] = body.session_hash or event
+            queue.askers[session] = who
+        for kept in (queue.askers, queue.sessions):
+            while len(kept) > MAX_SESSIONS:
+                del kept[next(iter(kept))]
+        return success, event, state
+
+    queue.push = push_of_one
 
 
 def login_of(request: Request) -> str | None:
@@ -143,12 +213,13 @@ class Files:
             "routes": [
                 Route("/gradio_api/file={path:path}", self.serve),
                 Route("/gradio_api/file/{path:path}", self.serve),
-                Route("/gradio_api/deep_link", not_found),  # it would publish what any session shows
+                *(Route(path, not_found, methods=["GET", "POST"]) for path in UNUSED),
             ],
             "middleware": [
                 Middleware(SecurityHeaders),
+                Middleware(SameOrigin),
                 Middleware(OwnerCookie),
-                Middleware(OwnQueue, by_name=self.by_name),
+                Middleware(OwnQueue),
             ],
         }
 

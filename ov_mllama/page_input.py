@@ -1,5 +1,6 @@
 """Validation and bounds of what a browser sends to the chat page: any program may send anything."""
 
+import functools
 import html
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,6 +19,29 @@ MAX_IMAGES = 100  # of a question
 def refuse(sentence: object) -> gr.Error:
     """An error that the page shows as text."""
     return gr.Error(html.escape(str(sentence)), print_exception=False)
+
+
+def showing_refusal(find: Callable, action: Callable) -> Callable:
+    """Wrap an event's function so that its page shows, below the text box, why it was refused: Gradio's page shows no
+    error of an event without queue.
+
+    Args:
+        find: the page of a request; None where there is none.
+    """
+
+    @functools.wraps(action)
+    async def shown(*given):
+        page = find(next(each for each in given if isinstance(each, gr.Request)))
+        if page:
+            page.refused = ""
+        try:
+            return await action(*given)
+        except gr.Error as error:
+            if page:
+                page.refused = html.unescape(str(error.message))
+            raise
+
+    return shown
 
 
 def images_of(message: dict | None) -> list[Path]:

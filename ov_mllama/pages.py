@@ -44,7 +44,7 @@ class Page:
         conversation: the one that it shows.
         shown: what it shows already, by output of `show`.
         version: of what it shows.
-        refused: why the question in its box could not be asked.
+        refused: why what was done last was refused, such as a question.
     """
 
     def __init__(self, owner: str, conversation: Conversation):
@@ -73,13 +73,17 @@ class Tabs:
         """Owner and session of a request."""
         return owner_of(request.username, request.cookies, self.by_name), request.session_hash
 
+    def find(self, request: gr.Request) -> Page | None:
+        """The tab that a request comes from; None where the server does not know it, or it is somebody else's."""
+        return self._pages.get(self._key(request))
+
     def page(self, request: gr.Request) -> Page:
         """The tab that a request comes from.
 
         Raises:
             gr.Error: the server began anew, and the page has not said yet what it shows; or it is somebody else's.
         """
-        page = self._pages.get(self._key(request))
+        page = self.find(request)
         if page is None:
             raise gr.Error("The page was just connecting: please try again.", print_exception=False)
         return page
@@ -223,17 +227,13 @@ class Pages(Tabs):
         try:
             stored = [await asyncio.to_thread(self._store, talk, image) for image in images]
         except PictureError as error:
-            page.refused = str(error)
-            return gr.skip()
+            raise refuse(error) from error
         except OSError as error:
-            page.refused = f"The picture could not be stored ({error.strerror}): make room on the disk."
-            return gr.skip()
+            raise refuse(f"The picture could not be stored ({error.strerror}): make room on the disk.") from error
         if self.chat.answering(talk):
-            gr.Info("One answer at a time: stop this one first, or wait for its end.")
-            return gr.skip()
+            raise refuse("One answer at a time: stop this one first, or wait for its end.")
         remarks = [remark for _, remark in stored if remark]
         talk.turns.append(Turn(text, [picture for picture, _ in stored], remarks=remarks))
-        page.refused = ""
         self.chat.begin(talk, checked, images)
         return {"text": "", "files": []}
 

@@ -324,7 +324,7 @@ def mount_chat(app: FastAPI, model, processor, checkpoint: str | Path, key: str 
     }
     demo = make_demo(model, processor, questions_about(checkpoint)[:3], by_name=False)
     auth = (lambda name, given: same(given, key)) if key else None
-    return gr.mount_gradio_app(app, demo, "/chat", auth=auth, app_kwargs=demo.app_kwargs(), **looks)
+    return gr.mount_gradio_app(app, demo, "/chat", auth=auth, show_error=False, app_kwargs=demo.app_kwargs(), **looks)
 
 
 if __name__ == "__main__":

@@ -469,3 +469,53 @@ def test_golden_answer_without_its_picture_is_left_out(tmp_path):
     folder = convert_mllama(checkpoint, tmp_path / "ov")
     assert not (folder / "golden.json").exists()
     OVMLlamaForConditionalGeneration(folder, ov_config=F32)
+
+
+# ---- Names and numbers that a stranger wrote -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [7, None, ["a"], "", ".", "..", "../outside.safetensors", "/etc/passwd", "a/b", {}])
+def test_index_that_names_another_folders_file_is_refused(tmp_path, name):
+    (tmp_path / "outside.safetensors").write_bytes((DEMO / "model.safetensors").read_bytes())
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="index"):
+        checkpoints.weight_files(folder)
+
+
+def test_shards_of_the_hubs_cache_are_links(tmp_path):
+    (tmp_path / "blob").write_bytes((DEMO / "model.safetensors").read_bytes())
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "model-1.safetensors").symlink_to("../blob")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert checkpoints.weight_files(folder) == [folder / "model-1.safetensors"]
+
+
+def test_deep_json_is_refused_with_a_sentence(tmp_path):
+    deep = b"[" * 200_000
+    (tmp_path / "model.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(ValueError, match="no safetensors file"):
+        checkpoints.read_header(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_bytes(deep)
+    with pytest.raises(ValueError, match="no index of weights"):
+        checkpoints.weight_files(tmp_path)
+    (tmp_path / companions.STAMP_NAME).write_bytes(deep)
+    assert companions.stamp_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["link/precious.json", "../precious.json", "a/../../precious.json", "{}/precious.json"]
+)
+def test_stamp_that_names_another_folders_file_removes_nothing(tmp_path, name):
+    folder, precious = tmp_path / "model", tmp_path / "precious.json"
+    folder.mkdir()
+    precious.write_text("{}")
+    (folder / "link").symlink_to(tmp_path)
+    stamp = {"checkpoint": "a", "source": "b", "finished": False, "files": {name.format(tmp_path): ""}}
+    (folder / companions.STAMP_NAME).write_text(json.dumps(stamp))
+    companions.write_companions(folder, "a", "b", lambda made: (made / "config.json").write_text("{}"))
+    assert precious.is_file()
+    assert (folder / "config.json").is_file()

@@ -21,6 +21,7 @@ from chat_page import SELF, WHO, Says, Slow, Tab, wait_until
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import make_demo
+from ov_mllama.page_input import MAX_QUESTION
 from ov_mllama_helper import convert_mllama
 
 pytestmark = pytest.mark.alone
@@ -45,6 +46,11 @@ def folder(tmp_path_factory):
 def make(model, folder):
     processor = AutoProcessor.from_pretrained(DEMO)
     return lambda: make_demo(model, processor, questions_about(DEMO)[:2], folder)
+
+
+@pytest.fixture(scope="module")
+def processor_of_demo():
+    return AutoProcessor.from_pretrained(DEMO)
 
 
 @contextmanager
@@ -433,6 +439,127 @@ def test_answers_of_another_users_program_are_not_sent(make, says):
             assert "Only for Alice" in "".join(sent.iter_text())
 
 
+def joined(client: Client, session: str | None, question: str = "Mine") -> httpx.Response:
+    """A program's question, through Gradio's queue."""
+    number = next(key for key, fn in client.demo.fns.items() if getattr(fn.fn, "__name__", "") == "answer_program")
+    body = {"data": [{"text": question, "files": []}, *WISHES], "fn_index": number, "session_hash": session}
+    return client.http.post("gradio_api/queue/join", json=body)
+
+
+def sent(client: Client, path: str) -> str:
+    """What the queue sends, until it has no more, or for some seconds."""
+    said = ""
+    try:
+        with client.http.stream("GET", path, timeout=3) as response:
+            for line in response.iter_lines():
+                said += line
+    except httpx.HTTPError:
+        pass
+    return said
+
+
+@pytest.mark.parametrize("path", ["queue/data?session_hash={}", "call/chat/{}", "call/v2/x/{}"])
+@pytest.mark.parametrize("when", ["answering", "answered", "begun by the stranger"])
+def test_queue_sends_nothing_to_another_browser(demo, url, says, path, when):
+    owner, stranger = Client(demo, url), Client(demo, url)
+    says.text, says.over, session = "Only for the owner", when == "answered", secrets.token_hex(8)
+    if when == "begun by the stranger":
+        joined(stranger, session)
+    event = joined(owner, session)
+    if when == "answered":
+        wait_until(lambda: not demo._queue.event_ids_to_events)
+    says.over = True
+    got = [sent(stranger, f"gradio_api/{path.format(key)}") for key in (session, event.json().get("event_id", "none"))]
+    if when == "begun by the stranger":
+        assert not event.is_success  # whoever begins a session has it
+    else:
+        assert not any("Only for the owner" in each for each in got)
+        assert "Only for the owner" in sent(owner, f"gradio_api/queue/data?session_hash={session}")
+
+
+def test_program_without_cookies_is_answered_by_the_queue(demo, url, says):
+    """As curl and gradio_client do, with and without a session's name."""
+    says.text, says.over = "Yes.", True
+    data = {"data": [{"text": "Who?", "files": []}, *WISHES]}
+    event = httpx.post(f"{url}gradio_api/call/chat", json=data).json()["event_id"]
+    assert "Yes." in httpx.get(f"{url}gradio_api/call/chat/{event}", timeout=20).text
+
+
+ORIGINS = [
+    "http://localhost:1",
+    "http://127.0.0.1:9999",
+    "https://evil.example",
+    "null",
+    "http://[::1]:7860",
+    "file://",
+]
+STATES = [
+    ("gradio_api/upload", {"files": {"files": ("a.png", b"x")}}),
+    ("gradio_api/run/predict", {"json": {"data": [], "fn_index": 0, "session_hash": "s"}}),
+    ("gradio_api/queue/join", {"json": {"data": [], "fn_index": 0, "session_hash": "s"}}),
+    ("gradio_api/cancel", {"json": {"fn_index": 0, "session_hash": "s", "event_id": "e"}}),
+    ("gradio_api/call/chat", {"json": {"data": []}}),
+    ("login", {"data": {"username": "a", "password": "b"}}),
+]
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_page_of_another_origin_asks_nothing_in_its_readers_name(demo, url, origin):
+    """Cookies know no ports: another user's page on this machine is the same site, and its requests have them."""
+    client = Client(demo, url)
+    client.http.follow_redirects = False
+    for path, body in STATES:
+        for headers in ({"Origin": origin}, {"Origin": origin, "Sec-Fetch-Site": "same-site"}):
+            assert client.http.post(path, headers=headers, **body).status_code == 403, path
+        assert client.http.post(path, headers={"Sec-Fetch-Site": "cross-site"}, **body).status_code == 403
+    for path in ("config", "gradio_api/token", "gradio_api/queue/data?session_hash=s"):
+        answer = client.http.get(path, headers={"Origin": origin})
+        assert (answer.status_code, answer.text) == (403, "A page of another origin may not ask here.")
+
+
+def test_page_itself_and_programs_may_ask(demo, url):
+    client, own = Client(demo, url), url.rstrip("/")
+    behind_proxy = {"Origin": "https://hub.example", "Sec-Fetch-Site": "same-origin"}  # which tells another Host
+    forwarded = {"Origin": "http://hub.example", "X-Forwarded-Host": "hub.example"}
+    for headers in ({}, {"Origin": own}, {"Origin": own, "Sec-Fetch-Site": "same-origin"}, behind_proxy, forwarded):
+        assert client.http.post("gradio_api/upload", files={"files": ("a.png", b"x")}, headers=headers).is_success
+    for site in ("cross-site", "none"):  # a link to the page, and its address typed
+        assert client.http.get("", headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate"}).is_success
+
+
+UNUSED = [
+    *("gradio_api/deep_link", "gradio_api/proxy=https://a.hf.space/x", "gradio_api/component_server"),
+    *("gradio_api/process_recording", "gradio_api/stream/a/0/0/playlist.m3u8", "gradio_api/stream/a/0/0/playlist-file"),
+    *("gradio_api/stream/e", "gradio_api/stream/e/close", "gradio_api/dev/reload", "gradio_api/vibe-edit"),
+    *("gradio_api/vibe-code/", "gradio_api/vibe-starter-queries", "gradio_api/undo-vibe-edit/", "gradio_api/vibe-code"),
+    *("gradio_api/custom_component/x/client/component/x.js", "monitoring", "monitoring/summary", "monitoring/key"),
+    *("gradio_api/run-history/buckets", "gradio_api/runs", "gradio_api/profiling/traces"),
+]
+
+
+@pytest.mark.parametrize("path", UNUSED)
+def test_routes_that_the_page_does_not_use_are_closed(demo, url, path):
+    client = Client(demo, url)
+    assert client.http.get(path, timeout=3).status_code in (404, 405)
+    assert client.http.post(path, json={"session_hash": "s", "component_id": 1, "fn_name": "x"}).status_code in (
+        404,
+        405,
+    )
+
+
+def test_mounted_page_tells_no_text_of_unexpected_errors(model, processor_of_demo):
+    from fastapi import FastAPI
+
+    from openai_client import served
+    from serving.app import mount_chat
+
+    app = mount_chat(FastAPI(), model, processor_of_demo, DEMO, None)
+    with served(app) as url:
+        body = {"data": [], "fn_index": 0, "session_hash": "s"}
+        answer = httpx.post(f"{url}/chat/gradio_api/run/predict", json=body)
+        assert (answer.status_code, answer.json()) == (500, {"error": None})
+
+
 def test_name_given_with_a_shared_key_owns_nothing(model, folder, says, monkeypatch):
     from fastapi import FastAPI
 
@@ -673,6 +800,32 @@ def test_save_that_fails_is_said_and_tried_again(page, url, says, demo, monkeypa
     expect(page.history).to_have_text(["Is it kept?"])
     second = Tab(page.context, url)
     expect(second.history).to_have_text(["Is it kept?"])
+
+
+def test_refusal_is_shown_below_the_box(page, says, demo, tmp_path):
+    """Gradio's page shows no error of an event without queue: a question seemed to do nothing."""
+    says.text = "Yes."
+    foot = page.tab.locator(".block.foot")
+    (tmp_path / "gone <b>.png").write_bytes(png())
+    page.attach(tmp_path / "gone <b>.png")
+    for upload in Path(get_upload_folder()).rglob("gone*"):  # as Gradio does after an hour
+        upload.unlink()
+    page.box.fill("What is it?")
+    page.send.click()
+    expect(foot).to_contain_text("has waited too long")
+    expect(foot.locator("b")).to_have_count(0)
+    expect(page.box).to_have_value("What is it?")
+    page.tab.locator(".thumbnail-item button").first.click()
+    page.send.click()
+    page.expect_answers("Yes.", "1 s")
+    expect(foot).not_to_contain_text("has waited too long")
+    page.box.fill("x" * (MAX_QUESTION + 1))
+    page.send.click()
+    expect(foot).to_contain_text(f"use at most {MAX_QUESTION}")
+    page.box.fill("Short")
+    page.send.click()
+    page.expect_answers("Yes.", "1 s", "Yes.", "1 s")
+    expect(foot).not_to_contain_text("use at most")
 
 
 def test_example_is_answered_as_before(page, model):
