@@ -5,6 +5,7 @@ This file lays the page out. What is done on it is in `ov_mllama.pages`, what is
 """
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from ov_mllama.images import SUFFIXES
 from ov_mllama.owners import Files, remember_who_asks
 from ov_mllama.page_input import showing_refusal
 from ov_mllama.pages import LOOK_EVERY_S, Pages
-from ov_mllama.proxies import bypass_proxy_for_loopback
+from ov_mllama.proxies import LOOPBACK, bypass_proxy_for_loopback
 from ov_mllama.shown import LATEX, as_typed
 
 PARTS = Path(ov_mllama.__file__).parent  # of the page
@@ -81,7 +82,10 @@ class ChatPage(gr.Blocks):
     def launch(self, *args, **options):
         options = {**LAUNCH, **options}
         options["app_kwargs"] = {**options.get("app_kwargs", {}), **self.app_kwargs()}
-        bypass_proxy_for_loopback(options["server_name"])  # Gradio asks its own page when it starts
+        host = options["server_name"]
+        if host not in LOOPBACK and not options.get("auth"):
+            warnings.warn(f"Whoever reaches {host} may use this page: set auth=(name, password).", stacklevel=2)
+        bypass_proxy_for_loopback(host)  # Gradio asks its own page when it starts
         return super().launch(*args, **options)
 
     def block_thread(self):

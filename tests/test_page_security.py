@@ -10,6 +10,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 from gradio.utils import get_upload_folder
@@ -20,7 +21,7 @@ from transformers import AutoProcessor
 from chat_page import SELF, WHO, Says, Slow, Tab, wait_until
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
-from gradio_helper import make_demo
+from gradio_helper import ChatPage, make_demo
 from ov_mllama.page_input import MAX_QUESTION
 from ov_mllama_helper import convert_mllama
 
@@ -839,3 +840,14 @@ def test_example_is_answered_as_before(page, model):
     wait_until(lambda: picture.evaluate("picture => picture.complete && picture.naturalWidth > 0"))
     content = page.tab.request.get(picture.get_attribute("src")).body()
     assert ImageChops.difference(Image.open(io.BytesIO(content)), SAMPLE["image"].convert("RGB")).getbbox() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [({}, False), ({"server_name": "0.0.0.0"}, True), ({"server_name": "0.0.0.0", "auth": ("a", "b")}, False)],  # noqa: S104
+)
+def test_page_that_others_reach_without_a_login_is_warned_of(options, warned, monkeypatch, recwarn):
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **given: given)
+    monkeypatch.setattr(ChatPage, "app_kwargs", lambda self: {})
+    ChatPage().launch(**options)
+    assert any("auth=" in str(each.message) for each in recwarn) == warned
