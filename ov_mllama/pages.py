@@ -229,7 +229,9 @@ class Pages(Tabs):
         except PictureError as error:
             raise refuse(error) from error
         except OSError as error:
-            raise refuse(f"The picture could not be stored ({error.strerror}): make room on the disk.") from error
+            raise refuse(f"The picture could not be read or stored ({error.strerror}): try again.") from error
+        except MemoryError as error:
+            raise refuse("There is too little memory to open the picture: close other programs.") from error
         if self.chat.answering(talk):
             raise refuse("One answer at a time: stop this one first, or wait for its end.")
         remarks = [remark for _, remark in stored if remark]

@@ -829,6 +829,27 @@ def test_refusal_is_shown_below_the_box(page, says, demo, tmp_path):
     expect(foot).not_to_contain_text("use at most")
 
 
+@pytest.mark.parametrize(
+    ("error", "said"), [(MemoryError(), "too little memory"), (OSError(5, "Input/output error"), "Input/output error")]
+)
+def test_picture_that_the_machine_cannot_open_is_said(page, says, tmp_path, monkeypatch, error, said):
+    says.text = "Yes."
+    (tmp_path / "picture.png").write_bytes(png())
+    page.attach(tmp_path / "picture.png")
+    page.box.fill("What is it?")
+
+    def fails(source):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ov_mllama.pages.open_picture", fails)
+        page.send.click()
+        expect(page.tab.locator(".block.foot")).to_contain_text(said)
+    expect(page.box).to_have_value("What is it?")
+    page.send.click()
+    page.expect_answers("Yes.", "1 s")
+
+
 def test_example_is_answered_as_before(page, model):
     model.as_new()
     page.tab.get_by_role("button", name=WHO).click()
