@@ -168,6 +168,7 @@ def test_two_tabs_write_at_once_and_none_is_lost(page, url, model):
 
 def test_a_conversation_in_two_tabs_shows_the_same_words_while_they_come(page, url, model):
     words = begin(page, model)
+    model.step_s = 0.9  # or a slow browser opens the second tab when the answer is there
     second = Tab(page.context, url, address(page))
     expect(second.user).to_have_text([WHO])
     expect(second.bot.first).to_contain_text(words)

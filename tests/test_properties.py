@@ -1,5 +1,6 @@
 """Properties over generated inputs (hypothesis), each against a slower and simpler way to the same."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from transformers import MllamaForConditionalGeneration
 
+from notebook_utils import follow
 from ov_mllama.chat import to_messages
 from ov_mllama.conversation import plain
 from ov_mllama.conversations import Turn
@@ -16,7 +19,7 @@ from ov_mllama.cross_attention import restrict, take_tiles, tiles_seen
 from ov_mllama.settings import GROUP_SIZES, INT4, Settings
 from ov_mllama.shapes import MASKED, MllamaShapes
 from ov_mllama.vision import Encoded
-from ov_mllama_helper import OVMLlamaForConditionalGeneration
+from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 pytestmark = pytest.mark.torture
 EXAMPLES = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -124,6 +127,39 @@ def test_any_prompts_in_any_order_answer_as_a_fresh_model(run, pair):
 
     run(test, 30, 1000)
     assert sum(number > 0 for number in reused) > len(reused) / 20  # else nothing was tested
+
+
+@pytest.mark.parametrize("reference", ["meta", "transformers"])
+def test_any_calls_in_any_order_give_pytorchs_logits_and_tokens(pair, tmp_path, times, tally, monkeypatch, reference):
+    """Texts before, between and behind images; chunks, drafts and image caches of any size; other images."""
+    folder = convert_mllama(pair.checkpoint, tmp_path / "ov", reference=reference)
+    model = OVMLlamaForConditionalGeneration(folder, ov_config={"EXECUTION_MODE_HINT": "ACCURACY"})
+    original = MllamaForConditionalGeneration.from_pretrained(pair.checkpoint, dtype=torch.float32).eval()
+    original, rng = follow(original, model.reference), random.Random(11)  # noqa: S311
+    pictures = [pair.picture(1, 1, 1), pair.picture(2, 1, 2), pair.picture(0.9, 2, 3), pair.picture(1.8, 1, 9)]
+    reused, wrong, tried = 0, [], times(150, 3000)
+    for _ in range(tried):
+        model.image_encoder.kept.room = rng.choice([1, 10**9])
+        monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", rng.choice([3, 5, 128]))
+        images = rng.choices(pictures, k=rng.choice([0, 1, 1, 1, 2]))
+        text = "a" * rng.choice([0, 4, 8, 8]) + "".join("<|image|>" + "b" * rng.choice([1, 3, 6]) for _ in images)
+        inputs = pair.processor(
+            text=text or "a", images=[images] if images else None, return_tensors="pt", add_special_tokens=False
+        )
+        if rng.random() < 0.5:
+            keep = rng.randint(1, inputs["input_ids"].shape[1])
+            with torch.no_grad():
+                expected = original(**inputs).logits[:, -keep:]
+            right = torch.allclose(model(**inputs, logits_to_keep=keep).logits, expected, atol=1e-3)
+        else:
+            greedy = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
+            drafts = rng.choice([{}, {"prompt_lookup_num_tokens": rng.randint(2, 5)}])
+            expected = original.generate(**inputs, **greedy)
+            right = torch.equal(model.generate(**inputs, **greedy, **drafts), expected)
+        reused += model.stats.reused_tokens > 0
+        wrong += [text] * (not right)
+    assert reused > tried / 20  # else nothing was tested
+    tally("calls in any order", tried, wrong)
 
 
 # ---- File names ----
