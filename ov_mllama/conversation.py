@@ -187,6 +187,8 @@ async def stream_words(
             with contextlib.suppress(Stopped), turn_of(model.turn, stop):
                 progress.enter("Beginning")
                 output = model.generate(**arguments, streamer=streamer, stop=stop, progress=progress)
+                if stop.is_set():  # and who has stopped it may be gone: the step under way took longer
+                    return
                 ends = model.generation_config.eos_token_id
                 note(model.stats, is_cut(output, arguments["input_ids"].shape[1], arguments["max_new_tokens"], ends))
         finally:
