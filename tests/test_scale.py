@@ -198,7 +198,7 @@ def test_folder_of_an_earlier_version_is_read_and_asked_anew(ray_here, model_dir
     earlier = ["id", "path", "question", "answer", "finish", "error"]
     for number, part in enumerate(sorted(out.glob("*.parquet"))):
         table = pq.read_table(part).select(earlier)
-        pq.write_table(table, out / f"{'0f'[number % 2]}{part.name[1:]}")  # before and behind the new files
+        pq.write_table(table, out / f"{'0f'[number % 2]}{part.name}")  # before and behind the new files
         part.unlink()
     assert pd.read_parquet(out).columns.tolist() == earlier
     assert caption(pictures, QUESTION, out, model_dir) == count
