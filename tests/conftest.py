@@ -214,6 +214,17 @@ def page(browser, url, model):
     page.close()
 
 
+@pytest.fixture
+def says(monkeypatch):
+    """An answer of the test's own words, in place of the model's."""
+    from chat_page import Says  # it imports from here
+
+    says = Says()
+    monkeypatch.setattr("ov_mllama.chat.stream_words", says.words)
+    yield says
+    says.over = True
+
+
 @pytest.fixture(scope="module")
 def slow_demo(tmp_path_factory):
     """The demo model in f32, which can be made as slow as the 11B."""

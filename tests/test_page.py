@@ -9,7 +9,7 @@ from PIL import Image
 from playwright.sync_api import expect
 from transformers import AutoProcessor
 
-from chat_page import CONTRAST, FOCUSED, SELF, WHO, Says, Slow, Tab, drop, path_of
+from chat_page import CONTRAST, FOCUSED, SELF, WHO, Slow, Tab, drop, path_of
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import make_demo
@@ -34,14 +34,6 @@ def url(model, tmp_path_factory):
     _, address, _ = demo.launch(prevent_thread_lock=True)
     yield address
     demo.close()
-
-
-@pytest.fixture
-def says(monkeypatch):
-    says = Says()
-    monkeypatch.setattr("ov_mllama.chat.stream_words", says.words)
-    yield says
-    says.over = True
 
 
 def test_it_says_who_answers_and_what_the_model_knows(page, model):

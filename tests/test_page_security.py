@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 from playwright.sync_api import expect
 from transformers import AutoProcessor
 
-from chat_page import SELF, WHO, Says, Slow, Tab, wait_until
+from chat_page import SELF, WHO, Slow, Tab, wait_until
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import ChatPage, make_demo
@@ -72,14 +72,6 @@ def demo(make):
 def url(demo):
     with launched(demo) as url:
         yield url
-
-
-@pytest.fixture
-def says(monkeypatch):
-    says = Says()
-    monkeypatch.setattr("ov_mllama.chat.stream_words", says.words)
-    yield says
-    says.over = True
 
 
 @pytest.fixture
