@@ -40,10 +40,10 @@ chat: .venv/.run
 	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 serve: .venv/.scale
-	$(BIN)/python -m serving.app $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama serve $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 caption: .venv/.scale
-	$(BIN)/python -m serving.caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json

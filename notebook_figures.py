@@ -134,7 +134,7 @@ def show_price_list(rows: list[dict]) -> None:
     right answers are known, what so many questions can tell.
 
     Args:
-        rows: as `ov_mllama.quality.price_list` returns them.
+        rows: as `ov_mllama.export.quality.price_list` returns them.
     """
     table = pd.DataFrame(rows).set_index("variant")
     known = "all" in table

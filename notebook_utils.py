@@ -39,7 +39,7 @@ def follow(model, reference):
 
     Args:
         model: `MllamaForConditionalGeneration` of transformers 5.
-        reference: `ov_mllama.reference.Reference`.
+        reference: `ov_mllama.runtime.reference.Reference`.
     Returns:
         the model.
     """
@@ -62,7 +62,7 @@ def show_plan(plan) -> None:
     """Shows what is free here, each step with its time, memory and disk, and what there is too little of.
 
     Args:
-        plan: `ov_mllama.plan.Plan`.
+        plan: `ov_mllama.export.plan.Plan`.
     """
     print(f"Free: {plan.machine.memory / GB:.0f} GB of memory, {plan.machine.disk / GB:.0f} GB of disk.", *plan.lacking)
     display(Markdown(str(plan)))

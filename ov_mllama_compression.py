@@ -1,7 +1,8 @@
 """IR -> smaller IR: what the notebook calls, and the widgets that choose.
 
-- Which settings there are and go together: `ov_mllama/settings.py`; what NNCF is told: `ov_mllama/compress.py`.
-- What it will take in memory, disk and time: `ov_mllama/costs.py`.
+- Which settings there are and go together: `ov_mllama/export/settings.py`; what NNCF is told:
+  `ov_mllama/export/compress.py`.
+- What it will take in memory, disk and time: `ov_mllama/export/costs.py`.
 - Where calibration samples come from: `data_preprocessing.py`, loaded only where they are needed.
 """
 
@@ -10,9 +11,8 @@ from pathlib import Path
 
 import ipywidgets
 
-from ov_mllama.compress import DATA_METRICS, compress_language_model, make_vision_encoder, vision_encoder_path
-from ov_mllama.files import ir_stamp
-from ov_mllama.settings import (
+from ov_mllama.export.compress import DATA_METRICS, compress_language_model, make_vision_encoder, vision_encoder_path
+from ov_mllama.export.settings import (
     DATA_METRIC,
     DEFAULT_SOURCES,
     GROUP_SIZES,
@@ -22,6 +22,7 @@ from ov_mllama.settings import (
     VISION_OPTIONS,
     Settings,
 )
+from ov_mllama.runtime.ir import ir_stamp
 
 WIDE = {"description_width": "initial"}  # else a widget's name is cut
 
@@ -50,7 +51,7 @@ def compress(
         checkpoint: the original, as given to `convert_mllama`: then the 16-bit IR is neither needed nor written.
         force: make it anew.
         settings: `algo`, `ratio`, `sm`, `awq`, `scale_estimation`, `lora`, `gptq`, `group_size`, `all_layers`,
-            `dataset_size`, `int8_layers`, as `ov_mllama.settings.Settings` explains them.
+            `dataset_size`, `int8_layers`, as `ov_mllama.export.settings.Settings` explains them.
     Returns:
         path of the compressed .xml in `model_dir`, its name composed from the settings.
     Raises:
@@ -77,7 +78,7 @@ def available_samples(path: Path, count: int, source: str | Path | None, force: 
         count: that were asked for; a smaller source has fewer, see `count_samples`.
         source: None for the default that the IR at `path` was made with, else the default that is in reach.
     """
-    from data_preprocessing import count_samples, default_source
+    from ov_mllama.export.calibration import count_samples, default_source
 
     if source is None:
         _, _, made_with = ir_stamp(path).get("samples", "").partition(" of ")
@@ -89,10 +90,10 @@ def language_samples(model_dir: str | Path, count: int, source: str | Path | Non
     """Samples for the language model, each picture encoded by the uncompressed vision encoder when its turn comes."""
     from transformers import AutoConfig, AutoProcessor
 
-    from data_preprocessing import prepare_dataset_llm
-    from ov_mllama.files import VISION_ENCODER_NAME
-    from ov_mllama.shapes import MllamaShapes
-    from ov_mllama.vision import OVImageEncoder
+    from ov_mllama.export.calibration import prepare_dataset_llm
+    from ov_mllama.runtime.ir import VISION_ENCODER_NAME
+    from ov_mllama.runtime.shapes import MllamaShapes
+    from ov_mllama.runtime.vision import OVImageEncoder
 
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
     encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
@@ -136,7 +137,7 @@ def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
     """Samples for the vision encoder."""
     from transformers import AutoProcessor
 
-    from data_preprocessing import prepare_dataset_vision
+    from ov_mllama.export.calibration import prepare_dataset_vision
 
     return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir, backend="pil"), count, source)
 

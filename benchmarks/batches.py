@@ -12,10 +12,10 @@ import numpy as np
 from transformers import AutoProcessor
 
 from benchmarks.benchmark import provenance, report
-from ov_mllama.conversation import prompts_about
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.photographs import photographs
+from ov_mllama.export.samples import photographs
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.prompts import prompts_about
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
 

@@ -43,10 +43,10 @@ from PIL import Image
 from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList, MllamaForConditionalGeneration
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ov_mllama.drafts import InVocabularyDrafts
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.vision import ImageInputs
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.speculative import InVocabularyDrafts
+from ov_mllama.runtime.vision import ImageInputs
 
 PYTORCH = "pytorch-bf16"
 INT4_NAME = "llm_int4_asym_r10_gs64.xml"
@@ -67,7 +67,10 @@ TILES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2)}  # number of tiles: canvas,
 
 # ---- Conversion, each step in a process of its own ------------------------------------------------------------------
 
-CONVERT = "from ov_mllama.convert import convert_mllama; convert_mllama({checkpoint!r}, {out!r}, language_model={fp16})"
+CONVERT = (
+    "from ov_mllama.export.convert import convert_mllama; "
+    "convert_mllama({checkpoint!r}, {out!r}, language_model={fp16})"
+)
 COMPRESS = "from ov_mllama_compression import compress; compress({out!r}, checkpoint={checkpoint!r})"
 ROUND = "from ov_mllama_compression import optimize_vision_encoder as make; make({out!r}, 'INT8 weights compression')"
 CALIBRATE = (

@@ -17,9 +17,9 @@ import torch
 from transformers import LogitsProcessorList
 
 from benchmarks.benchmark import Dictated, provenance, report
-from ov_mllama.draft_model import OVDraftModel, Schedule
-from ov_mllama.files import VISION_ENCODER_NAME, newest
-from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.ir import VISION_ENCODER_NAME, newest
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.speculative import OVDraftModel, Schedule
 
 CHANCES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 PROMPT, ANSWER = 32, 64

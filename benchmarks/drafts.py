@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from demo_model.evaluate import heldout_samples
-from ov_mllama.draft_model import OVDraftModel
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.stats import GenerationStats
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.speculative import OVDraftModel
+from ov_mllama.runtime.stats import GenerationStats
 
 GREEDY = {"do_sample": False, "max_new_tokens": 60}
 

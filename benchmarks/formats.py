@@ -2,7 +2,7 @@
 
 Quality is the demo checkpoint's on held-out questions, beside PyTorch in f32; time is a token's on a checkpoint of the
 11B's widths (`benchmarks.make_checkpoint --text-layers 5 --vision-layers 4 --global-layers 1`), all formats in turn,
-round after round. Keys of the JSON, for each format: all, kl (`ov_mllama.quality.measure`); gb, what a token reads;
+round after round. Keys of the JSON, for each format: all, kl (`quality.measure`); gb, what a token reads;
 token_ms, the median; share, of the memory's speed; and by precision of the KV cache, what 2000 tokens in it take more.
 """
 
@@ -16,15 +16,15 @@ from transformers import AutoConfig
 
 from benchmarks.benchmark import bandwidth, median, provenance, report, rounded
 from demo_model.evaluate import heldout_samples
-from ov_mllama import costs
-from ov_mllama.cache import Prompt
-from ov_mllama.compress import compress_language_model
-from ov_mllama.convert import convert_mllama
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
-from ov_mllama.language import OVLanguageModel
-from ov_mllama.quality import price_list
-from ov_mllama.settings import INT4, Settings
-from ov_mllama.shapes import MllamaShapes
+from ov_mllama.export import costs
+from ov_mllama.export.compress import compress_language_model
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.quality import price_list
+from ov_mllama.export.settings import INT4, Settings
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
+from ov_mllama.runtime.kv_cache import Prompt
+from ov_mllama.runtime.language import OVLanguageModel
+from ov_mllama.runtime.shapes import MllamaShapes
 
 GROUPS = (32, 64, 128, -1)
 FORMATS = {

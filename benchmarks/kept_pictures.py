@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from demo_model.evaluate import heldout_samples
-from ov_mllama.kept import EncodedImage, KeptImages
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.quality import batches, greedy
+from ov_mllama.export.quality import batches, greedy
+from ov_mllama.runtime.image_cache import EncodedImage, KeptImages
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
 
 def converted(image: EncodedImage, dtype: torch.dtype) -> EncodedImage:

@@ -1,9 +1,9 @@
 """A server under load, its memory watched: python -m benchmarks.load MODEL_DIR [--clients 8] [--seconds 120]
 
-Starts `serving.app` and asks it with OpenAI's client: photographs and plain questions in turn, whole and streamed, of
-which every fifth is left after its first words. Keys of the JSON: answered, left, refused (429: a full line), lost
-(anything else: none should be), tokens_per_s, longest_s of an answer, anonymous_gb of the server by seconds since the
-first question.
+Starts `ov-mllama serve` and asks it with OpenAI's client: photographs and plain questions in turn, whole and
+streamed, of which every fifth is left after its first words. Keys of the JSON: answered, left, refused (429: a full
+line), lost (anything else: none should be), tokens_per_s, longest_s of an answer, anonymous_gb of the server by
+seconds since the first question.
 """
 
 import argparse
@@ -23,13 +23,24 @@ import httpx
 import openai
 
 from benchmarks.benchmark import anonymous, provenance, report
-from ov_mllama.photographs import photographs
+from ov_mllama.export.samples import photographs
 
 
 def start(model_dir: Path, port: int) -> subprocess.Popen:
     """A server that answers."""
     server = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "serving.app", "--model-dir", str(model_dir), "--port", str(port), "--name", "model"]
+        [
+            sys.executable,
+            "-m",
+            "ov_mllama",
+            "serve",
+            "--model-dir",
+            str(model_dir),
+            "--port",
+            str(port),
+            "--name",
+            "model",
+        ]
     )
     while server.poll() is None:
         try:

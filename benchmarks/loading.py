@@ -15,9 +15,9 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from ov_mllama.files import ir_stamp
-from ov_mllama.language import OVLanguageModel
-from ov_mllama.shapes import MllamaShapes
+from ov_mllama.runtime.ir import ir_stamp
+from ov_mllama.runtime.language import OVLanguageModel
+from ov_mllama.runtime.shapes import MllamaShapes
 
 
 def load(path: Path, ov_config: dict) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Anonymous memory while pictures are asked about: python -m benchmarks.memory MODEL_DIR [--hoard]
 
 After each step GB of this process, mapped files left out; `--hoard` leaves freed memory with the C library, as it is
-without `ov_mllama.machine.give_back`.
+without `ov_mllama.runtime.memory.give_back`.
 """
 
 import argparse
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from transformers import AutoProcessor
 
-import ov_mllama.machine
-import ov_mllama.sessions
-import ov_mllama.vision
+import ov_mllama.runtime.memory
+import ov_mllama.runtime.sessions
+import ov_mllama.runtime.vision
 from benchmarks.benchmark import anonymous
-from ov_mllama.conversation import prompts_about
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.photographs import photographs
+from ov_mllama.export.samples import photographs
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.prompts import prompts_about
 
 ASKED = ("camera", "coffee", "galaxies")  # one tile, two, four
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--hoard", action="store_true")
     options = parser.parse_args()
     if options.hoard:
-        for module in (ov_mllama.vision, ov_mllama.sessions):
+        for module in (ov_mllama.runtime.vision, ov_mllama.runtime.sessions):
             module.give_back = lambda: None
 
     def note(what: str) -> None:

@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.benchmark import anonymous, provenance
 from notebook_utils import execute
-from ov_mllama.machine import free_memory
+from ov_mllama.runtime.memory import free_memory
 
 NOTEBOOK = "mllama-3.2.ipynb"
 

@@ -3,7 +3,7 @@
 Every file is compiled once for each precision and group size of dynamic quantization, and all are measured in turn,
 round after round. A vision encoder gets pictures of 1, 2 and 4 tiles, a language model a step of 1, 32 and 256 tokens
 of text. Also printed: the error of what comes out, relative to the first file in f32 without dynamic quantization: the
-norm of the difference over the norm, of the output where it is largest. `ov_mllama/precision.py` goes by these figures.
+norm of the difference over the norm, of the output where it is largest. `devices.py` goes by these figures.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import numpy as np
 import openvino as ov
 from transformers import AutoConfig
 
-from ov_mllama.cross_attention import no_images
-from ov_mllama.files import ir_stamp
-from ov_mllama.language import language_inputs
-from ov_mllama.shapes import MllamaShapes
-from ov_mllama.vision import image_inputs
+from ov_mllama.runtime.cross_attention import no_images
+from ov_mllama.runtime.ir import ir_stamp
+from ov_mllama.runtime.language import language_inputs
+from ov_mllama.runtime.shapes import MllamaShapes
+from ov_mllama.runtime.vision import image_inputs
 
 TILES, TOKENS = (1, 2, 4), (1, 32, 256)
 RATIOS = {1: 1, 2: 2, 4: 6}  # number of tiles: a canvas of so many

@@ -13,9 +13,9 @@ from statistics import median
 import numpy as np
 from transformers import AutoConfig
 
-from ov_mllama import language
-from ov_mllama.cache import Prompt
-from ov_mllama.shapes import MllamaShapes
+from ov_mllama.runtime import language
+from ov_mllama.runtime.kv_cache import Prompt
+from ov_mllama.runtime.shapes import MllamaShapes
 
 LENGTHS, AT_ONCE = (32, 100, 256, 600), 1_000_000
 STEPS = (32, 64, 128, 256, AT_ONCE)

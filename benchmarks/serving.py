@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 
 from benchmarks.benchmark import provenance, report
-from ov_mllama.photographs import photographs
-from serving import load
-from serving.batches import Batches
-from serving.images import ImageFile
-from serving.questions import Question
+from ov_mllama.export.samples import photographs
+from ov_mllama.serving import load
+from ov_mllama.serving.images import ImageFile
+from ov_mllama.serving.protocol import Question
+from ov_mllama.serving.scheduler import Batches
 
 
 def question(picture: ImageFile, words: str, tokens: int) -> Question:
@@ -48,7 +48,7 @@ async def ask_all(batches: Batches, picture, clients: int, rounds: int, tokens: 
 
 def captioned(model_dir: Path, pictures: Path, workers: int, batch: int, tokens: int) -> float:
     """Pictures a minute, from the first results on: without the loading of the models."""
-    from serving.caption import caption
+    from ov_mllama.serving.caption import caption
 
     with tempfile.TemporaryDirectory() as out:
         count = caption(pictures, "What is here?", out, model_dir, tokens, batch, workers)
@@ -85,7 +85,7 @@ def main() -> None:
             sample["image"].rotate(i).save(pictures / f"{i}-{sample['name']}.png")
     per_minute = {}
     if options.captions:
-        from serving.caption import begin
+        from ov_mllama.serving.caption import begin
 
         begin()
     for case in options.captions:

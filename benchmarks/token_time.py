@@ -17,15 +17,15 @@ import numpy as np
 from transformers import AutoProcessor
 
 from benchmarks.benchmark import bandwidth, provenance, report
-from ov_mllama import costs
-from ov_mllama.cache import Prompt
-from ov_mllama.checks import image_arrays
-from ov_mllama.conversation import prompts_about
-from ov_mllama.cross_attention import tiles_seen
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.photographs import photographs
-from ov_mllama.vision import ImageInputs, image_keys
+from ov_mllama.export import costs
+from ov_mllama.export.samples import photographs
+from ov_mllama.runtime.checks import image_arrays
+from ov_mllama.runtime.cross_attention import tiles_seen
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.runtime.kv_cache import Prompt
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.prompts import prompts_about
+from ov_mllama.runtime.vision import ImageInputs, image_keys
 
 PARTS = {  # what an operation's name or type begins with or holds, the first that fits
     "head": r"lm_head",
@@ -85,7 +85,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
-    parser.add_argument("--picture", default="galaxies", help="of ov_mllama.photographs; default one of four tiles")
+    parser.add_argument("--picture", default="galaxies", help="of ov_mllama.export.samples; default one of four tiles")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

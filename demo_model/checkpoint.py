@@ -187,7 +187,7 @@ TILE_EMBEDDINGS = (
 
 def clear_padding_embeddings(tensors: dict[str, torch.Tensor], config: MllamaConfig) -> None:
     """Zeros, in place, for the embeddings of the tiles beyond each canvas, as transformers' converter leaves them in
-    Meta's checkpoints: padding tiles then are all alike (`ov_mllama.graphs.VisionEncoder`).
+    Meta's checkpoints: padding tiles then are all alike (`ov_mllama.export.graphs.VisionEncoder`).
 
     Args:
         tensors: of a state dict, by name; others than TILE_EMBEDDINGS are left as they are.

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 from demo_model.scenes import draw, random_scene
-from ov_mllama.conversation import prompts_about
-from ov_mllama.images import DETAILS, at_detail
+from ov_mllama.runtime.images import DETAILS, at_detail
+from ov_mllama.runtime.prompts import prompts_about
 
 SIZES = ((112, 112), (224, 112), (112, 224), (224, 224), (336, 112), (112, 448), (100, 80), (300, 200), (500, 500))
 

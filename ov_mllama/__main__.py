@@ -1,30 +1,32 @@
-"""The command line, in the project's folder: `python -m ov_mllama plan`, `prepare`, `chat`, `compare-references`."""
+"""Command line: `ov-mllama plan | prepare | chat | serve | caption | compare-references`, or `python -m ov_mllama`."""
 
 import argparse
-import logging
 import os
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 
 from transformers import AutoConfig, AutoProcessor
 
-from ov_mllama.checks import check_vocabulary
-from ov_mllama.conversations import Conversations
-from ov_mllama.costs import gigabytes
-from ov_mllama.draft_model import OVDraftModel
-from ov_mllama.ending import said_plainly
-from ov_mllama.files import DRAFT_MODEL_NAME
-from ov_mllama.machine import check_device
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.photographs import calibration_samples
-from ov_mllama.plan import markdown
-from ov_mllama.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
-from ov_mllama.proxies import bypass_proxy_for_loopback
-from ov_mllama.reference import NAMES
+from ov_mllama.chat.proxies import bypass_proxy_for_loopback
+from ov_mllama.cli import exit_on_user_error
+from ov_mllama.export.costs import gigabytes
+from ov_mllama.export.plan import markdown
+from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
+from ov_mllama.export.samples import calibration_samples
+from ov_mllama.runtime.checks import check_vocabulary
+from ov_mllama.runtime.devices import check_device
+from ov_mllama.runtime.ir import DRAFT_MODEL_NAME
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.reference import NAMES
+from ov_mllama.runtime.speculative import OVDraftModel
 
 DEMO = "demo_model"
-logger = logging.getLogger("ov_mllama")
+SERVING = {
+    "serve": ("ov_mllama.serving.app", "answer other programs as OpenAI's API does"),
+    "caption": ("ov_mllama.serving.caption", "ask one question about every image of a folder"),
+}
 REFERENCE: dict = {
     "choices": ("auto", *NAMES),
     "default": "auto",
@@ -48,8 +50,9 @@ def run_prepare(options: argparse.Namespace) -> Path:
 
 def run_chat(options: argparse.Namespace) -> None:
     """Loads a model, opens the page, waits for Ctrl-C."""
-    from data_preprocessing import questions_about
-    from gradio_helper import make_demo
+    from ov_mllama.chat.layout import make_demo
+    from ov_mllama.chat.store import Conversations
+    from ov_mllama.export.calibration import questions_about
 
     check_device(options.device)
     if options.checkpoint or not options.model_dir:
@@ -63,7 +66,7 @@ def run_chat(options: argparse.Namespace) -> None:
     model = OVMLlamaForConditionalGeneration(
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
-    drafting = {"assistant_model": draft} if draft else {}
+    drafting: dict = {"assistant_model": draft} if draft else {}
     demo = make_demo(model, AutoProcessor.from_pretrained(model_dir, backend="pil"), examples, **drafting)
     users = users_from(options.auth, options.auth_file)
     _, url, _ = demo.launch(server_port=options.port, auth=users or None, prevent_thread_lock=True)
@@ -78,8 +81,8 @@ def run_chat(options: argparse.Namespace) -> None:
 
 def run_compare(options: argparse.Namespace) -> None:
     """Says which reference finds right captions likelier."""
-    from data_preprocessing import questions_about
-    from ov_mllama.quality import compare_references, verdict
+    from ov_mllama.export.calibration import questions_about
+    from ov_mllama.export.quality import compare_references, verdict
 
     folder = options.out or default_folder(options.checkpoint).with_name(f"{Path(options.checkpoint).name}-references")
     asked = questions_about(options.checkpoint)
@@ -121,37 +124,25 @@ def users_from(auth: list[str] | None, file: Path | None) -> list[tuple[str, str
 
 def load_draft(options: argparse.Namespace) -> OVDraftModel:
     """The draft model, made first where that is not done yet."""
-    from ov_mllama.compress import make_draft_model
+    from ov_mllama.export.compress import make_draft_model
 
     draft = OVDraftModel(make_draft_model(options.draft, options.model_dir / DRAFT_FOLDER), options.device)
     check_vocabulary(draft.vocab_size, AutoConfig.from_pretrained(options.model_dir).text_config.vocab_size)
     return draft
 
 
-def main() -> None:
-    """Reads the arguments and runs the command that they name."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m ov_mllama", description="Llama 3.2 Vision on OpenVINO.")
-    parser.add_argument("--verbose", action="store_true", help="where something is refused or goes wrong, say where")
-    commands = parser.add_subparsers(required=True)
-    for name, run, says in (
-        ("plan", run_plan, "says what this machine does with a checkpoint: minutes, memory, disk"),
-        ("prepare", run_prepare, "does it: converts and compresses"),
-    ):
-        command = commands.add_parser(name, help=says)
-        command.set_defaults(run=run)
-        command.add_argument("checkpoint", nargs="?", default=DEMO, help=f"hub id or folder; default: {DEMO}")
-        command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
-        command.add_argument("--draft", help=DRAFT_HELP)
-        command.add_argument("--reference", **REFERENCE)
-    compare = commands.add_parser(
-        "compare-references", help="with which code were these weights trained, Meta's or transformers'?"
-    )
-    compare.set_defaults(run=run_compare)
-    compare.add_argument("checkpoint", help="hub id or folder")
-    compare.add_argument("--out", type=Path, help="folder for both conversions; default: models/<name>-references")
-    page = commands.add_parser("chat", help="opens the chat on a model, prepared first if need be")
-    page.set_defaults(run=run_chat)
+def run_serving(options: argparse.Namespace) -> None:
+    """Run `serve` or `caption`, which parse the arguments after their name.
+
+    Raises:
+        ModuleNotFoundError: a package of the extra `serve` is not installed.
+    """
+    main = import_module(SERVING[options.command][0]).main
+    main(sys.argv[sys.argv.index(options.command) + 1 :])
+
+
+def add_chat_arguments(page: argparse.ArgumentParser) -> None:
+    """Arguments of `chat`."""
     page.add_argument("--checkpoint", help=f"hub id or folder; default, without --model-dir: {DEMO}")
     page.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<checkpoint's name>")
     page.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
@@ -163,10 +154,43 @@ def main() -> None:
     users = page.add_mutually_exclusive_group()
     users.add_argument("--auth-file", type=Path, help="lines NAME:PASSWORD; each user sees their own chats alone")
     users.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"), help="for all users of this machine to see")
-    options = parser.parse_args()
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `serve` and `caption` parse their own arguments."""
+    parser = argparse.ArgumentParser(prog="ov-mllama", description="Llama 3.2 Vision on OpenVINO.")
+    parser.add_argument("--verbose", action="store_true", help="log where an error was raised")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for name, run, summary in (
+        ("plan", run_plan, "print what this machine does with a checkpoint: minutes, memory, disk"),
+        ("prepare", run_prepare, "convert and compress a checkpoint as planned"),
+    ):
+        command = commands.add_parser(name, help=summary)
+        command.set_defaults(run=run)
+        command.add_argument("checkpoint", nargs="?", default=DEMO, help=f"hub id or folder; default: {DEMO}")
+        command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
+        command.add_argument("--draft", help=DRAFT_HELP)
+        command.add_argument("--reference", **REFERENCE)
+    page = commands.add_parser("chat", help="open the chat page on a model, prepared first if need be")
+    page.set_defaults(run=run_chat)
+    add_chat_arguments(page)
+    for name, (_, summary) in SERVING.items():
+        commands.add_parser(name, help=summary, add_help=False).set_defaults(run=run_serving)
+    compare = commands.add_parser("compare-references", help="compare Meta's and transformers' code on a checkpoint")
+    compare.set_defaults(run=run_compare)
+    compare.add_argument("checkpoint", help="hub id or folder")
+    compare.add_argument("--out", type=Path, help="folder for both conversions; default: models/<name>-references")
+    return parser
+
+
+def main() -> None:
+    """Parse the arguments and run the command that they name."""
+    parser = argument_parser()
+    options, rest = parser.parse_known_args()
+    if rest and options.run is not run_serving:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     bypass_proxy_for_loopback()
-    logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    with said_plainly():
+    with exit_on_user_error(options.verbose):
         options.run(options)
 
 

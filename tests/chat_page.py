@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from playwright.sync_api import expect
 
 from conftest import DEMO
-from ov_mllama.inference import check_stop
-from ov_mllama.progress import PictureClock
+from ov_mllama.runtime.image_cache import PictureClock
+from ov_mllama.runtime.inference import check_stop
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 SELF = "I describe shapes, count them and read digits."  # the demo's answer to:

@@ -220,7 +220,7 @@ def says(monkeypatch):
     from chat_page import Says  # it imports from here
 
     says = Says()
-    monkeypatch.setattr("ov_mllama.chat.stream_words", says.words)
+    monkeypatch.setattr("ov_mllama.chat.answers.stream_words", says.words)
     yield says
     says.over = True
 
@@ -237,8 +237,8 @@ def slow_demo(tmp_path_factory):
 def server(slow_demo, processor):
     """The address of the OpenAI-compatible server, answered by `slow_demo`."""
     from openai_client import KEY, served
-    from serving.app import create_app
-    from serving.batches import Batches
+    from ov_mllama.serving.app import create_app
+    from ov_mllama.serving.scheduler import Batches
 
     with served(create_app(Batches(slow_demo, processor, size=4, line=6), "demo", KEY, max_bytes=2_000_000)) as url:
         yield url

@@ -4,7 +4,7 @@ import contextlib
 import io
 
 from demo_model import SAMPLES
-from ov_mllama.convert import convert_mllama
+from ov_mllama.export.convert import convert_mllama
 from ov_mllama_compression import compress, optimize_vision_encoder
 
 SMALLER = ("llm_int4_asym_r10_gs32.xml", "openvino_vision_encoder_int8.xml")

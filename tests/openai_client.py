@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from chat_page import path_of, wait_until
-from ov_mllama.conversation import prompt_tensors
+from ov_mllama.runtime.prompts import prompt_tensors
 
 KEY = "secret"
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from conftest import F32
-from ov_mllama.conversation import prompt_tensors
-from ov_mllama.images import at_detail
-from ov_mllama.inference import Stopped, run, turn_of
-from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.images import at_detail
+from ov_mllama.runtime.inference import Stopped, run, turn_of
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.prompts import prompt_tensors
 
 pytestmark = pytest.mark.alone
 
@@ -166,7 +166,7 @@ def test_an_answer_is_stopped_while_its_prompt_is_computed(pair, model, monkeypa
     """At the end of the tokens under way; those before it are still there when it is asked for again."""
     inputs, stop = pair.inputs("text before image"), threading.Event()
     infer, computed = model.language_model.infer, []
-    monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", 3)
+    monkeypatch.setattr("ov_mllama.runtime.language.PREFILL_TOKENS", 3)
 
     def stopped_in_the_fourth(request, given):
         computed.append(given["input_ids"].shape[1])
@@ -304,7 +304,7 @@ def test_an_interrupt_while_an_image_is_encoded(pair, model, monkeypatch):
             seen.append(self)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("ov_mllama.vision.run", lambda request, *given: run(Interrupted(request), *given))
+    monkeypatch.setattr("ov_mllama.runtime.vision.run", lambda request, *given: run(Interrupted(request), *given))
     inputs = pair.inputs("wide")
     with pytest.raises(KeyboardInterrupt):
         model.generate(**inputs, **GREEDY)

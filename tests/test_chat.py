@@ -21,11 +21,11 @@ from chat_page import SELF, WHO, Tab, path_of
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import LAUNCH, make_demo, written
-from ov_mllama.chat import Chat, Wishes, to_messages
-from ov_mllama.conversation import plain
-from ov_mllama.conversations import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversations, Turn
-from ov_mllama.progress import Progress
-from ov_mllama.shown import GO_ON, bubbles, with_formulas
+from ov_mllama.chat.answers import Chat, Wishes, to_messages
+from ov_mllama.chat.shown import GO_ON, bubbles, with_formulas
+from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversations, Turn
+from ov_mllama.runtime.inference import Progress
+from ov_mllama.runtime.prompts import plain
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 pytestmark = pytest.mark.alone

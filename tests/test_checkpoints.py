@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from conftest import DEMO, F32
-from ov_mllama import checkpoint as checkpoints
-from ov_mllama import companions, convert
-from ov_mllama.checkpoint import checkpoint_fingerprint
-from ov_mllama.compress import make_draft_model
-from ov_mllama.convert import convert_mllama
-from ov_mllama.files import (
+from ov_mllama.export import checkpoint as checkpoints
+from ov_mllama.export import convert
+from ov_mllama.export.checkpoint import checkpoint_fingerprint
+from ov_mllama.export.compress import make_draft_model
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.prepare import plan_here
+from ov_mllama.runtime import companions
+from ov_mllama.runtime.ir import (
     DRAFT_FOLDER,
     DRAFT_MODEL_NAME,
     LANGUAGE_MODEL_NAME,
@@ -27,7 +29,6 @@ from ov_mllama.files import (
     check_model_dir,
     fingerprint,
 )
-from ov_mllama.prepare import plan_here
 from ov_mllama_compression import compress
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint, make_llama

@@ -6,10 +6,10 @@ import torch
 from test_draft_model import save_llama
 
 from conftest import F32
-from ov_mllama.cache import Prompt
-from ov_mllama.compress import make_draft_model
-from ov_mllama.draft_model import OVDraftModel
-from ov_mllama.language import PREFILL_TOKENS
+from ov_mllama.export.compress import make_draft_model
+from ov_mllama.runtime.kv_cache import Prompt
+from ov_mllama.runtime.language import PREFILL_TOKENS
+from ov_mllama.runtime.speculative import OVDraftModel
 
 LENGTHS = (*range(120, 133), *range(250, 261))  # around one chunk and two
 GREEDY = dict(do_sample=False, max_new_tokens=10, eos_token_id=None)
@@ -60,7 +60,7 @@ def test_drafts_across_a_chunk_boundary_change_no_token(pair, draft_dir, length)
 @pytest.mark.parametrize("case", ["text before image", "one tile", "mixed batch"])
 @pytest.mark.parametrize("step", [1, 3, 5, 8])
 def test_logits_to_keep_beside_images_and_padding(pair, case, step, monkeypatch):
-    monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", step * len(pair.inputs(case)["input_ids"]))
+    monkeypatch.setattr("ov_mllama.runtime.language.PREFILL_TOKENS", step * len(pair.inputs(case)["input_ids"]))
     inputs = pair.inputs(case)
     with torch.no_grad():
         expected = pair.hf(**inputs).logits

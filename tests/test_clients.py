@@ -12,7 +12,7 @@ import pytest
 from chat_page import SELF, WHO, wait_until
 from conftest import demo_samples
 from openai_client import KEY, about, alone, complete, picture, text, user
-from ov_mllama.conversation import prompt_text
+from ov_mllama.runtime.prompts import prompt_text
 
 pytestmark = pytest.mark.alone
 
@@ -103,7 +103,7 @@ def test_others_are_served_while_a_long_text_is_read(client, server, monkeypatch
         time.sleep(2)
         return prompt_text(*arguments)
 
-    monkeypatch.setattr("serving.batches.prompt_text", slowly)
+    monkeypatch.setattr("ov_mllama.serving.scheduler.prompt_text", slowly)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(complete, client, user(text(WHO)))
         assert reading.wait(2)
@@ -112,7 +112,7 @@ def test_others_are_served_while_a_long_text_is_read(client, server, monkeypatch
 
 
 def test_a_stream_that_takes_long_to_begin_is_not_silent(client, slow_demo, server, monkeypatch):
-    monkeypatch.setattr("serving.app.SAY_EVERY_S", 0.2)
+    monkeypatch.setattr("ov_mllama.serving.app.SAY_EVERY_S", 0.2)
     slow_demo.as_new(picture_s=1)
     body = {"model": "demo", "messages": about(SAMPLES[0]), "stream": True}
     headers = {"Authorization": f"Bearer {KEY}"}
@@ -212,7 +212,7 @@ def test_a_client_that_goes_away_frees_the_model(client, slow_demo):
 
 
 def test_who_leaves_a_stream_that_has_not_begun_frees_the_model(client, slow_demo, monkeypatch):
-    monkeypatch.setattr("serving.app.SAY_EVERY_S", 0.2)
+    monkeypatch.setattr("ov_mllama.serving.app.SAY_EVERY_S", 0.2)
     slow_demo.as_new(picture_s=5)
     with complete(client, about(SAMPLES[0]), stream=True):
         wait_until(lambda: slow_demo.looks)

@@ -16,18 +16,17 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
-import data_preprocessing
-import ov_mllama.compress
+import ov_mllama.export.compress
 from conftest import DEMO, F32, demo_samples
 from data_preprocessing import HUB_SET, PACKAGED, load_samples, prepare_dataset_llm, prepare_dataset_vision
 from demo_model import SAMPLES
-from ov_mllama import costs
-from ov_mllama.compress import nncf_arguments
-from ov_mllama.convert import convert_mllama
-from ov_mllama.files import VISION_ENCODER_NAME, check_model_dir, ir_stamp
-from ov_mllama.photographs import calibration_samples
-from ov_mllama.settings import DEFAULT_SOURCES, GROUP_SIZES, INT4, INT8, Settings
-from ov_mllama.vision import OVImageEncoder
+from ov_mllama.export import calibration, costs
+from ov_mllama.export.compress import nncf_arguments
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.samples import calibration_samples
+from ov_mllama.export.settings import DEFAULT_SOURCES, GROUP_SIZES, INT4, INT8, Settings
+from ov_mllama.runtime.ir import VISION_ENCODER_NAME, check_model_dir, ir_stamp
+from ov_mllama.runtime.vision import OVImageEncoder
 from ov_mllama_compression import (
     compress,
     compression_widgets_helper,
@@ -363,7 +362,7 @@ def test_broken_pictures_do_not_count_as_samples(model_dir, tmp_path):
 
 def test_stamp_names_the_default_photographs_that_were_used(model_dir, monkeypatch):
     reached, opened = [PACKAGED], []
-    monkeypatch.setattr(data_preprocessing, "default_source", lambda seed=0: opened.append(1) or reached[0])
+    monkeypatch.setattr(calibration, "default_source", lambda seed=0: opened.append(1) or reached[0])
     make = partial(optimize_vision_encoder, model_dir, "INT8 quantization", dataset_size=2)
     path = make(force=True)
     assert ir_stamp(path)["samples"] == f"2 of {PACKAGED}"
@@ -371,7 +370,7 @@ def test_stamp_names_the_default_photographs_that_were_used(model_dir, monkeypat
     reached[0] = HUB_SET  # the network is back: what is there stays, and nothing is asked of the hub
     assert make().stat().st_mtime_ns == written
     assert len(opened) == 1
-    monkeypatch.setattr(data_preprocessing, "open_dataset", lambda source, seed: data_preprocessing.open_photographs(0))
+    monkeypatch.setattr(calibration, "open_dataset", lambda source, seed: calibration.open_photographs(0))
     assert ir_stamp(make(force=True))["samples"] == f"2 of {HUB_SET}"
     compress(model_dir)  # without data nobody is asked
     assert len(opened) == 2
@@ -381,7 +380,7 @@ def test_disk_that_fails_is_no_unreadable_picture(monkeypatch):
     def failing(picture):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(data_preprocessing, "open_picture", failing)
+    monkeypatch.setattr(calibration, "open_picture", failing)
     with pytest.raises(OSError, match="Input/output error"):
         list(load_samples(SAMPLES, 1))
 
@@ -411,9 +410,9 @@ def test_vision_encoder_options(model_dir, monkeypatch):
     fake = [op for op in ov.Core().read_model(quantized).get_ops() if op.get_type_name() == "FakeQuantize"]
     assert len(fake) > vision.num_hidden_layers + vision.num_global_layers
 
-    monkeypatch.setattr(ov_mllama.compress.nncf, "quantize", lambda *_, **__: pytest.fail("not reused"))
+    monkeypatch.setattr(ov_mllama.export.compress.nncf, "quantize", lambda *_, **__: pytest.fail("not reused"))
     assert optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=4, source=SAMPLES) == quantized
     with pytest.raises(ValueError, match="FP16"):
         optimize_vision_encoder(model_dir, "INT2")
     with pytest.raises(ValueError, match="INT8 quantization needs pictures: give samples"):
-        ov_mllama.compress.make_vision_encoder(model_dir, "INT8 quantization", force=True)
+        ov_mllama.export.compress.make_vision_encoder(model_dir, "INT8 quantization", force=True)

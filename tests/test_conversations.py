@@ -18,11 +18,11 @@ import pytest
 from PIL import Image, ImageChops
 
 from chat_page import wait_until
-from ov_mllama.chat import Chat, Wishes
-from ov_mllama.conversations import ANSWERED, CUT, MIGRATIONS, STOPPED, WAITING, Conversation, Conversations, Turn
-from ov_mllama.images import open_picture
-from ov_mllama.owners import COOKIE
-from ov_mllama.pages import Pages
+from ov_mllama.chat.answers import Chat, Wishes
+from ov_mllama.chat.owners import COOKIE
+from ov_mllama.chat.pages import Pages
+from ov_mllama.chat.store import ANSWERED, CUT, MIGRATIONS, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.runtime.images import open_picture
 
 ME, OTHER = "me", "somebody else"
 PROGRAMS, SAVES = 2, 15
@@ -368,7 +368,7 @@ def test_file_of_a_newer_version_is_refused_and_left_alone(kept, version):
 
 def test_migration_that_fails_changes_nothing(kept, monkeypatch):
     write_file(kept.folder, 0, a=("user alice", []))
-    monkeypatch.setattr("ov_mllama.conversations.MIGRATIONS", (*MIGRATIONS, "SELECT no_such_column FROM settings"))
+    monkeypatch.setattr("ov_mllama.chat.store.MIGRATIONS", (*MIGRATIONS, "SELECT no_such_column FROM settings"))
     with pytest.raises(sqlite3.OperationalError):
         kept.tidy()
     monkeypatch.undo()
@@ -406,7 +406,7 @@ def test_picture_of_an_earlier_version_is_stored_anew_without_exif(kept, tmp_pat
 
 
 def test_save_that_fails_is_repeated_until_it_succeeds(kept, monkeypatch):
-    monkeypatch.setattr("ov_mllama.chat.SAVE_EVERY_S", 0.05)
+    monkeypatch.setattr("ov_mllama.chat.answers.SAVE_EVERY_S", 0.05)
     chat, conversation = Chat(None, None, kept), Conversation(ME, turns=[Turn("?", state=ANSWERED)])
     kept.titles(ME)
     file, tried, real = kept.folder / "chat.sqlite3", [], kept.write
@@ -417,7 +417,7 @@ def test_save_that_fails_is_repeated_until_it_succeeds(kept, monkeypatch):
 
     monkeypatch.setattr(kept, "write", write)
     with contextlib.closing(sqlite3.connect(file)) as other:
-        monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.01)
+        monkeypatch.setattr("ov_mllama.chat.store.TIMEOUT_S", 0.01)
         other.execute("BEGIN EXCLUSIVE")
         chat.save(conversation)
         wait_until(lambda: len(tried) > 2)
@@ -460,13 +460,13 @@ def test_event_loop_does_not_wait_for_the_database(kept, monkeypatch):
                 await ticks_while(pages.delete("yes", request)),
             ]
 
-    monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("ov_mllama.chat.store.TIMEOUT_S", 0.3)
     assert min(asyncio.run(locked())[:4]) > 3
 
 
 def test_conversation_that_could_not_be_deleted_is_still_there(kept, monkeypatch):
     conversation = talk(kept, "?")
-    monkeypatch.setattr("ov_mllama.conversations.TIMEOUT_S", 0.01)
+    monkeypatch.setattr("ov_mllama.chat.store.TIMEOUT_S", 0.01)
     with contextlib.closing(sqlite3.connect(kept.folder / "chat.sqlite3")) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(sqlite3.OperationalError):
@@ -477,9 +477,9 @@ def test_conversation_that_could_not_be_deleted_is_still_there(kept, monkeypatch
 
 
 def test_state_of_sessions_that_strangers_name_is_bounded(kept, monkeypatch):
-    monkeypatch.setattr("ov_mllama.pages.MAX_PAGES", 10)
-    monkeypatch.setattr("ov_mllama.pages.MAX_PROGRAMS", 5)
-    monkeypatch.setattr("ov_mllama.pages.MAX_OWNERS", 7)
+    monkeypatch.setattr("ov_mllama.chat.pages.MAX_PAGES", 10)
+    monkeypatch.setattr("ov_mllama.chat.pages.MAX_PROGRAMS", 5)
+    monkeypatch.setattr("ov_mllama.chat.pages.MAX_OWNERS", 7)
     pages = pages_of(kept)
 
     async def answer(*_):

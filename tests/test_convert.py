@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 
 from conftest import ROOT
-from ov_mllama import convert, files, machine
-from ov_mllama.convert import convert_mllama
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
+from ov_mllama.export import convert
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.runtime import ir, memory
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint
 
@@ -180,7 +181,7 @@ def test_full_disk_keeps_what_was_there(pair, copy, monkeypatch):
     monkeypatch.setattr(ov, "save_model", full)
     model = ov.Core().read_model(copy / LANGUAGE_MODEL_NAME)
     with pytest.raises(OSError, match="disk full"):
-        files.save_ir(model, copy / LANGUAGE_MODEL_NAME, {"checkpoint": "another"})
+        ir.save_ir(model, copy / LANGUAGE_MODEL_NAME, {"checkpoint": "another"})
     assert {path.name: path.stat().st_size for path in copy.iterdir()} == before
 
 
@@ -194,7 +195,7 @@ def test_full_disk_keeps_what_was_there(pair, copy, monkeypatch):
 def test_too_little_room_is_said_before_anything_is_written(
     pair, tmp_path, monkeypatch, module, function, answer, error
 ):
-    monkeypatch.setattr(getattr(machine, module), function, lambda *_: answer)
+    monkeypatch.setattr(getattr(memory, module), function, lambda *_: answer)
     with pytest.raises(error, match="GB too little"):
         convert_mllama(pair.checkpoint, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -316,11 +317,11 @@ def test_a_graph_that_changes_has_a_new_version(pair):
     """After a change: raise CONVERTER_VERSION, say in CHANGELOG.md what it costs, and write what this prints."""
     known = json.loads(GRAPHS.read_text())
     now = {name: graph_fingerprint(pair.model_dir / name) for name in (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)}
-    assert known == {"converter_version": files.CONVERTER_VERSION, **now}, json.dumps(now)
+    assert known == {"converter_version": ir.CONVERTER_VERSION, **now}, json.dumps(now)
 
 
 def test_the_changelog_knows_the_version():
-    assert f"## Converter version {files.CONVERTER_VERSION}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## Converter version {ir.CONVERTER_VERSION}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_a_base_model_is_said_to_be_none_to_ask(tmp_path, capsys):

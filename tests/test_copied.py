@@ -1,4 +1,4 @@
-"""Copied into an empty folder, the files that docs/engine.md names are enough: nothing else of the repository is.
+"""Copied into an empty folder, the files that docs/architecture.md names are enough: nothing else of the repository is.
 
 Inference with the folder `ov_mllama` alone, without NNCF and the like, is in `tests/test_house.py`.
 """
@@ -25,8 +25,8 @@ model_dir, pictures = sys.argv[1:]
 """
 
 COMPRESS_ALONE = """
-from ov_mllama.compress import compress_language_model
-from ov_mllama.settings import Settings
+from ov_mllama.export.compress import compress_language_model
+from ov_mllama.export.settings import Settings
 made = compress_language_model(model_dir, Settings.of(group_size=32)).name, None
 """
 
@@ -40,8 +40,8 @@ assert language.is_file() and vision.is_file()
 
 ANSWER = """
 from transformers import AutoProcessor
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.photographs import photographs
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.export.samples import photographs
 
 model = OVMLlamaForConditionalGeneration(
     model_dir, language_model_name=made[0], image_encoder_name=made[1], check_golden=False

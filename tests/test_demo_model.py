@@ -11,7 +11,7 @@ from demo_model.evaluate import ask, heldout_samples
 from demo_model.scenes import TASKS, digit_drawings, draw, random_scene
 from demo_model.train import SYSTEM, Batches, random_size, to_tiles
 from demo_model.train_draft import conversations, loss_of, make_draft
-from ov_mllama.conversation import prompts_about
+from ov_mllama.runtime.prompts import prompts_about
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 QUESTIONS = 200

@@ -8,7 +8,7 @@ import openvino as ov
 import pytest
 
 from conftest import DEMO, F32
-from ov_mllama.language import OVLanguageModel
+from ov_mllama.runtime.language import OVLanguageModel
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlamaForCausalLM
 
-import ov_mllama.compress
+import ov_mllama.export.compress
 from conftest import CASES, DEMO, F32
 from demo_model.evaluate import heldout_samples
-from ov_mllama.compress import make_draft_model
-from ov_mllama.conversation import prompts_about
-from ov_mllama.draft_model import STEP, TOKENS, OVDraftModel, Schedule
-from ov_mllama.settings import Settings
+from ov_mllama.export.compress import make_draft_model
+from ov_mllama.export.settings import Settings
+from ov_mllama.runtime.prompts import prompts_about
+from ov_mllama.runtime.speculative import STEP, TOKENS, OVDraftModel, Schedule
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 from tiny_mllama import make_llama
 
@@ -61,7 +61,7 @@ def test_no_token_changes(any_pair, draft_dir, case):
 
 
 def test_it_guesses_as_transformers_does(checkpoint, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(ov_mllama.compress, "compress_weights", lambda model, _: model)
+    monkeypatch.setattr(ov_mllama.export.compress, "compress_weights", lambda model, _: model)
     exact = OVDraftModel(make_draft_model(checkpoint, tmp_path / "exact"), ov_config=F32)
     original = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     rng = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from playwright.sync_api import expect
 
 from chat_page import WHO, Tab, path_of, wait_until
 from conftest import DEMO, ROOT, demo_samples
-from ov_mllama.conversations import STOPPED
+from ov_mllama.chat.store import STOPPED
 from ov_mllama_helper import convert_mllama
 
 pytestmark = pytest.mark.alone
@@ -28,7 +28,7 @@ PROGRAM = """
 import os, time, types
 import numpy as np, openvino as ov, openvino.opset13 as ops
 data = os.environ["XDG_DATA_HOME"]
-import chat_page, ov_mllama.model  # and with it another home
+import chat_page, ov_mllama.runtime.model  # and with it another home
 os.environ["XDG_DATA_HOME"] = data
 
 def compute(seconds):
@@ -45,11 +45,9 @@ matrix = ops.parameter([1000, 1000])
 square = ov.compile_model(ov.Model([ops.matmul(matrix, matrix, False, False)], [matrix]), "CPU")
 # within OpenVINO, as the 11B would be, and not within Python
 chat_page.time = types.SimpleNamespace(perf_counter=time.perf_counter, sleep=compute)
-ov_mllama.model.OVMLlamaForConditionalGeneration = slow
-from {module} import main
-from ov_mllama.ending import said_plainly
-with said_plainly():
-    main()
+ov_mllama.runtime.model.OVMLlamaForConditionalGeneration = slow
+from ov_mllama.__main__ import main
+main()
 """
 
 
@@ -72,11 +70,11 @@ def heed_interrupts() -> None:
 
 @pytest.fixture
 def start(tmp_path, port):
-    """`start(module, url, *arguments)`: a program that begins each step with a busy second, once it answers."""
+    """`start(url, *arguments)`: a program that begins each step with a busy second, once it answers."""
     programs = []
 
-    def start(module: str, url: str, *arguments, step_s=STEP_S) -> subprocess.Popen:
-        command = [sys.executable, "-c", PROGRAM.format(module=module, step_s=step_s), *arguments, "--port", str(port)]
+    def start(url: str, *arguments, step_s=STEP_S) -> subprocess.Popen:
+        command = [sys.executable, "-c", PROGRAM.format(step_s=step_s), *arguments, "--port", str(port)]
         program = subprocess.Popen(  # noqa: S603
             command,
             cwd=ROOT,
@@ -124,7 +122,7 @@ def interrupt(program: subprocess.Popen) -> str:
 
 def test_the_chat_ends_within_an_answer_and_keeps_what_was_said(browser, start, model_dir, port, tmp_path):
     url = f"http://127.0.0.1:{port}/"
-    program = start("ov_mllama.__main__", f"{url}config", "chat", "--model-dir", str(model_dir))
+    program = start(f"{url}config", "chat", "--model-dir", str(model_dir))
     page = Tab(browser, url)
     page.ask(SAMPLE["question"], path_of(SAMPLE))
     expect(page.bot.last).to_contain_text("One cross", timeout=20_000)
@@ -144,7 +142,7 @@ def test_the_chat_ends_within_an_answer_and_keeps_what_was_said(browser, start, 
 def test_the_chat_ends_at_once_after_its_start(start, model_dir, port):
     """Weights are being repacked then."""
     url = f"http://127.0.0.1:{port}/config"
-    program = start("ov_mllama.__main__", url, "chat", "--model-dir", str(model_dir), step_s=20)
+    program = start(url, "chat", "--model-dir", str(model_dir), step_s=20)
     assert any("Ctrl-C ends it" in line for line in program.stdout)
     time.sleep(0.5)
     interrupt(program)
@@ -152,7 +150,7 @@ def test_the_chat_ends_at_once_after_its_start(start, model_dir, port):
 
 def test_the_server_ends_within_an_answer_though_a_page_is_open(browser, start, model_dir, port):
     url = f"http://127.0.0.1:{port}"
-    program = start("serving.app", f"{url}/health", "--model-dir", str(model_dir), "--name", "demo", "--chat")
+    program = start(f"{url}/health", "serve", "--model-dir", str(model_dir), "--name", "demo", "--chat")
     page = Tab(browser, f"{url}/chat")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     began, failed = threading.Event(), []

@@ -26,10 +26,11 @@ from transformers.generation.streamers import BaseStreamer
 
 import kills
 from conftest import F32
-from ov_mllama import convert, files
-from ov_mllama.convert import convert_mllama
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp
-from ov_mllama.shapes import MASKED
+from ov_mllama.export import convert
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.runtime import ir
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp
+from ov_mllama.runtime.shapes import MASKED
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint
 
@@ -147,11 +148,11 @@ def test_two_processes_write_into_one_folder(pair, finished, tmp_path, times, ta
 
 def test_the_second_waits_for_the_first(tmp_path, capsys):
     def second():
-        with files.writing(tmp_path):
+        with ir.writing(tmp_path):
             order.append("second")
 
     order = []
-    with files.writing(tmp_path):
+    with ir.writing(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.3)
@@ -264,7 +265,7 @@ def small_disk(folder, kilobytes: int):
 
 def test_a_disk_that_fills(pair, finished, tmp_path, times, tally, monkeypatch):
     monkeypatch.setattr(convert, "check_disk_and_memory", lambda *_: None)  # or nothing would be written at all
-    monkeypatch.setattr("ov_mllama.compress.check_disk_and_memory", lambda *_: None)
+    monkeypatch.setattr("ov_mllama.export.compress.check_disk_and_memory", lambda *_: None)
     needed = sum(path.stat().st_size for path in finished[0].iterdir()) // 1024
     sizes = np.linspace(8, needed, times(3, 10), endpoint=False).astype(int).tolist()
     wrong = []

@@ -31,7 +31,7 @@ SERVER = """
 import sys, time
 from transformers import AutoProcessor
 from gradio_helper import make_demo
-from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
 model_dir, folder, port = sys.argv[1:]
 model = OVMLlamaForConditionalGeneration(model_dir, check_golden=False)

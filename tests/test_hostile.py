@@ -27,8 +27,8 @@ from platformdirs import user_data_path
 from chat_page import SELF, WHO, Says, path_of
 from conftest import DEMO, ROOT, demo_samples
 from openai_client import KEY, served
-from serving.app import create_app, mount_chat
-from serving.batches import Batches
+from ov_mllama.serving.app import create_app, mount_chat
+from ov_mllama.serving.scheduler import Batches
 
 pytestmark = [pytest.mark.torture, pytest.mark.alone]
 
@@ -125,7 +125,7 @@ def target(slow_demo, processor, tmp_path_factory):
     says.text = "Yes."
     with served(app) as url, pytest.MonkeyPatch.context() as patch:
         target = Target(int(url.rpartition(":")[2]), functions, [word.encode() for word in words], [], {})
-        patch.setattr("ov_mllama.chat.stream_words", says.words)
+        patch.setattr("ov_mllama.chat.answers.stream_words", says.words)
         target.victim = victim(target, f"What is {words[1]}?")
         target.canaries.append(Path(target.victim["picture"]).read_bytes()[-200:])
         target.paths = [

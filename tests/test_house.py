@@ -1,12 +1,14 @@
 """The layout: imports go one way, files stay small, what docstrings point to exists, and the engine stands alone."""
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -16,100 +18,83 @@ import pytest
 from conftest import HELPERS, ROOT, demo_samples
 
 PACKAGE = ROOT / "ov_mllama"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = [PACKAGE / room for room in ("runtime", "export", "chat", "serving")]
+LARGEST_ROOM = 0.4
 
-# Who may import whom, in order: each may import those before it. The command line wires everything together.
-ORDER = (
-    *("shapes", "reference", "settings", "stats", "progress", "images", "likeness", "machine", "photographs"),
-    *("costs", "checkpoint", "companions", "files", "graphs", "inference", "kept", "precision", "tracing"),
-    *("vision", "cross_attention"),
-    *("cache", "convert", "device", "language", "checks", "sessions"),
-    *("pieces", "compress", "draft_model", "drafts", "golden", "plan", "prepare"),
-    "model",
-    *("conversation", "ahead", "quality", "conversations", "http_headers", "owners", "shown", "chat"),
-    *("page_input", "pages", "ending", "proxies", "__main__"),
-)
+# Floors of the package, and what may be imported on each of them: the floor's own modules and these
+FLOORS = {
+    "runtime": {"runtime"},
+    "export": {"runtime", "export"},
+    "chat": {"runtime", "chat", "cli"},
+    "serving": {"runtime", "export", "chat", "serving", "cli"},
+    "cli": set(),
+    "__main__": {"runtime", "export", "chat", "serving", "cli"},
+    "__init__": set(),
+}
 # What running a converted model must not need
-NOT_FOR_INFERENCE = {"nncf", "gradio", "datasets", "ipywidgets", "convert", "compress", "graphs", "tracing"}
-INFERENCE = (
-    "shapes",
-    "reference",
-    "stats",
-    "progress",
-    "images",
-    "settings",
-    "machine",
-    "costs",
-    "companions",
-    "files",
-    "inference",
-    "kept",
-    "precision",
-    "vision",
-    "cross_attention",
-    "cache",
-    "device",
-    "language",
-    "checks",
-    "sessions",
-    "likeness",
-    "draft_model",
-    "drafts",
-    "golden",
-    "model",
-)
+NOT_FOR_INFERENCE = {"nncf", "gradio", "datasets", "ipywidgets", "platformdirs", "starlette", "fastapi", "ray"}
 
 
 def imported(path: Path) -> set[str]:
-    """Names of the modules that a file imports anywhere."""
+    """Dotted names of the modules that a file imports anywhere."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            package = ".".join(path.relative_to(ROOT).parts[: -node.level])
+            names |= {f"{package}.{node.module}"} if node.module else {f"{package}.{a.name}" for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-            if node.module == "ov_mllama":
-                names |= {f"ov_mllama.{alias.name}" for alias in node.names}
+            modules = node.module.count(".") < 2 and node.module.startswith("ov_mllama")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if modules else {node.module}
     return names
 
 
 def tops(path: Path) -> set[str]:
-    """The packages that a file imports from."""
+    """Top-level packages that a file imports from."""
     return {name.split(".")[0] for name in imported(path)}
 
 
-def siblings(module: str) -> set[str]:
-    return {name.split(".")[1] for name in imported(PACKAGE / f"{module}.py") if name.startswith("ov_mllama.")}
+def floor_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_imports_go_one_way():
-    assert sorted(ORDER) == MODULES, "say where a new module stands"
-    for module in MODULES:
-        for other in siblings(module):
-            assert ORDER.index(other) < ORDER.index(module), f"{module} imports {other}"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downwards_only(path):
+    floors = {name.split(".")[1] for name in imported(path) if name.startswith("ov_mllama.")}
+    assert floors <= FLOORS[floor_of(path)]
+    assert not tops(path) & {*HELPERS, "benchmarks", "demo_model"}
+    assert floor_of(path) != "runtime" or not tops(path) & NOT_FOR_INFERENCE
 
 
-def test_the_engine_imports_no_helper():
-    for module in MODULES:
-        if module != "__main__":
-            assert not tops(PACKAGE / f"{module}.py") & {*HELPERS, "benchmarks", "demo_model"}, module
+@pytest.mark.parametrize("room", ["runtime", "export", "chat", "serving"])
+def test_imports_within_a_room_have_no_circle(room):
+    sorter = graphlib.TopologicalSorter()
+    for path in (PACKAGE / room).glob("*.py"):
+        own = f"ov_mllama.{room}."
+        siblings = {name.removeprefix(own).split(".")[0] for name in imported(path) if name.startswith(own)}
+        sorter.add(path.stem, *siblings)
+    sorter.prepare()  # raises CycleError
+
+
+def test_no_room_holds_a_third_of_the_package():
+    lines = Counter()
+    for path in FILES:
+        lines[floor_of(path)] += path.read_text(encoding="utf-8").count("\n")
+    assert max(lines.values()) <= LARGEST_ROOM * lines.total(), lines
 
 
 def test_benchmarks_are_imported_by_nothing():
-    tests = {path.stem for path in (ROOT / "tests").glob("*.py")}
-    for path in [*ROOT.glob("*.py"), *PACKAGE.glob("*.py"), *(ROOT / "demo_model").glob("*.py")]:
+    tests = {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    for path in [*ROOT.glob("*.py"), *FILES, *(ROOT / "demo_model").glob("*.py")]:
         assert not tops(path) & {"benchmarks", *tests}, path
     assert "benchmarks" not in (ROOT / "mllama-3.2.ipynb").read_text(encoding="utf-8")
 
 
-def test_inference_knows_nothing_of_making_irs():
-    for module in INFERENCE:
-        assert not (tops(PACKAGE / f"{module}.py") | siblings(module)) & NOT_FOR_INFERENCE, module
-
-
-def test_only_data_preprocessing_imports_datasets():
-    files = [*ROOT.glob("*.py"), *PACKAGE.glob("*.py")]
-    assert [path.name for path in files if "datasets" in tops(path)] == ["data_preprocessing.py"]
+def test_only_calibration_imports_datasets():
+    files = [*ROOT.glob("*.py"), *FILES]
+    assert [path.name for path in files if "datasets" in tops(path)] == ["calibration.py"]
 
 
 def length(node) -> int:
@@ -119,9 +104,7 @@ def length(node) -> int:
     return node.end_lineno - node.lineno + 1 - sum(doc.end_lineno - doc.lineno + 1 for doc in docs)
 
 
-@pytest.mark.parametrize(
-    "path", [*sorted(PACKAGE.glob("*.py")), *sorted(ROOT.glob("*.py"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [*FILES, *sorted(ROOT.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_is_too_long_to_read(path):
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 350
@@ -135,7 +118,7 @@ def test_nothing_is_too_long_to_read(path):
 # ---- What docstrings and comments point to ----
 
 
-CITING = (ROOT, PACKAGE, ROOT / "benchmarks", ROOT / "tests", ROOT / "demo_model", ROOT / "docs")
+CITING = (ROOT, PACKAGE, *ROOMS, ROOT / "benchmarks", ROOT / "tests", ROOT / "demo_model", ROOT / "docs")
 
 
 @pytest.mark.parametrize("folder", CITING, ids=lambda folder: folder.name)
@@ -146,12 +129,15 @@ def test_what_is_pointed_to_exists(folder):
         text = path.read_text(encoding="utf-8")
         for cited in re.findall(r"`([\w/]+\.(?:py|md|ipynb))`", text):
             assert (ROOT / cited).is_file() or ("/" not in cited and cited in known), f"{path.name}: {cited}"
-        for package, module, name in re.findall(r"`(?:(\w+)\.)?(\w+)\.(\w+)", text):
-            code = ROOT / (package or "ov_mllama") / f"{module}.py"
-            if name not in ("py", "md") and code.is_file() and package in ("", "ov_mllama", "benchmarks", "demo_model"):
+        for cited in re.findall(r"`((?:\w+\.)+\w+)", text):
+            *packages, module, name = cited.split(".")
+            package = packages[0] if packages else "ov_mllama"
+            files = [*(ROOT / package).glob(f"**/{module}.py")]
+            if name not in ("py", "md") and files:
                 definition = rf"\b(?:def|class) {name}\b|^ *{name}\b.* ="
-                assert re.search(definition, code.read_text(encoding="utf-8"), re.M), f"{path.name}: {module}.{name}"
-            assert package not in ("benchmarks", "demo_model") or code.is_file(), f"{path.name}: {package}.{module}"
+                text_of = "\n".join(file.read_text(encoding="utf-8") for file in files)
+                assert re.search(definition, text_of, re.M), f"{path.name}: {module}.{name}"
+            assert package not in ("benchmarks", "demo_model") or files, f"{path.name}: {package}.{module}"
 
 
 DOCUMENTS = sorted(
@@ -206,7 +192,7 @@ def test_pictures_have_words_for_those_who_cannot_see_them(document):
 
 
 def test_the_documents_code_runs_as_it_stands(tmp_path):
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/engine.md").read_text(encoding="utf-8"), re.S)[0]
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.S)[0]
     shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
     environment = {"PYTHONPATH": str(ROOT), "CI": "true", "PATH": ""}
     done = subprocess.run(  # noqa: S603
@@ -221,27 +207,27 @@ def test_the_documents_code_runs_as_it_stands(tmp_path):
 ASK = """
 import sys
 from transformers import AutoProcessor
-from ov_mllama.model import OVMLlamaForConditionalGeneration
+from {package}.model import OVMLlamaForConditionalGeneration
 
 model_dir, picture = sys.argv[1:]
 model = OVMLlamaForConditionalGeneration(model_dir, check_golden=False)
 processor = AutoProcessor.from_pretrained(model_dir)
-from ov_mllama.images import open_picture
+from {package}.images import open_picture
 inputs = processor(text="<|image|>What?", images=[open_picture(picture)], return_tensors="pt")
 print(model.generate(**inputs, do_sample=False, max_new_tokens=4, eos_token_id=None).tolist())
-loaded = {name.split(".")[0] for name in sys.modules} & {"nncf", "gradio", "datasets", "ipywidgets", "IPython"}
+loaded = {{name.split(".")[0] for name in sys.modules}} & {{"nncf", "gradio", "datasets", "ipywidgets", "IPython"}}
 assert not loaded, loaded
-assert "ov_mllama.convert" not in sys.modules
+assert "ov_mllama.export" not in sys.modules
 """
 
 
-def ask(pair, tmp_path, folder, *options) -> str:
-    """What the engine in `folder` answers, run from another one."""
+def ask(pair, tmp_path, folder, package) -> str:
+    """The answer of a package in `folder`, run from another one."""
     picture = tmp_path / "picture.png"
     pair.picture(1, 1).save(picture)
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(  # noqa: S603
-        [sys.executable, *options, "-c", ASK, str(pair.model_dir), str(picture)],
+        [sys.executable, "-c", ASK.format(package=package), str(pair.model_dir), str(picture)],
         cwd=tmp_path / "elsewhere",
         env={"PYTHONPATH": str(folder), "CI": "true", "PATH": ""},
         capture_output=True,
@@ -251,47 +237,97 @@ def ask(pair, tmp_path, folder, *options) -> str:
     return done.stdout
 
 
-def test_the_folder_alone_is_enough_for_inference(pair, tmp_path):
-    shutil.copytree(PACKAGE, tmp_path / "copied" / "ov_mllama", ignore=shutil.ignore_patterns("__pycache__"))
-    assert ask(pair, tmp_path, tmp_path / "copied").startswith("[[")
+def test_runtime_copied_alone_answers_a_question(pair, tmp_path):
+    """Under any name: its own imports are relative."""
+    shutil.copytree(PACKAGE / "runtime", tmp_path / "copied" / "mllama", ignore=shutil.ignore_patterns("__pycache__"))
+    assert ask(pair, tmp_path, tmp_path / "copied", "mllama").startswith("[[")
 
 
-def test_the_installed_package_needs_no_working_directory(pair, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(PACKAGE, source / "ov_mllama", ignore=shutil.ignore_patterns("__pycache__"))
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The project's wheel, built from a copy and unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(PACKAGE, folder / "source" / "ov_mllama", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
-    subprocess.run([*command, str(tmp_path / "installed"), str(source)], check=True, capture_output=True)  # noqa: S603
-    assert ask(pair, tmp_path, tmp_path / "installed").startswith("[[")
-
-
-def test_the_packages_pins_are_the_projects():
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert set(wanted) <= {line.split("#")[0].strip() for line in lines}
-
-
-def test_wheel_requires_every_package_that_it_imports(tmp_path):
-    """By its metadata, not by what happens to be installed."""
-    source = tmp_path / "source"
-    shutil.copytree(PACKAGE, source / "ov_mllama", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / name, folder / "source")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w"]
-    subprocess.run([*command, str(tmp_path), str(source)], check=True, capture_output=True)  # noqa: S603
-    [wheel] = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as files:
-        files.extractall(tmp_path / "wheel")
-    [metadata] = (tmp_path / "wheel").glob("*.dist-info/METADATA")
-    required = re.findall(r"^Requires-Dist: ([\w.-]+)(?!.*extra ==)", metadata.read_text(encoding="utf-8"), re.M)
-    modules = list((tmp_path / "wheel" / "ov_mllama").rglob("*.py"))
-    assert len(modules) == len(list(PACKAGE.glob("*.py")))
-    used = {name for path in modules for name in tops(path)} - {"ov_mllama", *HELPERS, *sys.stdlib_module_names}
+    subprocess.run([*command, str(folder), str(folder / "source")], check=True, capture_output=True)  # noqa: S603
+    [file] = folder.glob("*.whl")
+    with zipfile.ZipFile(file) as files:
+        files.extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
+    files = {path.relative_to(wheel) for path in wheel.rglob("*") if path.is_file() and ".dist-info" not in str(path)}
+    assert files == {path.relative_to(ROOT) for path in [*FILES, *PACKAGE.rglob("page.*")]}
+
+
+def test_installed_wheel_answers_a_question(wheel, pair, tmp_path):
+    assert ask(pair, tmp_path, wheel, "ov_mllama.runtime").startswith("[[")
+
+
+HIDING = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split(","):
+            raise ImportError(f"{name} is hidden")
+sys.meta_path.insert(0, Hide())
+sys.argv = ["ov-mllama", *sys.argv[2:]]
+from ov_mllama.__main__ import main
+main()
+"""
+
+
+def test_installed_wheel_plans_without_the_extras_packages(wheel, tmp_path):
+    """As in an environment where `pip install .` was all: what only the extras bring cannot be imported."""
+    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,platformdirs,IPython,ipywidgets,matplotlib,pandas"
+    shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
+    environment = {"PYTHONPATH": str(wheel), "CI": "true", "PATH": "", "HOME": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", HIDING, extras, "plan", "demo_model"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert "GB" in done.stdout or "MB" in done.stdout
+
+
+def requirements(file: str) -> set[str]:
+    """Pins of a requirements file, without those of the files that it includes."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {pin for line in lines if (pin := line.split("#")[0].strip()) and not pin.startswith("-r")}
+
+
+def test_requirements_files_have_the_pins_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {
+        name: {pin for pin in pins if "ov-mllama" not in pin} for name, pins in project["optional-dependencies"].items()
+    }
+    assert requirements("requirements.txt") == {*project["dependencies"], *extras["chat"], *extras["notebook"]}
+    assert requirements("requirements-scale.txt") == extras["serve"]
+    assert requirements("requirements-dev.txt") == extras["dev"]
+
+
+NEEDS = {
+    "runtime": [],
+    "export": [],
+    "cli": [],
+    "__main__": [],
+    "__init__": [],
+    "chat": ["chat"],
+    "serving": ["serve", "chat"],
+}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_each_floor_imports_what_its_extra_installs(floor):
+    """By the metadata, not by what happens to be installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = [*project["dependencies"], *(pin for name in NEEDS[floor] for pin in project["optional-dependencies"][name])]
+    installed = {canonical(re.match(r"[\w.-]+", pin)[0]) for pin in pins}
+    used = {name for path in FILES if floor_of(path) == floor for name in tops(path)}
+    used -= {"ov_mllama", *sys.stdlib_module_names}
     brought_by = packages_distributions()
-    unbrought = {name for name in used if not {*map(canonical, brought_by[name])} & {*map(canonical, required)}}
-    assert not unbrought
-    assert {"gradio", "platformdirs"} <= used
+    assert not {name for name in used if not {*map(canonical, brought_by[name])} & installed}
 
 
 def canonical(name: str) -> str:

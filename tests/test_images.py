@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from conftest import DEMO
-from ov_mllama import images
-from ov_mllama.images import PictureError, open_picture
+from ov_mllama.runtime import images
+from ov_mllama.runtime.images import PictureError, open_picture
 
 pytestmark = pytest.mark.torture
 SAMPLE = DEMO / "samples" / "02-describe-224x112.png"

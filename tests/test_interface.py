@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from conftest import F32
-from ov_mllama.drafts import in_vocabulary
-from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.speculative import in_vocabulary
 from tiny_mllama import make_llama
 
 SAMPLE = dict(do_sample=True, max_new_tokens=10, eos_token_id=None)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from conftest import ROOT
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama_compression import compress, optimize_vision_encoder
 
 

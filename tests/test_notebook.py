@@ -15,8 +15,8 @@ import pytest
 import notebook_utils
 from benchmarks.make_checkpoint import VOCABULARY, make_checkpoint
 from conftest import HELPERS, ROOT, demo_samples
-from ov_mllama.files import LANGUAGE_MODEL_NAME
-from ov_mllama.photographs import photographs
+from ov_mllama.export.samples import photographs
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME
 from tiny_mllama import make_llama
 
 NOTEBOOK = ROOT / "mllama-3.2.ipynb"

@@ -9,10 +9,10 @@ from transformers import MllamaForConditionalGeneration
 from conftest import CHECKPOINTS, F32, Pair
 from demo_model.checkpoint import TILE_EMBEDDINGS, clear_padding_embeddings
 from demo_model.train import keep_padding_alike
-from ov_mllama.convert import padding_tiles_are_alike
-from ov_mllama.files import VISION_ENCODER_NAME, ir_stamp
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.vision import image_inputs
+from ov_mllama.export.convert import padding_tiles_are_alike
+from ov_mllama.runtime.ir import VISION_ENCODER_NAME, ir_stamp
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.vision import image_inputs
 
 GREEDY = dict(do_sample=False, max_new_tokens=8, eos_token_id=None)
 SIZES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2)}  # real tiles: (wide, high)

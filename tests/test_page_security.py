@@ -22,7 +22,7 @@ from chat_page import SELF, WHO, Slow, Tab, wait_until
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import ChatPage, make_demo
-from ov_mllama.page_input import MAX_QUESTION
+from ov_mllama.chat.page_input import MAX_QUESTION
 from ov_mllama_helper import convert_mllama
 
 pytestmark = pytest.mark.alone
@@ -544,7 +544,7 @@ def test_mounted_page_tells_no_text_of_unexpected_errors(model, processor_of_dem
     from fastapi import FastAPI
 
     from openai_client import served
-    from serving.app import mount_chat
+    from ov_mllama.serving.app import mount_chat
 
     app = mount_chat(FastAPI(), model, processor_of_demo, DEMO, None)
     with served(app) as url:
@@ -556,14 +556,14 @@ def test_mounted_page_tells_no_text_of_unexpected_errors(model, processor_of_dem
 def test_name_given_with_a_shared_key_owns_nothing(model, folder, says, monkeypatch):
     from fastapi import FastAPI
 
-    import gradio_helper
     from openai_client import served
-    from serving.app import mount_chat
+    from ov_mllama.serving.app import mount_chat
 
     pages = []
-    real = gradio_helper.make_demo
+    real = make_demo
     monkeypatch.setattr(
-        gradio_helper, "make_demo", lambda *given, **more: pages.append(real(*given, folder=folder, **more)) or pages[0]
+        "ov_mllama.chat.layout.make_demo",
+        lambda *given, **more: pages.append(real(*given, folder=folder, **more)) or pages[0],
     )
     says.text = "Yes."
     app = mount_chat(FastAPI(), model, AutoProcessor.from_pretrained(DEMO), DEMO, "the key")
@@ -658,7 +658,7 @@ def test_no_text_makes_the_browser_fetch_anything(page, says, elsewhere, monkeyp
         raise ValueError(lures(address))
         yield
 
-    monkeypatch.setattr("ov_mllama.chat.stream_words", fails)
+    monkeypatch.setattr("ov_mllama.chat.answers.stream_words", fails)
     page.ask("And a note?")
     expect(page.bot.last).to_contain_text("No answer: ")
     page.tab.reload()
@@ -676,7 +676,7 @@ def test_no_text_makes_the_browser_fetch_anything(page, says, elsewhere, monkeyp
 
 def test_policy_stops_what_the_text_rules_miss(page, says, elsewhere, monkeypatch):
     address, asked_for = elsewhere
-    monkeypatch.setattr("ov_mllama.shown.loads_nothing", lambda text: text)
+    monkeypatch.setattr("ov_mllama.chat.shown.loads_nothing", lambda text: text)
     says.text = f"{lures(address)}\n\n{secrets.token_hex(4)} The end"
     page.ask("What?")
     page.expect_answers("The end", "1 s")
@@ -776,7 +776,7 @@ def test_page_in_a_notebooks_frame_has_an_owner(browser, demo, url):
 def test_save_that_fails_is_said_and_tried_again(page, url, says, demo, monkeypatch):
     import sqlite3
 
-    from ov_mllama.conversations import Conversations
+    from ov_mllama.chat.store import Conversations
 
     says.text = "Yes."
     foot, real = page.tab.locator(".block.foot"), Conversations.write
@@ -834,7 +834,7 @@ def test_picture_that_the_machine_cannot_open_is_said(page, says, tmp_path, monk
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("ov_mllama.pages.open_picture", fails)
+        patch.setattr("ov_mllama.chat.pages.open_picture", fails)
         page.send.click()
         expect(page.tab.locator(".block.foot")).to_contain_text(said)
     expect(page.box).to_have_value("What is it?")

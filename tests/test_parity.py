@@ -31,7 +31,7 @@ def test_greedy(any_pair, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_long_prompt_is_computed_in_steps(any_pair, case, monkeypatch):
-    monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", 5)
+    monkeypatch.setattr("ov_mllama.runtime.language.PREFILL_TOKENS", 5)
     any_pair.ov.forget()  # or an earlier call's tokens are reused, and a step computes few
     test_logits(any_pair, case)
     any_pair.ov.forget()

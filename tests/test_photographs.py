@@ -11,20 +11,19 @@ from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers import AutoProcessor
 
-import data_preprocessing
 from conftest import DEMO, ROOT, demo_samples
 from data_preprocessing import (
     HUB_SET,
     PHOTOGRAPHS,
-    QUESTION,
     load_samples,
     own_samples,
     prepare_dataset_vision,
     questions_about,
 )
-from ov_mllama import photographs
-from ov_mllama.convert import convert_mllama
-from ov_mllama.photographs import CROPS, FILES, calibration_samples
+from ov_mllama.export import calibration
+from ov_mllama.export import samples as packaged
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.samples import CROPS, FILES, QUESTION, calibration_samples
 
 LICENCES = ("public domain", "CC0", "CC BY 2.0")
 SIZE = {"height": 560, "width": 560}  # the 11B's tile
@@ -49,7 +48,7 @@ def no_network(monkeypatch):
 
 
 def test_every_photograph_is_here_with_its_question_and_credit():
-    found = photographs.photographs()
+    found = packaged.photographs()
     assert len({each["name"] for each in found}) == len(found) >= 8
     for each in found:
         assert each["image"].mode == "RGB"
@@ -62,8 +61,8 @@ def test_every_photograph_is_here_with_its_question_and_credit():
 
 def test_licences_are_what_the_packages_say():
     """Next to where a package describes a picture it says the licence that FILES claims."""
-    fetchers = photographs.installed("skimage/data/_fetchers.py").read_text(encoding="utf-8")
-    readme = photographs.installed("sklearn/datasets/images/README.txt").read_text(encoding="utf-8")
+    fetchers = packaged.installed("skimage/data/_fetchers.py").read_text(encoding="utf-8")
+    readme = packaged.installed("sklearn/datasets/images/README.txt").read_text(encoding="utf-8")
     for file, credit in FILES.values():
         author, *_, address = credit.split(", ")
         if file.startswith("sklearn"):
@@ -80,7 +79,7 @@ def test_licences_are_what_the_packages_say():
 
 def test_crops_lie_inside_their_photographs():
     for crop in CROPS:
-        with Image.open(photographs.installed(FILES[crop.file][0])) as image:
+        with Image.open(packaged.installed(FILES[crop.file][0])) as image:
             left, top, right, bottom = crop.box
             assert 0 <= left < right <= image.width, crop
             assert 0 <= top < bottom <= image.height, crop
@@ -121,7 +120,7 @@ def test_without_the_hub_it_is_photographs_and_it_is_said(samples, monkeypatch, 
         assert name == HUB_SET
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(data_preprocessing, "get_dataset_split_names", out_of_reach)
+    monkeypatch.setattr(calibration, "get_dataset_split_names", out_of_reach)
     answers = {sample["answer"] for sample in all_of(None)}
     assert answers == {sample["caption"] for sample in samples}
     said = [line for line in capsys.readouterr().out.splitlines() if HUB_SET in line]
@@ -136,7 +135,7 @@ def test_the_hub_is_asked_once_however_often_samples_are_gone_through(monkeypatc
         asked.append(name)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(data_preprocessing, "get_dataset_split_names", out_of_reach)
+    monkeypatch.setattr(calibration, "get_dataset_split_names", out_of_reach)
     data = prepare_dataset_vision(AutoProcessor.from_pretrained(DEMO), 2)
     first, second = ([inputs["pixel_values"] for inputs in data] for _ in range(2))
     np.testing.assert_array_equal(first, second)
@@ -175,15 +174,15 @@ def test_photographs_become_the_vision_encoders_inputs():
 
 @pytest.mark.parametrize("package", ["skimage", "sklearn"])
 def test_a_missing_package_is_named_with_the_fix(package, monkeypatch):
-    find = photographs.find_spec
-    monkeypatch.setattr(photographs, "find_spec", lambda name: None if name == package else find(name))
+    find = packaged.find_spec
+    monkeypatch.setattr(packaged, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(FileNotFoundError, match=rf"{package}/.* is not here.*pip install -r requirements\.txt"):
         all_of(PHOTOGRAPHS)
 
 
 def test_a_package_without_the_file_is_as_good_as_missing():
     with pytest.raises(FileNotFoundError, match=r"skimage/data/none\.png is not here.*requirements\.txt"):
-        photographs.installed("skimage/data/none.png")
+        packaged.installed("skimage/data/none.png")
 
 
 def test_a_checkpoints_own_samples(tmp_path):
@@ -195,7 +194,7 @@ def test_a_checkpoints_own_samples(tmp_path):
 
 
 def test_calibration_data_know_nothing_of_the_demo():
-    assert "demo_model" not in (ROOT / "data_preprocessing.py").read_text(encoding="utf-8")
+    assert "demo_model" not in (ROOT / "ov_mllama/export/calibration.py").read_text(encoding="utf-8")
 
 
 def test_what_a_model_is_asked_suits_it(pair, tmp_path):
@@ -220,6 +219,6 @@ def test_a_network_that_fails_otherwise_is_no_network_either(monkeypatch, capsys
     def fails(name):
         raise httpx.RemoteProtocolError("Server disconnected")
 
-    monkeypatch.setattr(data_preprocessing, "get_dataset_split_names", fails)
+    monkeypatch.setattr(calibration, "get_dataset_split_names", fails)
     assert next(load_samples(None, 1))["question"]
     assert f"{HUB_SET} is out of reach" in capsys.readouterr().out

@@ -8,14 +8,14 @@ import pytest
 from openvino import opset13 as ops
 from transformers import AutoConfig, AutoProcessor
 
-import ov_mllama.compress
+import ov_mllama.export.compress
 from conftest import DEMO, F32
 from data_preprocessing import prepare_dataset_vision
 from demo_model import SAMPLES
-from ov_mllama import pieces
-from ov_mllama.compress import quantize_vision_encoder
-from ov_mllama.convert import convert_mllama
-from ov_mllama.files import VISION_ENCODER_NAME
+from ov_mllama.export import piecewise
+from ov_mllama.export.compress import quantize_vision_encoder
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.runtime.ir import VISION_ENCODER_NAME
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def ports(model: ov.Model) -> list[list[tuple]]:
 @pytest.mark.parametrize("layers", [1, 2, 3, 8])
 def test_pieces_joined_are_the_model(model, samples, layers, tmp_path):
     before = ports(model)
-    joined = pieces.quantize_in_pieces(model, samples[:1], lambda piece, _: piece, tmp_path, layers)
+    joined = piecewise.quantize_in_pieces(model, samples[:1], lambda piece, _: piece, tmp_path, layers)
     assert ports(joined) == ports(model) == before
     pixels = np.random.default_rng(0).normal(size=samples[0]["pixel_values"].shape).astype(np.float32)
     # real tiles, canvas, and how many tiles each stands for; the last may be a padding tile that stands for several
@@ -67,9 +67,9 @@ def test_pieces_joined_are_the_model(model, samples, layers, tmp_path):
 @pytest.mark.parametrize("layers", [1, 2, 8])
 def test_pieces_end_where_layers_are_handed_on_and_where_encoders_end(model_dir, model, layers):
     vision = AutoConfig.from_pretrained(model_dir).vision_config
-    names = [[node.get_friendly_name() for node in nodes] for nodes in pieces.layer_outputs(model).values()]
+    names = [[node.get_friendly_name() for node in nodes] for nodes in piecewise.layer_outputs(model).values()]
     assert [len(encoder) for encoder in names] == [vision.num_hidden_layers, vision.num_global_layers]
-    ends = pieces.piece_ends(model, layers)
+    ends = piecewise.piece_ends(model, layers)
     local = [index for index, name in enumerate(names[0]) if name in ends]
     needed = {*vision.intermediate_layers_indices, vision.num_hidden_layers - 1}
     assert set(local) == needed if layers == 8 else set(local) >= needed
@@ -85,7 +85,7 @@ def test_no_piece_computes_what_another_does(model, layers):
     def linear(part):
         return [op.get_friendly_name() for op in part.get_ops() if op.get_type_name() in ("MatMul", "Convolution")]
 
-    parts = pieces.split(model, layers)
+    parts = piecewise.split(model, layers)
     assert sorted(name for part in parts for name in linear(part)) == sorted(linear(model))
     assert all(linear(part) for part in parts)
     assert all(port.get_target_inputs() for part in parts for port in part.inputs)
@@ -96,16 +96,16 @@ def test_an_encoder_with_other_names_is_refused(model):
         if "layers.1.mlp.fc2" in node.get_friendly_name():
             node.set_friendly_name("renamed " + node.get_friendly_name())
     with pytest.raises(ValueError, match=r"\[0, 2, 3\].*Convert it again"):
-        pieces.split(model, 4)
+        piecewise.split(model, 4)
     parameter = ops.parameter([1], ov.Type.f32)
     with pytest.raises(ValueError, match="none"):
-        pieces.split(ov.Model([parameter], [parameter]), 4)
+        piecewise.split(ov.Model([parameter], [parameter]), 4)
 
 
 def test_no_room_for_calibration_data(model, samples, monkeypatch, tmp_path):
-    monkeypatch.setattr(pieces.tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115
+    monkeypatch.setattr(piecewise.tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115
     with pytest.raises(OSError, match="No space left.*fewer pictures"):
-        pieces.quantize_in_pieces(model, samples[:1], lambda piece, _: piece, tmp_path)
+        piecewise.quantize_in_pieces(model, samples[:1], lambda piece, _: piece, tmp_path)
 
 
 # ---- Quantised ------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def errors(actual: list, expected: list) -> np.ndarray:
 def test_quantized_in_pieces_is_quantized(model, samples, monkeypatch, tmp_path):
     in_pieces = quantize_vision_encoder(model, samples, len(samples), tmp_path)
     whole_at_once = lambda model, samples, quantize, _: quantize(model, list(samples))  # noqa: E731
-    monkeypatch.setattr(ov_mllama.compress, "quantize_in_pieces", whole_at_once)
+    monkeypatch.setattr(ov_mllama.export.compress, "quantize_in_pieces", whole_at_once)
     whole = quantize_vision_encoder(model, samples, len(samples), tmp_path)
     assert ports(in_pieces) == ports(whole) == ports(model)
 

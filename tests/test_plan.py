@@ -17,21 +17,22 @@ from transformers import AutoConfig
 
 from benchmarks.make_checkpoint import SHAPES, make_config, make_llama_config
 from conftest import DEMO, F32, ROOT
-from ov_mllama import costs, files, machine
 from ov_mllama.__main__ import main
-from ov_mllama.cache import Prompt
-from ov_mllama.checks import check_prompt_fits, image_arrays
-from ov_mllama.compress import make_draft_model
-from ov_mllama.convert import convert_mllama
-from ov_mllama.draft_model import OVDraftModel
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
-from ov_mllama.language import PREFILL_TOKENS
-from ov_mllama.machine import Machine, group_memory
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.plan import SYSTEM, by_memory, plan
-from ov_mllama.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_here, prepare
-from ov_mllama.settings import Settings
-from ov_mllama.vision import ImageInputs, image_keys
+from ov_mllama.export import costs
+from ov_mllama.export.compress import make_draft_model
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.plan import SYSTEM, Machine, by_memory, plan
+from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_here, prepare
+from ov_mllama.export.settings import Settings
+from ov_mllama.runtime import ir, memory
+from ov_mllama.runtime.checks import check_prompt_fits, image_arrays
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+from ov_mllama.runtime.kv_cache import Prompt
+from ov_mllama.runtime.language import PREFILL_TOKENS
+from ov_mllama.runtime.memory import group_memory
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.speculative import OVDraftModel
+from ov_mllama.runtime.vision import ImageInputs, image_keys
 from tiny_mllama import make_llama
 
 pytestmark = pytest.mark.alone
@@ -203,7 +204,7 @@ def test_no_step_asks_for_memory_that_the_plan_does_not_name(tmp_path, monkeypat
     made = plan_here(DEMO, tmp_path / "ov")
     most = max(step.cost.memory for step in made.steps.values())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=most))
-    monkeypatch.setattr(machine, "group_memory", lambda: MUCH)
+    monkeypatch.setattr(memory, "group_memory", lambda: MUCH)
     again = plan_here(DEMO, tmp_path / "ov")
     assert again.machine.memory == most
     assert not again.lacking
@@ -221,15 +222,15 @@ def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, capsy
     model = OVMLlamaForConditionalGeneration(folder, language_model_name=names[0], image_encoder_name=names[1])
     assert model.shapes.vocab_size == OVDraftModel(folder / DRAFT_FOLDER).vocab_size == 512
     # when all is made the disk is as good as full, and that is no reason to complain
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e3))
-    stamps = {name: files.ir_stamp(folder / name) for name in names}
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e3))
+    stamps = {name: ir.ir_stamp(folder / name) for name in names}
     assert not plan_here(DEMO, folder, DEMO / "draft", for_chat=True).lacking
     with pytest.raises(OSError, match="All steps write .* make room"):
         prepare(DEMO, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
     prepare(DEMO, folder, DEMO / "draft")
     assert capsys.readouterr().out.count("done already") == 4
-    assert {name: files.ir_stamp(folder / name) for name in names} == stamps
+    assert {name: ir.ir_stamp(folder / name) for name in names} == stamps
 
 
 def test_an_interrupted_download_is_none(tmp_path):
@@ -315,12 +316,12 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
 
     for module in ("sessions", "vision", "checks"):
         monkeypatch.setattr(f"ov_mllama.{module}.free_memory", free)
-    monkeypatch.setattr("ov_mllama.sessions.check_prompt_fits", lambda *_: None)
+    monkeypatch.setattr("ov_mllama.runtime.sessions.check_prompt_fits", lambda *_: None)
     assert model.generate(**second, **GREEDY).tolist() == expected.tolist()
     assert len(held) == 1
     assert model.image_encoder.memory_for(images, image_keys(images)) == 0  # the new one is kept
     freed = needed - 1e5
-    monkeypatch.setattr("ov_mllama.vision.free_memory", lambda: freed)
+    monkeypatch.setattr("ov_mllama.runtime.vision.free_memory", lambda: freed)
     model.forget()  # the session too, or it holds the image's K/V and none is encoded
     with pytest.raises(MemoryError, match=r"A picture of 2 tiles takes .* too little: close other programs"):
         model.generate(**second, **GREEDY)
@@ -329,9 +330,9 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
 def test_a_long_prompt_takes_the_memory_of_the_tokens_computed_at_once(config, monkeypatch):
     prompt = Prompt(np.zeros((1, 4000), np.int64))
     needed = costs.prompt_memory(config, 1, 4000, PREFILL_TOKENS, 0) + 4000 * 1e4
-    monkeypatch.setattr("ov_mllama.checks.free_memory", lambda: needed)
+    monkeypatch.setattr("ov_mllama.runtime.checks.free_memory", lambda: needed)
     check_prompt_fits(config, prompt, 0, 0, 1e4)
-    monkeypatch.setattr("ov_mllama.checks.free_memory", lambda: needed - 1)
+    monkeypatch.setattr("ov_mllama.runtime.checks.free_memory", lambda: needed - 1)
     with pytest.raises(MemoryError, match="A prompt of 4000 tokens takes"):
         check_prompt_fits(config, prompt, 0, 0, 1e4)
 
@@ -339,50 +340,48 @@ def test_a_long_prompt_takes_the_memory_of_the_tokens_computed_at_once(config, m
 def test_a_graphics_card_has_memory_of_its_own(pair, monkeypatch):
     devices = {"GPU.0": Type.INTEGRATED, "GPU.1": Type.DISCRETE}
     stand_in = SimpleNamespace(get_property=lambda device, name: devices[device])
-    monkeypatch.setattr(machine.ov, "Core", lambda: stand_in)
-    assert [machine.has_own_memory(device) for device in devices] == [False, True]
+    monkeypatch.setattr(devices.ov, "Core", lambda: stand_in)
+    assert [devices.has_own_memory(device) for device in devices] == [False, True]
     monkeypatch.undo()
-    assert not machine.has_own_memory("CPU")
-    assert not machine.has_own_memory("AUTO")
+    assert not devices.has_own_memory("CPU")
+    assert not devices.has_own_memory("AUTO")
     inputs = pair.inputs("wide")
-    monkeypatch.setattr("ov_mllama.vision.has_own_memory", lambda device: True)
+    monkeypatch.setattr("ov_mllama.runtime.vision.has_own_memory", lambda device: True)
     model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
-    monkeypatch.setattr("ov_mllama.vision.free_memory", lambda: 0)
+    monkeypatch.setattr("ov_mllama.runtime.vision.free_memory", lambda: 0)
     assert model.generate(**inputs, **GREEDY).tolist() == pair.hf.generate(**inputs, **GREEDY).tolist()
 
 
 # ---- The machine ----
 
 
-def group(folder, names, limit, usage, cached, shared):
+def group(folder, limit, usage, cached, shared):
     folder.mkdir(parents=True, exist_ok=True)
-    for name, number in zip(names, (limit, usage), strict=False):
-        (folder / name).write_text(f"{number}\n")
-    (folder / "memory.stat").write_text(f"other 5\n{names[2]} {cached}\n{names[3]} {shared}\n")
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"other 5\nfile {cached}\nshmem {shared}\n")
 
 
-@pytest.mark.parametrize(("controllers", "names"), machine.GROUP_FILES.items(), ids=["v2", "v1"])
-def test_memory_is_what_the_control_groups_leave(tmp_path, controllers, names):
-    top, own = tmp_path / "groups" / controllers, tmp_path / "own"
-    own.write_text(f"5:cpu:/elsewhere\n3:{controllers}:/outer/inner\n")
-    assert group_memory(tmp_path / "groups", own) == MUCH
-    group(top / "outer", names, 1000, 700, 300, 50)  # cached files can go, shared memory cannot
-    group(top / "outer/inner", names, "max" if not controllers else 2**63 - 1, 600, 200, 0)
-    assert group_memory(tmp_path / "groups", own) == 1000 - 700 + 250
-    group(top / "outer/inner", names, 650, 600, 0, 0)
-    assert group_memory(tmp_path / "groups", own) == 50
-    # in a container the path is the host's
-    own.write_text(f"3:{controllers}:/docker/abc\n")
-    group(top, names, 900, 100, 0, 0)
-    assert group_memory(tmp_path / "groups", own) == 800
-    assert group_memory(tmp_path / "groups", tmp_path / "missing") == MUCH
+def test_memory_is_what_the_control_groups_leave(tmp_path):
+    top, own = tmp_path / "groups", tmp_path / "own"
+    own.write_text("5:cpu:/elsewhere\n0::/outer/inner\n")
+    assert group_memory(top, own) == MUCH
+    group(top / "outer", 1000, 700, 300, 50)  # cached files can go, shared memory cannot
+    group(top / "outer/inner", "max", 600, 200, 0)
+    assert group_memory(top, own) == 1000 - 700 + 250
+    group(top / "outer/inner", 650, 600, 0, 0)
+    assert group_memory(top, own) == 50
+    own.write_text("0::/docker/abc\n")  # in a container the path is the host's
+    group(top, 900, 100, 0, 0)
+    assert group_memory(top, own) == 800
+    assert group_memory(top, tmp_path / "missing") == MUCH
 
 
 HOARD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np, psutil
-from ov_mllama.machine import give_back
+from ov_mllama.runtime.memory import give_back
 
 def anonymous():
     memory = psutil.Process().memory_info()
@@ -407,5 +406,5 @@ def test_freed_memory_goes_back_to_the_system():
 def test_the_tighter_of_machine_and_group_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5e9))
     for of_group, free in ((3e9, 3e9), (MUCH, 5e9)):
-        monkeypatch.setattr(machine, "group_memory", lambda size=of_group: size)
+        monkeypatch.setattr(memory, "group_memory", lambda size=of_group: size)
         assert Machine.here(tmp_path / "not/there/yet").memory == free

@@ -7,12 +7,12 @@ import torch
 from openvino.properties import hint as hints
 
 from conftest import F32
-from ov_mllama.cache import Prompt
-from ov_mllama.cross_attention import tiles_seen
-from ov_mllama.language import OVLanguageModel
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.precision import PRECISION, Cpu, choose
-from ov_mllama.vision import ImageInputs, image_keys
+from ov_mllama.runtime.cross_attention import tiles_seen
+from ov_mllama.runtime.devices import PRECISION, Cpu, choose
+from ov_mllama.runtime.kv_cache import Prompt
+from ov_mllama.runtime.language import OVLanguageModel
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.vision import ImageInputs, image_keys
 from ov_mllama_compression import compress, optimize_vision_encoder
 
 AMX = Cpu(amx=True, bf16=True, vnni=True)

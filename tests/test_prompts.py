@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 
-from ov_mllama import conversation
-from ov_mllama.chat import Chat, Wishes, to_messages
-from ov_mllama.conversation import plain
-from ov_mllama.conversations import ANSWERED, CUT, FAILED, Turn
-from ov_mllama.progress import Progress
+from ov_mllama.chat.answers import Chat, Wishes, to_messages
+from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Turn
+from ov_mllama.runtime import prompts
+from ov_mllama.runtime.inference import Progress
+from ov_mllama.runtime.prompts import plain
 
 pytestmark = pytest.mark.torture
 HOSTILE = [
@@ -108,7 +108,7 @@ def test_nothing_asked(processor, text):
 
 
 def test_too_long_for_the_context_is_refused_before_pictures_are_opened(processor, monkeypatch):
-    monkeypatch.setattr(conversation, "open_picture", lambda _: pytest.fail("opened a picture"))
+    monkeypatch.setattr(prompts, "open_picture", lambda _: pytest.fail("opened a picture"))
     turn = ask(Idle(), processor, "word " * 20_000, [Path("large.png")])  # 100 000 characters
     assert turn.state == FAILED
     assert "more than the 512 this model can hold" in turn.note

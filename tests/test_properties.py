@@ -12,13 +12,13 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from transformers import MllamaForConditionalGeneration
 
 from notebook_utils import follow
-from ov_mllama.chat import to_messages
-from ov_mllama.conversation import plain
-from ov_mllama.conversations import Turn
-from ov_mllama.cross_attention import restrict, take_tiles, tiles_seen
-from ov_mllama.settings import GROUP_SIZES, INT4, Settings
-from ov_mllama.shapes import MASKED, MllamaShapes
-from ov_mllama.vision import Encoded
+from ov_mllama.chat.answers import to_messages
+from ov_mllama.chat.store import Turn
+from ov_mllama.export.settings import GROUP_SIZES, INT4, Settings
+from ov_mllama.runtime.cross_attention import restrict, take_tiles, tiles_seen
+from ov_mllama.runtime.prompts import plain
+from ov_mllama.runtime.shapes import MASKED, MllamaShapes
+from ov_mllama.runtime.vision import Encoded
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 
 pytestmark = pytest.mark.torture
@@ -140,7 +140,7 @@ def test_any_calls_in_any_order_give_pytorchs_logits_and_tokens(pair, tmp_path, 
     reused, wrong, tried = 0, [], times(150, 3000)
     for _ in range(tried):
         model.image_encoder.kept.room = rng.choice([1, 10**9])
-        monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", rng.choice([3, 5, 128]))
+        monkeypatch.setattr("ov_mllama.runtime.language.PREFILL_TOKENS", rng.choice([3, 5, 128]))
         images = rng.choices(pictures, k=rng.choice([0, 1, 1, 1, 2]))
         text = "a" * rng.choice([0, 4, 8, 8]) + "".join("<|image|>" + "b" * rng.choice([1, 3, 6]) for _ in images)
         inputs = pair.processor(

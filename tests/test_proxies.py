@@ -12,14 +12,14 @@ import httpx
 import pytest
 
 from conftest import DEMO, ROOT
-from ov_mllama.proxies import bypass_proxy_for_loopback
+from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama_helper import convert_mllama
 
 NAMES = ("http_proxy", "https_proxy", "all_proxy")
 LAUNCH = """
 import sys
 from transformers import AutoProcessor
-from ov_mllama.proxies import bypass_proxy_for_loopback
+from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 bypass_proxy_for_loopback()  # as the notebook's first cell does
 import gradio as gr
 from gradio_helper import make_demo
@@ -31,7 +31,7 @@ demo.launch(server_port=int(sys.argv[3]))  # keeps running
 """
 PROGRAMS = {
     "chat": ("-m", "ov_mllama", "chat", "--model-dir"),
-    "server": ("-m", "serving.app", "--chat", "--model-dir"),
+    "server": ("-m", "ov_mllama", "serve", "--chat", "--model-dir"),
     "notebook's last cell": ("-c", LAUNCH),
 }
 
@@ -115,7 +115,17 @@ def succeeds(client: httpx.Client, url: str) -> bool:
 def test_captions_are_made_behind_a_proxy(proxy, model_dir, tmp_path):
     address, asked = proxy
     out = tmp_path / "captions"
-    command = [sys.executable, "-m", "serving.caption", DEMO / "samples", "--model-dir", model_dir, "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "ov_mllama",
+        "caption",
+        DEMO / "samples",
+        "--model-dir",
+        model_dir,
+        "--out",
+        out,
+    ]
     run = subprocess.run(  # noqa: S603
         command, cwd=ROOT, env=environment(f"http://{address}", tmp_path), capture_output=True, text=True
     )

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from conftest import F32, ROOT
-from ov_mllama.cache import Prompt
-from ov_mllama.cross_attention import no_images
-from ov_mllama.language import language_inputs
-from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.cross_attention import no_images
+from ov_mllama.runtime.kv_cache import Prompt
+from ov_mllama.runtime.language import language_inputs
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
 pytestmark = [pytest.mark.torture, pytest.mark.alone]
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
@@ -208,7 +208,7 @@ def test_a_session_whose_tokens_go_in_the_middle_of_its_prompt(pair, monkeypatch
         session.reset()
         return steps[-1]
 
-    monkeypatch.setattr("ov_mllama.language.PREFILL_TOKENS", 3)
+    monkeypatch.setattr("ov_mllama.runtime.language.PREFILL_TOKENS", 3)
     monkeypatch.setattr(model.language_model, "infer", then_lost)
     with pytest.raises(ValueError, match="begin with prefill"):
         session.prefill(Prompt(pair.inputs("text only")["input_ids"].numpy()))
@@ -253,7 +253,7 @@ import os, resource, sys
 os.environ["CI"] = "true"
 sys.path[:0] = sys.argv[1:3]
 import numpy as np, torch
-from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama import checks
 
 model = OVMLlamaForConditionalGeneration(sys.argv[3], ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}, warm_up=False)

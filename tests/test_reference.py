@@ -15,15 +15,15 @@ from transformers import MllamaForConditionalGeneration
 import ov_mllama.__main__ as command_line
 from conftest import F32, ROOT, chat_of
 from notebook_utils import follow
-from ov_mllama.convert import convert_mllama
-from ov_mllama.cross_attention import restrict
-from ov_mllama.files import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp, newest
-from ov_mllama.pieces import quantize_in_pieces, split
-from ov_mllama.prepare import made_of, plan_here, prepare
-from ov_mllama.quality import caption_log_probs, verdict
-from ov_mllama.reference import BEFORE_4_55, META, NAMES, TRANSFORMERS, Reference, reference_of
-from ov_mllama.settings import NEEDS_NO_PICTURES
-from ov_mllama.vision import Encoded
+from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.piecewise import quantize_in_pieces, split
+from ov_mllama.export.prepare import made_of, plan_here, prepare
+from ov_mllama.export.quality import caption_log_probs, verdict
+from ov_mllama.export.settings import NEEDS_NO_PICTURES
+from ov_mllama.runtime.cross_attention import restrict
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp, newest
+from ov_mllama.runtime.reference import BEFORE_4_55, META, NAMES, TRANSFORMERS, Reference, reference_of
+from ov_mllama.runtime.vision import Encoded
 from ov_mllama_compression import compress, optimize_vision_encoder
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint, written_by
@@ -370,7 +370,7 @@ def test_compare_references_measures_both(pair, tmp_path, monkeypatch, capsys):
     samples = [
         {"image": pair.picture(1, 1), "question": "What?", "answer": "Noise.", "caption": "Noise."} for _ in range(2)
     ]
-    monkeypatch.setattr("data_preprocessing.questions_about", lambda checkpoint: samples)
+    monkeypatch.setattr("ov_mllama.export.calibration.questions_about", lambda checkpoint: samples)
     arguments = ["ov_mllama", "compare-references", str(pair.checkpoint), "--out", str(tmp_path / "both")]
     monkeypatch.setattr(sys, "argv", arguments)
     command_line.main()

@@ -10,7 +10,7 @@ from behaviours import GREEDY, assert_same, generate
 from transformers import DynamicCache, StaticCache
 
 from conftest import F32
-from ov_mllama.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
 
 @pytest.fixture(scope="module")

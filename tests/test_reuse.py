@@ -10,8 +10,8 @@ import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from conftest import CASES, F32
-from ov_mllama.cache import OVCache
-from ov_mllama.drafts import InVocabularyDrafts
+from ov_mllama.runtime.kv_cache import OVCache
+from ov_mllama.runtime.speculative import InVocabularyDrafts
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_llama
 

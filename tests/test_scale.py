@@ -52,7 +52,7 @@ def ray_here():
     import ray
     from ray import serve
 
-    from serving.caption import begin
+    from ov_mllama.serving.caption import begin
 
     begin()
     yield
@@ -64,7 +64,7 @@ def ray_here():
 
 
 def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictures, tmp_path):
-    from serving.caption import caption
+    from ov_mllama.serving.caption import caption
 
     out, strange = tmp_path / "captions.parquet", os.fsdecode(b"p\xeacture.png")
     Image.effect_noise((112, 112), 5).save(pictures / strange)
@@ -92,7 +92,7 @@ def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictu
 
 
 def test_a_folder_with_something_else_and_more_threads_than_cores(ray_here, model_dir, pictures, tmp_path):
-    from serving.caption import caption
+    from ov_mllama.serving.caption import caption
 
     (tmp_path / "other.parquet").write_text("something else")
     with pytest.raises(ValueError, match=r"other.parquet is no file of captions"):
@@ -102,7 +102,7 @@ def test_a_folder_with_something_else_and_more_threads_than_cores(ray_here, mode
 
 
 def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(model_dir, tmp_path, monkeypatch):
-    from serving.caption import Captioner, answered
+    from ov_mllama.serving.caption import Captioner, answered
 
     captioner = Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
     paths = [str(path_of(sample)) for sample in SAMPLES[:3]]
@@ -127,7 +127,7 @@ def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(model_dir, t
 
 
 def test_what_cannot_be_read_now_is_asked_another_time(model_dir, tmp_path):
-    from serving.caption import Captioner, answered
+    from ov_mllama.serving.caption import Captioner, answered
 
     captioner = Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
     batch = {"id": ["0", "1"], "path": [os.fsencode(path_of(SAMPLES[0])), b"/gone/p\xeacture.png"]}
@@ -146,7 +146,7 @@ def test_what_cannot_be_read_now_is_asked_another_time(model_dir, tmp_path):
     ],
 )
 def test_picture_that_the_machine_cannot_open_is_left_for_another_run(model_dir, tmp_path, monkeypatch, error, said):
-    from serving.caption import Captioner, answered
+    from ov_mllama.serving.caption import Captioner, answered
 
     def failing(*arguments, **options):
         raise error
@@ -173,7 +173,7 @@ def smaller(model_dir, tmp_path_factory):
 
 
 def test_another_model_is_asked_anew_beside_the_first(ray_here, model_dir, smaller, pictures, tmp_path):
-    from serving.caption import caption
+    from ov_mllama.serving.caption import caption
 
     out, count = tmp_path / "captions.parquet", len(SAMPLES) + 1
     assert caption(pictures, QUESTION, out, model_dir) == count
@@ -191,7 +191,7 @@ def test_another_model_is_asked_anew_beside_the_first(ray_here, model_dir, small
 
 
 def test_folder_of_an_earlier_version_is_read_and_asked_anew(ray_here, model_dir, pictures, tmp_path):
-    from serving.caption import caption
+    from ov_mllama.serving.caption import caption
 
     out = tmp_path / "captions.parquet"
     count = caption(pictures, QUESTION, out, model_dir)
@@ -210,7 +210,7 @@ def test_folder_of_an_earlier_version_is_read_and_asked_anew(ray_here, model_dir
 
 
 def test_answers_cut_by_a_lower_limit_are_asked_again_with_a_higher_one(model_dir, tmp_path):
-    from serving.caption import Captioner, answered, identity
+    from ov_mllama.serving.caption import Captioner, answered, identity
 
     batch = {"id": ["0", "2"], "path": [os.fsencode(path_of(SAMPLES[i])) for i in (0, 2)]}
     asked = identity(model_dir)
@@ -232,7 +232,7 @@ def test_answers_cut_by_a_lower_limit_are_asked_again_with_a_higher_one(model_di
 
 
 def test_parquet_files_of_something_else_are_refused_and_stay(tmp_path):
-    from serving.caption import answered
+    from ov_mllama.serving.caption import answered
 
     pd.DataFrame({"id": ["0"], "price": [1.0]}).to_parquet(tmp_path / "prices.parquet")
     before = (tmp_path / "prices.parquet").read_bytes()
@@ -242,7 +242,7 @@ def test_parquet_files_of_something_else_are_refused_and_stay(tmp_path):
 
 
 def test_where_no_more_can_be_written_it_ends(model_dir, tmp_path, monkeypatch):
-    from serving import caption
+    from ov_mllama.serving import caption
 
     captioner = caption.Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
 
@@ -257,7 +257,7 @@ def test_where_no_more_can_be_written_it_ends(model_dir, tmp_path, monkeypatch):
 
 def test_workers_share_a_machine_without_taking_the_same_cores(model_dir):
     """Bound to cores, two workers of one thread each both took the first: half of the pictures a minute."""
-    from serving import load
+    from ov_mllama.serving import load
 
     model, _ = load(model_dir, threads=1)
     for compiled in (model.language_model.compiled, model.image_encoder._compile().get_compiled_model()):
@@ -266,20 +266,30 @@ def test_workers_share_a_machine_without_taking_the_same_cores(model_dir):
 
 
 def test_a_folder_without_pictures(tmp_path):
-    from serving.caption import caption
+    from ov_mllama.serving.caption import caption
 
     with pytest.raises(FileNotFoundError, match="holds no pictures"):
         caption(tmp_path, QUESTION, tmp_path / "out", tmp_path)
 
 
 def run(model_dir, pictures, out) -> subprocess.Popen:
-    command = [sys.executable, "-m", "serving.caption", str(pictures), "--question", QUESTION, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "ov_mllama",
+        "caption",
+        str(pictures),
+        "--question",
+        QUESTION,
+        "--out",
+        str(out),
+    ]
     command += ["--model-dir", str(model_dir), "--batch", "1"]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # noqa: S603
 
 
 def test_killed_at_random_moments_it_asks_each_picture_once(ray_here, model_dir, pictures, tmp_path, times):
-    from serving.caption import caption
+    from ov_mllama.serving.caption import caption
 
     out, kills, more = tmp_path / "captions.parquet", times(1, 10), times(20, 80)
     for i in range(more):
@@ -311,7 +321,7 @@ def replicas() -> list[psutil.Process]:
 def test_a_killed_replica_loses_no_request(ray_here, model_dir):
     from ray import serve
 
-    from serving.replicas import Arguments, app
+    from ov_mllama.serving.replicas import Arguments, app
 
     serve.start(http_options={"host": "127.0.0.1", "port": 8123})
     client = openai.OpenAI(base_url="http://127.0.0.1:8123/v1", api_key="none", max_retries=0, timeout=60)

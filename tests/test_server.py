@@ -12,8 +12,8 @@ import pytest
 from chat_page import SELF, WHO, path_of
 from conftest import DEMO, demo_samples
 from openai_client import KEY, about, alone, complete, picture, refusal, served, text, user
-from serving.app import bound, create_app, mount_chat
-from serving.batches import Batches
+from ov_mllama.serving.app import bound, create_app, mount_chat
+from ov_mllama.serving.scheduler import Batches
 
 pytestmark = pytest.mark.alone
 
@@ -209,7 +209,7 @@ def test_what_is_not_understood_is_refused_and_says_where(client, messages, opti
 
 
 def test_more_pixels_than_memory_is_for(client, monkeypatch):
-    monkeypatch.setattr("serving.questions.MAX_PIXELS", 60_000)
+    monkeypatch.setattr("ov_mllama.serving.protocol.MAX_PIXELS", 60_000)
     assert complete(client, about(SAMPLES[0])).choices[0].message.content == SAMPLES[0]["answer"]
     error = refusal(client, user(picture(SAMPLES[0]), picture(SAMPLES[0]), text("?")))
     assert error.param == "messages[0].content[1].image_url"

@@ -27,16 +27,16 @@ from transformers import AutoProcessor
 from chat_page import SELF, WHO, path_of, wait_until
 from conftest import DEMO, ROOT, demo_samples
 from openai_client import KEY, about, alone, complete, picture, refusal, served, text, user
-from ov_mllama.conversation import padded, prompt_inputs, prompts_about
-from ov_mllama.images import open_picture
+from ov_mllama.runtime.images import open_picture
+from ov_mllama.runtime.prompts import padded, prompt_inputs, prompts_about
+from ov_mllama.serving import addresses, guards
+from ov_mllama.serving.app import create_app, mount_chat
+from ov_mllama.serving.images import ImageFile
+from ov_mllama.serving.loading import Gate
+from ov_mllama.serving.protocol import MAX_STOP_CHARS, NEUTRAL
+from ov_mllama.serving.scheduler import Batches
+from ov_mllama.serving.sequences import Words
 from ov_mllama_helper import convert_mllama
-from serving import addresses, guards
-from serving.app import create_app, mount_chat
-from serving.batches import Batches
-from serving.images import ImageFile
-from serving.loading import Gate
-from serving.questions import MAX_STOP_CHARS, NEUTRAL
-from serving.rows import Words
 
 pytestmark = pytest.mark.alone
 
@@ -401,10 +401,10 @@ def raises(error: BaseException):
 
 
 INSIDE = [
-    "serving.questions.plain",
-    "serving.batches.prompt_text",
-    "serving.batches.prompt_inputs",
-    "serving.batches.padded",
+    "ov_mllama.serving.protocol.plain",
+    "ov_mllama.serving.scheduler.prompt_text",
+    "ov_mllama.serving.scheduler.prompt_inputs",
+    "ov_mllama.serving.scheduler.padded",
 ]
 
 
@@ -424,7 +424,7 @@ def test_text_of_an_unexpected_error_stays_here(client, server, where, error, mo
 
 
 def test_text_of_an_error_amid_a_stream_stays_here(client, server, monkeypatch):
-    from serving.batches import Asked
+    from ov_mllama.serving.scheduler import Asked
 
     async def broken(self):
         yield "Hello"
@@ -439,7 +439,7 @@ def test_text_of_an_error_amid_a_stream_stays_here(client, server, monkeypatch):
 
 
 def test_connection_survives_an_unexpected_error(client, server, monkeypatch):
-    monkeypatch.setattr("serving.questions.plain", raises(RuntimeError(SECRET)))
+    monkeypatch.setattr("ov_mllama.serving.protocol.plain", raises(RuntimeError(SECRET)))
     with httpx.Client(headers=BEARER) as browser:
         kept = []
         for _ in range(3):
@@ -525,7 +525,7 @@ def test_stream_of_characters_of_several_tokens(client, slow_demo, processor, mo
         slow_demo.generation_config.eos_token_id,
     ]
     tokens = np.hstack(tokens).tolist()
-    monkeypatch.setattr("serving.rows.Row.choose", lambda row, scores: tokens[len(row.words.tokens)])
+    monkeypatch.setattr("ov_mllama.serving.sequences.Row.choose", lambda row, scores: tokens[len(row.words.tokens)])
     chunks = [chunk.choices[0].delta.content or "" for chunk in complete(client, user(text("?")), stream=True)]
     assert "".join(chunks) == said
     assert not any("\ufffd" in chunk for chunk in chunks)
@@ -546,8 +546,8 @@ LONG = {
 
 @pytest.mark.parametrize("kind", LONG)
 def test_long_text_is_refused_before_it_is_tokenised(client, kind, monkeypatch):
-    monkeypatch.setattr("serving.batches.prompt_text", raises(AssertionError))
-    monkeypatch.setattr("serving.questions.plain", raises(AssertionError))
+    monkeypatch.setattr("ov_mllama.serving.scheduler.prompt_text", raises(AssertionError))
+    monkeypatch.setattr("ov_mllama.serving.protocol.plain", raises(AssertionError))
     error = refusal(client, LONG[kind])
     assert isinstance(error, openai.BadRequestError)
     assert error.param == "messages"
@@ -662,7 +662,7 @@ def test_schema_that_becomes_too_complex_is_an_error_of_its_own_answer_only(clie
             return getattr(self.matcher, name)
 
     monkeypatch.setattr(
-        "serving.rows.LLMatcher",
+        "ov_mllama.serving.sequences.LLMatcher",
         FailsLater := type(
             "FailsLater",
             (),
@@ -692,7 +692,7 @@ def test_schemas_are_compiled_one_at_a_time_beside_others(client, slow_demo, mon
         compiling.wait(10)
         running.pop()
 
-    monkeypatch.setattr("serving.rows.Schemas.matcher", slowly)
+    monkeypatch.setattr("ov_mllama.serving.sequences.Schemas.matcher", slowly)
     with ThreadPoolExecutor(4) as pool:
         slow = [
             pool.submit(complete, client, user(text(WHO)), response_format={"type": "json_object"}) for _ in range(4)
@@ -723,7 +723,9 @@ def encoded(data: bytes) -> dict:
 
 def test_waiting_images_are_held_encoded(client, server, slow_demo, monkeypatch):
     opened = []
-    monkeypatch.setattr("serving.images.open_picture", lambda data: opened.append(len(data)) or open_picture(data))
+    monkeypatch.setattr(
+        "ov_mllama.serving.images.open_picture", lambda data: opened.append(len(data)) or open_picture(data)
+    )
     slow_demo.step_s = 0.1
     data = photograph(1200, 800)
     with ThreadPoolExecutor(5) as pool:
@@ -758,7 +760,7 @@ def is_busy(model) -> bool:
     ],
 )
 def test_unreadable_header_is_refused_at_once(client, slow_demo, data, code, monkeypatch):
-    monkeypatch.setattr("serving.batches.prompt_text", raises(AssertionError))
+    monkeypatch.setattr("ov_mllama.serving.scheduler.prompt_text", raises(AssertionError))
     error = refusal(client, user(encoded(data), text("?")))
     assert isinstance(error, openai.BadRequestError)
     assert error.code == code
@@ -854,7 +856,7 @@ def test_bodies_under_way_count(slow_demo, processor):
 
 
 def test_upload_that_stalls_ends(slow_demo, processor, monkeypatch):
-    monkeypatch.setattr("serving.reading.BODY_S", 0.3)
+    monkeypatch.setattr("ov_mllama.serving.reading.BODY_S", 0.3)
     slow_demo.as_new()
     with small_server(slow_demo, processor) as (url, batches):
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as upload:
@@ -894,7 +896,7 @@ def test_stream_is_not_cached(client, server):
 
 def test_freed_memory_is_given_back_after_each_batch(client, monkeypatch):
     given = []
-    monkeypatch.setattr("serving.batches.give_back", lambda: given.append(1))
+    monkeypatch.setattr("ov_mllama.serving.scheduler.give_back", lambda: given.append(1))
     for count in (1, 2):
         complete(client, user(text(WHO)))
         wait_until(lambda count=count: len(given) == count)
@@ -956,17 +958,14 @@ def test_32_waiting_photographs_of_12_megapixels_fit_into_memory(model_dir, tmp_
 SLOW_SERVER = """
 import sys, time
 sys.path[:0] = {path}
-from serving import app
-import serving
-load = serving.load
+from ov_mllama.serving import app, load
 def slowed(*given, **options):
     model, processor = load(*given, **options)
     step = model.language_model.infer
     model.language_model.infer = lambda *g: (time.sleep(1), step(*g))[1]
     return model, processor
 app.load = slowed
-sys.argv[1:1] = ["--model-dir", "{model}", "--name", "demo"]
-app.main()
+app.main(["--model-dir", "{model}", "--name", "demo", *sys.argv[1:]])
 """.replace("{path}", repr([str(ROOT), str(ROOT / "tests")]))
 
 
@@ -997,9 +996,18 @@ def is_up(process, url: str) -> bool:
 # ---- The thread that answers ----------------------------------------------------------------------------------------
 
 PLACES = [
-    *("serving.batches.Batches._next", "serving.batches.Batches._inputs", "serving.rows.Row.take"),
-    *("serving.batches.padded", "serving.batches.Choice", "serving.batches.refusal_of", "serving.rows.Words.put"),
-    *("serving.rows.Row.choose", "serving.batches.prompt_inputs"),
+    *(
+        "ov_mllama.serving.scheduler.Batches._next",
+        "ov_mllama.serving.scheduler.Batches._inputs",
+        "ov_mllama.serving.sequences.Row.take",
+    ),
+    *(
+        "ov_mllama.serving.scheduler.padded",
+        "ov_mllama.serving.scheduler.Choice",
+        "ov_mllama.serving.scheduler.refusal_of",
+        "ov_mllama.serving.sequences.Words.put",
+    ),
+    *("ov_mllama.serving.sequences.Row.choose", "ov_mllama.serving.scheduler.prompt_inputs"),
 ]
 
 
@@ -1099,7 +1107,7 @@ LOADING = """
 import sys, time
 sys.path.insert(0, {root!r})
 from serving import app
-from ov_mllama.ending import said_plainly
+from ov_mllama.cli import exit_on_user_error
 def load(*given, **options):
     time.sleep(4)
     {then}
@@ -1107,7 +1115,7 @@ app.load = load
 app.prepare = lambda *given, **options: given[1]
 app.files_to_load = lambda *given: (None, None)
 app.say_what_loads = lambda *given: None
-with said_plainly():
+with exit_on_user_error():
     app.main()
 """
 
@@ -1158,7 +1166,16 @@ def answers_at(url: str) -> bool:
 
 def test_empty_key_ends_the_program_with_a_sentence(tmp_path):
     (tmp_path / "key").write_text("", encoding="utf-8")
-    command = [sys.executable, "-m", "serving.app", "--key-file", str(tmp_path / "key"), "--port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "ov_mllama",
+        "serve",
+        "--key-file",
+        str(tmp_path / "key"),
+        "--port",
+        str(free_port()),
+    ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
     assert ended.returncode == 1
     assert "holds no key" in ended.stderr

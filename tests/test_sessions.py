@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from conftest import F32
-from ov_mllama.cache import Prompt
-from ov_mllama.convert import convert_language_model
-from ov_mllama.files import save_ir
-from ov_mllama.language import OVLanguageModel
-from ov_mllama.model import OVMLlamaForConditionalGeneration
-from ov_mllama.sessions import Sessions
-from ov_mllama.shapes import MllamaShapes
+from ov_mllama.export.convert import convert_language_model
+from ov_mllama.runtime.ir import save_ir
+from ov_mllama.runtime.kv_cache import Prompt
+from ov_mllama.runtime.language import OVLanguageModel
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.sessions import Sessions
+from ov_mllama.runtime.shapes import MllamaShapes
 from tiny_mllama import make_llama
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
@@ -33,8 +33,8 @@ def greedy(session, prompt: Prompt, encoded, tokens: int):
 
 def prompt_of(pair, model, case):
     """A session's arguments for the processor's tensors."""
-    from ov_mllama.cross_attention import tiles_seen
-    from ov_mllama.vision import ImageInputs, image_keys
+    from ov_mllama.runtime.cross_attention import tiles_seen
+    from ov_mllama.runtime.vision import ImageInputs, image_keys
 
     inputs = {name: tensor.numpy() for name, tensor in pair.inputs(case).items()}
     if "pixel_values" not in inputs:
@@ -168,7 +168,7 @@ def test_what_is_only_kept_makes_room(pair, model, monkeypatch):
         if len(asked) == 1:
             raise MemoryError
 
-    monkeypatch.setattr("ov_mllama.sessions.check_prompt_fits", refuse_once)
+    monkeypatch.setattr("ov_mllama.runtime.sessions.check_prompt_fits", refuse_once)
     inputs = pair.inputs("large")
     expected = pair.hf.generate(**inputs, **GREEDY)
     assert model.generate(**inputs, **GREEDY).tolist() == expected.tolist()

@@ -10,12 +10,12 @@ from playwright.sync_api import expect
 from chat_page import SELF, WHO, Slow, Tab, ahead_threads, path_of, wait_until
 from conftest import DEMO, demo_samples
 from gradio_helper import make_demo
-from ov_mllama.ahead import GRACE_S, PicturesAhead
-from ov_mllama.chat import Chat, Wishes
-from ov_mllama.conversation import is_cut
-from ov_mllama.conversations import ANSWERED, CUT, FAILED, Conversations, Turn
-from ov_mllama.progress import PictureClock, Progress
-from ov_mllama.shown import GO_ON
+from ov_mllama.chat.answers import GRACE_S, Chat, PicturesAhead, Wishes
+from ov_mllama.chat.shown import GO_ON
+from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Conversations, Turn
+from ov_mllama.runtime.image_cache import PictureClock
+from ov_mllama.runtime.inference import Progress
+from ov_mllama.runtime.prompts import is_cut
 from ov_mllama_helper import convert_mllama
 
 pytestmark = pytest.mark.alone

@@ -1,0 +1,1 @@
+"""The chat page and its conversations on disk. Start reading at `layout.py`."""

@@ -1,0 +1,269 @@
+"""Owners of conversations: the user or browser behind a request, and the files that it may be served.
+
+A user is known by the login (`auth`), a browser by a random token in a cookie that no script can read. Neither is a
+value that a page sends.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from ov_mllama.chat.http_headers import SecurityHeaders
+from ov_mllama.chat.store import Conversations
+
+COOKIE, FRAMED_COOKIE = "ov_mllama", "ov_mllama_framed"
+TOKEN = re.compile("[0-9a-f]{64}")
+MAX_SESSIONS = 10_000  # of Gradio's queue, whose askers are remembered
+COOKIE_S = 400 * 24 * 60 * 60  # browsers keep none longer; every load of the page begins anew
+# Gradio's routes that the page does not use: deep links publish what any session shows, others fetch, run or write
+UNUSED = tuple(
+    f"/{name}{rest}"
+    for name in (
+        *("gradio_api/component_server", "gradio_api/custom_component", "gradio_api/deep_link", "gradio_api/dev"),
+        *("gradio_api/process_recording", "gradio_api/profiling", "gradio_api/run-history", "gradio_api/runs"),
+        *("gradio_api/stream", "gradio_api/undo-vibe-edit", "gradio_api/vibe-code", "gradio_api/vibe-edit"),
+        *("gradio_api/vibe-starter-queries", "monitoring"),
+    )
+    for rest in ("", "/{path:path}")
+) + ("/gradio_api/proxy={path:path}",)
+# what a browser may show of an upload; all else is downloaded
+IMAGE_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".bmp": "image/bmp",
+    ".avif": "image/avif",
+}
+
+
+def browser_token(cookies: Mapping[str, str]) -> str | None:
+    """Return a browser's token; None without a cookie of ours."""
+    given = (cookies.get(COOKIE), cookies.get(FRAMED_COOKIE))
+    return next((token for token in given if token and TOKEN.fullmatch(token)), None)
+
+
+def owner_of(username: str | None, cookies: Mapping[str, str], by_name: bool = True) -> str | None:
+    """Return the owner, "user:<name>" or "browser:<token>"; None without a login and without a cookie.
+
+    Args:
+        username: of the login; None without one.
+        cookies: of the request.
+        by_name: whether the login's name owns conversations; False: the browser's token does, as where everybody
+            logs in with one shared key under any name.
+    """
+    if username and by_name:
+        return f"user:{username}"
+    token = browser_token(cookies)
+    return f"browser:{token}" if token else None
+
+
+class OwnerCookie:
+    """ASGI middleware that gives each browser its token, with every HTML page.
+
+    The token is in two cookies: one for the page in a tab of its own, one (partitioned, which browsers take from https
+    and from this machine only) for the page in the frame of a notebook at another address, such as localhost.
+
+    Args:
+        app: the ASGI application.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        token = browser_token(HTTPConnection(scope).cookies) or secrets.token_hex(32)
+        common = f"{token}; Path=/; Max-Age={COOKIE_S}; HttpOnly"
+        secure = "; Secure" if scope.get("scheme") == "https" else ""
+        cookies = (
+            f"{COOKIE}={common}; SameSite=Lax{secure}",
+            f"{FRAMED_COOKIE}={common}; SameSite=None; Secure; Partitioned",
+        )
+
+        async def send_with_cookies(message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                if dict(headers).get(b"content-type", b"").startswith(b"text/html"):
+                    headers += [(b"set-cookie", cookie.encode()) for cookie in cookies]
+                    headers.append((b"cache-control", b"no-store"))  # no cache may hand out somebody's token
+                    message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, send_with_cookies)
+
+
+class SameOrigin:
+    """ASGI middleware that refuses what pages of other origins ask with their reader's cookies.
+
+    Cookies know no ports, so SameSite does not stop another user's page on this machine, and Gradio lets the scripts of
+    all of localhost read its answers. Browsers say where a request comes from, programs say nothing.
+
+    Args:
+        app: the ASGI application.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http" and is_from_elsewhere(scope["method"], HTTPConnection(scope).headers):
+            response = PlainTextResponse("A page of another origin may not ask here.", 403)
+            await response(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+def is_from_elsewhere(method: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a page of another origin sends a request; following a link from there is not meant."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    if origin is None and method in ("GET", "HEAD"):
+        return False
+    if site is not None:  # of https and of this machine; right behind a proxy that changes Host, too
+        return site not in ("same-origin", "none")
+    hosts = (headers.get("host"), headers.get("x-forwarded-host"))  # which no script of elsewhere can set
+    return origin is not None and origin.partition("://")[2] not in hosts
+
+
+class OwnQueue:
+    """ASGI middleware that gives a session's answers, which Gradio's queue sends to whoever names the session or one of
+    its events, to who asked alone (`remember_who_asks`).
+
+    Args:
+        app: the ASGI application.
+    """
+
+    PATHS = re.compile(r"/gradio_api/(queue/data|call/(?:v2/)?[^/]+/(?P<event>[^/]+))/?$")
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        wanted = self.PATHS.search(scope["path"]) if scope["type"] == "http" and scope["method"] == "GET" else None
+        if wanted:
+            request = Request(scope)
+            queue = request.app.get_blocks()._queue  # noqa: SLF001
+            session = wanted["event"] or request.query_params.get("session_hash")
+            session = queue.sessions.get(session, session)
+            who = (login_of(request), browser_token(request.cookies))
+            if queue.askers.get(session, who) != who:
+                await not_found(request)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def remember_who_asks(queue) -> None:
+    """Make Gradio's queue remember who began each session, and refuse the questions of others in it.
+
+    It gets `askers`, login and browser's token by session, and `sessions`, by event; those of long ago are forgotten,
+    answers long sent.
+    """
+    queue.askers, queue.sessions, push = {}, {}, queue.push
+
+    async def push_of_one(body, request: Request, username: str | None):
+        who = (username, browser_token(request.cookies))
+        if queue.askers.get(body.session_hash, who) != who:
+            return False, "This session is another browser's.", "error"
+        if body.session_hash:  # before it is asked: the answer may be there at once
+            queue.askers[body.session_hash] = who
+        success, event, state = await push(body=body, request=request, username=username)
+        if success:
+            session = queue.sessions[event] = body.session_hash or event
+            queue.askers[session] = who
+        for kept in (queue.askers, queue.sessions):
+            while len(kept) > MAX_SESSIONS:
+                del kept[next(iter(kept))]
+        return success, event, state
+
+    queue.push = push_of_one
+
+
+def login_of(request: Request) -> str | None:
+    """Return the name that a request to Gradio's app is logged in with, as Gradio finds it; None without a login."""
+    app, cookies = request.app, request.cookies
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return app.tokens.get(cookies.get(names[0]) or cookies.get(names[1]))
+
+
+class Files:
+    """Serves the page's files in place of Gradio: pictures to their conversation's owner, examples, and uploads as
+    images or downloads, never as HTML, SVG or XML.
+
+    Args:
+        conversations: whose pictures and examples are served.
+        uploads: Gradio's folder of uploads and exports.
+        by_name: as for `owner_of`.
+    """
+
+    def __init__(self, conversations: Conversations, uploads: Path, by_name: bool = True):
+        self.conversations, self.uploads, self.by_name = conversations, uploads, by_name
+
+    def app_kwargs(self) -> dict:
+        """Arguments of Gradio's app: these routes go before its own."""
+        return {
+            "routes": [
+                Route("/gradio_api/file={path:path}", self.serve),
+                Route("/gradio_api/file/{path:path}", self.serve),
+                *(Route(path, not_found, methods=["GET", "POST"]) for path in UNUSED),
+            ],
+            "middleware": [
+                Middleware(SecurityHeaders),
+                Middleware(SameOrigin),
+                Middleware(OwnerCookie),
+                Middleware(OwnQueue),
+            ],
+        }
+
+    def serve(self, request: Request) -> Response:
+        """Respond with a file; 404 for all that the request's owner may not see."""
+        username = login_of(request)
+        if request.app.auth is not None and username is None:
+            return not_found(request)
+        path = self._path(request.path_params["path"], owner_of(username, request.cookies, self.by_name))
+        if path is None:
+            return not_found(request)
+        kind = IMAGE_TYPES.get(path.suffix.lower())
+        return FileResponse(
+            path,
+            media_type=kind or "application/octet-stream",
+            filename=path.name,
+            content_disposition_type="inline" if kind else "attachment",
+            headers={"cache-control": "private, max-age=3600"},
+        )
+
+    def _path(self, name: str, owner: str | None) -> Path | None:
+        """Return an owner's picture, an example, or an upload or export, whose folder's name nobody can guess."""
+        picture = file_within(self.conversations.pictures, name)
+        if picture is not None:
+            key = picture.relative_to(self.conversations.pictures).parts[0]
+            return picture if owner is not None and self.conversations.owner(key) == owner else None
+        return file_within(self.conversations.examples, name) or file_within(self.uploads, name)
+
+
+def file_within(folder: Path, name: object) -> Path | None:
+    """Return the path of a regular file in a folder, by its absolute name without links and dots; None for all else.
+
+    Args:
+        name: a value that somebody sent.
+    """
+    if not isinstance(name, str):
+        return None
+    try:
+        path = folder.resolve() / Path(name).relative_to(folder)
+        return path if path.is_file() and path == path.resolve(strict=True) else None
+    except (OSError, ValueError, RuntimeError):  # missing or outside; a null byte; links in a circle
+        return None
+
+
+def not_found(request: Request) -> Response:
+    """Respond that there is no such file, whether or not there is."""
+    return PlainTextResponse("Not found", 404)

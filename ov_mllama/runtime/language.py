@@ -1,0 +1,355 @@
+"""The language IR: compiled once, run by as many sessions as there are conversations, each with its own KV cache.
+
+    prompt, encoded images -> Session.prefill -> logits -> Session.decode -> logits -> ...
+
+This file knows tensors and state. What `generate` wants of a model is in `model.py`.
+"""
+
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from .cross_attention import (
+    CrossAttention,
+    DeviceTensors,
+    as_port_takes,
+    no_images,
+    read_in_bf16,
+    restrict,
+)
+from .devices import choose
+from .inference import Progress, check_stop
+from .ir import ir_stamp
+from .kv_cache import OVCache, Prompt
+from .shapes import MllamaShapes
+from .vision import Encoded, check_finite
+
+# Tokens of a prompt computed at once, all rows together: the longest that a person who stops it waits, 2.8 s with the
+# 11B on two cores. It costs a tenth of the time of long prompts, steps of 64 would a fifth, of 32 two fifths
+# (benchmarks/README.md).
+PREFILL_TOKENS = 128
+GONE = "There is nothing to go on with, or it was lost when a step failed: begin with prefill."
+
+
+def prefill_step(batch: int) -> int:
+    """Tokens of each row that are computed at once, see PREFILL_TOKENS."""
+    return max(1, PREFILL_TOKENS // batch)
+
+
+def language_inputs(
+    input_ids: np.ndarray,
+    cross_attention: CrossAttention | None = None,
+    attention_mask: np.ndarray | None = None,
+    position_ids: np.ndarray | None = None,
+    beam_idx: np.ndarray | None = None,
+    past: int = 0,
+    logits_to_keep: int = 1,
+) -> dict[str, np.ndarray]:
+    """Everything that one inference of the language IR takes, by port name.
+
+    Args:
+        input_ids: i64 [batch, query].
+        cross_attention: None for a plain Llama only, whose IR takes no images.
+        attention_mask: i64 [batch, past + query]; default all ones.
+        position_ids: i64 [batch, query]; default consecutive after `past`.
+        beam_idx: i32 [batch], state row that each row continues; default its own.
+        past: columns that the state holds already.
+        logits_to_keep: how many of the last positions get logits.
+    """
+    batch, query = input_ids.shape
+    if attention_mask is None:
+        attention_mask = np.ones((batch, past + query), np.int64)
+    if position_ids is None:
+        position_ids = np.arange(past, past + query)[None].repeat(batch, 0)
+    inputs = {
+        # copied: OpenVINO goes on using their memory after the call, and a request that is made later may write there
+        "input_ids": np.array(input_ids, np.int64),
+        "attention_mask": np.array(attention_mask, np.int64),
+        "position_ids": np.array(np.broadcast_to(position_ids, (batch, query)), np.int64),
+        "beam_idx": np.arange(batch, dtype=np.int32) if beam_idx is None else beam_idx,
+        "logits_to_keep": np.array(logits_to_keep, np.int64),
+    }
+    if cross_attention:
+        inputs |= {"cross_attention_bias": cross_attention.bias, "sees_image": cross_attention.sees_image}
+        inputs |= {name: as_port_takes(array) for name, array in cross_attention.key_values.items()}
+    return inputs
+
+
+class OVLanguageModel:
+    """Compiled weights, without a conversation; `session()` begins one.
+
+    Args:
+        path: of the IR.
+        shapes: of the checkpoint; without cross-attention layers the model is a plain Llama.
+        device, ov_config: as for `OVMLlamaForConditionalGeneration`.
+        stamp: the IR's, if it was read already: it decides what the model is computed in.
+        device_memory: keep the K/V that a session reads in a GPU's own memory, see `DeviceTensors`.
+
+    Attributes:
+        chosen: what it is computed in on this device, and why (`devices.choose`).
+        reads_bf16: whether it takes images' K/V in bf16.
+        row_mask: tokens that see no image do not depend on any (`reference.Reference`).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shapes: MllamaShapes,
+        device: str = "CPU",
+        ov_config: dict | None = None,
+        stamp: dict[str, str] | None = None,
+        device_memory: bool = False,
+    ):
+        self.shapes = shapes
+        self.turn = threading.RLock()  # all sessions share one graph
+        stamp = ir_stamp(Path(path)) if stamp is None else stamp
+        self.chosen = choose("language", stamp, device, ov_config)
+        self.reads_bf16 = self.chosen.bf16
+        self.row_mask = stamp.get("row_mask") == "on"
+        self._ir = (path, device, self.chosen.properties)
+        self._compiled: ov.CompiledModel | None = None
+        self._cache_bits = 32  # until it is compiled
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.context = self.compiled.get_context() if device_memory and device.startswith("GPU") else None
+
+    @property
+    def compiled(self) -> ov.CompiledModel:
+        """The weights as the device wants them; compiled anew after an inference that failed, see `infer`."""
+        if self._compiled is None:
+            model, device, properties = self._ir
+            if self.reads_bf16:
+                model = read_in_bf16(ov.Core().read_model(model), self.shapes.cross_kv_names)
+            self._compiled = ov.Core().compile_model(model, device, properties)
+            # asked now: beside an inference the plugin lets this question wait for its end, and all of Python with it
+            self._cache_bits = kv_cache_bits(self._compiled)
+        return self._compiled
+
+    def session(self) -> "Session":
+        """A conversation with an empty KV cache. The compiled weights are shared with all others."""
+        session = Session(self)
+        self._sessions.add(session)
+        return session
+
+    def infer(self, request: ov.InferRequest, inputs: dict[str, np.ndarray]) -> float:
+        """One step of a session, never ended half way. Returns its seconds; outputs are in the request until its next.
+
+        An inference that fails or is cancelled half way leaves OpenVINO's CPU plugin (2026.4) in a state that gives
+        wrong numbers for right input, in silence, or writes where it must not: all requests share one graph, each of
+        its nodes keeps the shapes it saw last and what it prepared for them, and then some have the new call's, the
+        others the call's before. Inferences of other shapes put it right after most failures, yet after one that was
+        cancelled the process crashes in them every thirtieth time (tests/test_recovery.py). So nothing is cancelled
+        here, `Session.prefill` looks for `stop` between its chunks, and what has failed is compiled anew; the tokens of
+        all sessions are gone then. Ctrl-C is no failure: Python raises it when the inference has ended.
+        """
+        with self.turn:
+            started = time.perf_counter()
+            try:
+                request.infer(inputs, share_inputs=True)
+            except Exception:
+                for session in list(self._sessions):
+                    session.reset()
+                self._compiled = None
+                raise
+            return time.perf_counter() - started
+
+    def warm_up(self) -> float:
+        """Runs once, because a CPU repacks compressed weights at the first inference. Returns the seconds it took."""
+        view = no_images(self.shapes) if self.shapes.cross_layers else None
+        view = view.in_bf16() if view and self.reads_bf16 else view
+        return self.infer(self.compiled.create_infer_request(), language_inputs(np.zeros((1, 1), np.int64), view))
+
+    @property
+    def column_bytes(self) -> float:
+        """Bytes that one token of one row takes in a session's KV cache."""
+        return 2 * len(self.shapes.self_layers) * self.shapes.num_kv_heads * self.shapes.head_dim * self._cache_bits / 8
+
+
+def kv_cache_bits(compiled: ov.CompiledModel) -> int:
+    """Of a number in the KV cache; 32 where the device does not say."""
+    if "KV_CACHE_PRECISION" in compiled.get_property("SUPPORTED_PROPERTIES"):
+        return compiled.get_property("KV_CACHE_PRECISION").bitwidth
+    return 32
+
+
+class Session:
+    """One conversation: an infer request whose state is its KV cache.
+
+    Attributes:
+        cache: whose tokens are in the state; None before the first prompt, and after a step that failed.
+    """
+
+    def __init__(self, model: OVLanguageModel):
+        self.model = model
+        self.cache: OVCache | None = None
+        self._request: ov.InferRequest | None = None  # made when it is needed
+        self._device_tensors = DeviceTensors(model.context) if model.context else None
+
+    def prefill(
+        self,
+        prompt: Prompt,
+        encoded: Encoded | None = None,
+        cache: OVCache | None = None,
+        stop: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Begins a prompt and computes what of it the KV cache does not hold already.
+
+        Args:
+            encoded: the prompt's images; None for text only, and where `holds_images`.
+            cache: an empty one to fill; default a new one. It is `self.cache` from now on.
+            stop: cancels after the `PREFILL_TOKENS` under way; those before stay in the KV cache.
+            progress: told how many tokens are left.
+        Returns:
+            logits f32 [batch, prompt.logits_to_keep, vocab].
+        Raises:
+            Stopped: `stop` was set.
+        """
+        cache = OVCache() if cache is None else cache
+        reused, previous, self.cache = self.reusable(prompt), self.cache, None
+        cache.session, cache.batch, cache.image_keys = self, len(prompt.input_ids), prompt.image_keys
+        cache.seen, cache.last_seen = prompt.seen[0], prompt.seen[:, -1:]
+        if reused and previous:
+            previous.truncate(reused)
+            cache.columns, cache.tokens, cache.size = [*previous.columns], [*(previous.tokens or ())], previous.size
+        else:
+            cache.columns, cache.tokens, cache.size = [], [], 0
+            if self._request:
+                self._request.reset_state()
+        cache.stats.reused_tokens = reused
+        cache.tokens = cache.tokens if prompt.is_plain else None
+        rest = prompt.seen[:, reused:]
+        same_images = previous is not None and previous.image_keys == cache.image_keys
+        if reused and previous and same_images and np.array_equal(previous.last_seen, cache.last_seen):
+            view = previous.cross_attention
+        else:
+            if previous:
+                previous.cross_attention = None  # 0.1 GB for each tile of the 11B: not both at once
+            view = self._view(encoded, cache.last_seen)
+        cache.cross_attention = view
+        if not (rest == cache.last_seen).all():
+            view = self._view(encoded, rest)
+        return self._in_chunks(cache, prompt, reused, view, stop, progress or Progress())
+
+    def _in_chunks(
+        self, cache: OVCache, prompt: Prompt, reused: int, view: CrossAttention | None, stop, progress: Progress
+    ) -> np.ndarray:
+        """A prompt's tokens after the `reused` ones, so many at a time that a person who stops it does not wait."""
+        batch, length = prompt.input_ids.shape
+        step = prefill_step(batch)
+        logits, seconds = [], 0.0
+        for start in range(reused, length, step):
+            check_stop(stop)
+            progress.enter(f"Reading {length - start} tokens")
+            chunk = slice(start, min(start + step, length))
+            alike = (prompt.seen[:, chunk] == cache.last_seen).all()
+            read = cache.cross_attention if alike else view and view.tokens(slice(start - reused, chunk.stop - reused))
+            mask = None if prompt.attention_mask is None else prompt.attention_mask[:, : chunk.stop]
+            positions = None if prompt.position_ids is None else prompt.position_ids[:, chunk]
+            wanted = min(prompt.logits_to_keep - (length - chunk.stop), chunk.stop - start)  # of this chunk
+            rows, took = self._compute(cache, prompt.input_ids[:, chunk], read, mask, positions, max(wanted, 1))
+            seconds += took
+            if wanted > 0:
+                logits.append(rows)
+        cache.stats.count_step(seconds)
+        progress.enter("Writing")  # a word is whole with the token after it
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+
+    def decode(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        position_ids: np.ndarray | None = None,
+        logits_to_keep: int = 1,
+    ) -> np.ndarray:
+        """Logits f32 [batch, logits_to_keep, vocab] for tokens that follow those in the KV cache.
+
+        Args:
+            input_ids: i64 [batch, query].
+            attention_mask: i64 [batch, past + query], default all ones; past counts tokens, hidden columns not.
+            position_ids: i64 [batch, query], default consecutive.
+        Raises:
+            ValueError: nothing has been begun, or the step before failed.
+        """
+        cache = self.cache
+        if cache is None:
+            raise ValueError(GONE)
+        past = len(cache.columns)
+        in_order = position_ids is None or np.array_equal(position_ids[0], np.arange(past, past + input_ids.shape[1]))
+        if not in_order or (attention_mask is not None and not attention_mask.all()):
+            cache.tokens = None  # what was computed so is nobody else's beginning
+        view = cache.cross_attention
+        logits, seconds = self._compute(cache, input_ids, view, attention_mask, position_ids, logits_to_keep)
+        cache.stats.count_step(seconds)
+        return logits
+
+    def reusable(self, prompt: Prompt) -> int:
+        """How many tokens of a prompt need not be computed. Not less than half of the state: most of it would be
+        hidden columns, and each step reads them all."""
+        shared = self.cache.common_prefix(prompt, self.model.row_mask) if self.cache else 0
+        return shared if 2 * shared >= self.cache_size else 0
+
+    def holds_images(self, prompt: Prompt) -> bool:
+        """Whether the K/V of a prompt's images are here as its new tokens read them, so that they need no encoding."""
+        cache, reused = self.cache, self.reusable(prompt)
+        if not cache or not reused or prompt.image_keys != cache.image_keys:
+            return False
+        return bool((prompt.seen[:, reused:] == cache.last_seen).all())
+
+    @property
+    def cache_size(self) -> int:
+        """Columns in the state, of all rows."""
+        return self.cache.size * self.cache.batch if self.cache else 0
+
+    @property
+    def held_bytes(self) -> float:
+        """Bytes of the KV cache and, with the 11B often more, of what is read of the images."""
+        if self.cache is None:
+            return 0
+        view = self.cache.cross_attention if self.cache.last_seen.shape[-1] else None
+        size = 2 if self.model.reads_bf16 else 4
+        images = sum(size * int(np.prod(array.shape)) for array in view.key_values.values()) if view else 0
+        return self.model.column_bytes * self.cache_size + images
+
+    def reset(self) -> None:
+        """Forgets the conversation, and gives its memory back: a request holds its last inputs, images among them."""
+        self.cache = self._request = None
+
+    def _view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
+        shapes = self.model.shapes
+        if not shapes.cross_layers:
+            return None
+        view = restrict(encoded, seen, shapes, self.model.row_mask) if encoded else no_images(shapes)
+        view = view.in_bf16() if self.model.reads_bf16 else view
+        return self._device_tensors.place(view) if self._device_tensors else view
+
+    def _compute(
+        self, cache: OVCache, input_ids, view, attention_mask, position_ids, logits_to_keep
+    ) -> tuple[np.ndarray, float]:
+        """One step: tokens into the state and into `cache`, logits and seconds out.
+
+        Raises:
+            ValueError: the tokens before are gone.
+        """
+        past = len(cache.columns)
+        if attention_mask is None:
+            attention_mask = np.ones((len(input_ids), past + input_ids.shape[1]), np.int64)
+        inputs = language_inputs(
+            input_ids, view, cache.hide(attention_mask), position_ids, cache.beam_idx, past, logits_to_keep
+        )
+        with self.model.turn:
+            if past and self._request is None:
+                raise ValueError(GONE)
+            request = self._request = self._request or self.model.compiled.create_infer_request()
+            self.cache = None  # a step that fails or is interrupted leaves a state that nothing may build on
+            seconds = self.model.infer(request, inputs)
+            # copied, because the next step's logits go into the same memory
+            logits = request.get_tensor("logits").data.copy()
+            check_finite(logits, "logits")
+            cache.append(input_ids)
+            cache.beam_idx = None
+            self.cache = cache
+        return logits, seconds

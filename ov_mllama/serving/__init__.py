@@ -1,0 +1,43 @@
+"""Llama 3.2 Vision for other programs: an OpenAI-compatible server, and captions for folders of pictures."""
+
+from pathlib import Path
+
+
+def load(
+    model_dir: Path,
+    device: str = "CPU",
+    language: str | None = None,
+    encoder: str | None = None,
+    threads: int | None = None,
+    **options,
+):
+    """The model of a folder, the compressed one made last where no file is named, and its processor.
+
+    Args:
+        language, encoder: names of its .xml files.
+        threads: of a process that shares its machine with others; None for all.
+        options: of `OVMLlamaForConditionalGeneration`.
+    """
+    from transformers import AutoProcessor
+
+    from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
+    from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+
+    # bound to cores, the threads of each process would take the machine's first ones and leave the others idle
+    shared = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    model = OVMLlamaForConditionalGeneration(
+        model_dir,
+        device,
+        ov_config=shared if threads else None,
+        language_model_name=language or newest(model_dir, LANGUAGE_MODEL_NAME),
+        image_encoder_name=encoder or newest(model_dir, VISION_ENCODER_NAME),
+        **options,
+    )
+    return model, AutoProcessor.from_pretrained(model_dir, backend="pil")
+
+
+def positive(text: str) -> int:
+    """A number of the command line that is at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
