@@ -64,7 +64,9 @@ def show_plan(plan) -> None:
     Args:
         plan: `ov_mllama.export.plan.Plan`.
     """
-    print(f"Free: {plan.machine.memory / GB:.0f} GB of memory, {plan.machine.disk / GB:.0f} GB of disk.", *plan.lacking)
+    print(
+        f"Free: {plan.machine.memory / GB:.0f} GB of memory, {plan.machine.disk / GB:.0f} GB of disk.", *plan.shortfalls
+    )
     display(Markdown(str(plan)))
 
 

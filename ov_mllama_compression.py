@@ -15,10 +15,10 @@ from ov_mllama.export.compress import DATA_METRICS, compress_language_model, mak
 from ov_mllama.export.settings import (
     DATA_METRIC,
     DEFAULT_SOURCES,
+    DEFAULT_VISION_OPTION,
     GROUP_SIZES,
     INT4,
     INT8,
-    NEEDS_NO_PICTURES,
     VISION_OPTIONS,
     Settings,
 )
@@ -151,7 +151,7 @@ def vision_encoder_selection_widget(device: str = "CPU") -> ipywidgets.Dropdown:
     Args:
         device: there for the published notebook's sake: the same is chosen at first for all.
     """
-    options = {"options": list(VISION_OPTIONS), "value": NEEDS_NO_PICTURES}
+    options = {"options": list(VISION_OPTIONS), "value": DEFAULT_VISION_OPTION}
     return ipywidgets.Dropdown(**options, description="Vision encoder", style=WIDE)
 
 

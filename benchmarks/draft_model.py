@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList
 from benchmarks.benchmark import Dictated, provenance, report
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME, newest
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
-from ov_mllama.runtime.speculative import OVDraftModel, Schedule
+from ov_mllama.runtime.speculative import DraftLengthPolicy, OVDraftModel
 
 CHANCES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 PROMPT, ANSWER = 32, 64
@@ -31,10 +31,10 @@ class Guessing(OVDraftModel):
     def dictate(self, answer: np.ndarray, chance: float, drafts: int | None) -> None:
         """From now on each guess is right with this chance."""
         self.answer, self.chance, self.drafts = answer, chance, drafts
-        self.rng, self.schedule = np.random.default_rng(0), Schedule()
+        self.rng, self.schedule = np.random.default_rng(0), DraftLengthPolicy()
         self.session.reset()
 
-    def likeliest(self, logits, place):
+    def greedy_token(self, logits, place):
         right = self.rng.random() < self.chance
         return int(self.answer[min(place, len(self.answer) - 1)]) if right else int(logits[0, -1].argmax())
 

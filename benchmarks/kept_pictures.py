@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 
 from demo_model.evaluate import heldout_samples
 from ov_mllama.export.quality import batches, greedy
-from ov_mllama.runtime.image_cache import EncodedImage, KeptImages
+from ov_mllama.runtime.image_cache import EncodedImage, ImageCache
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
 
@@ -28,7 +28,7 @@ def converted(image: EncodedImage, dtype: torch.dtype) -> EncodedImage:
     return EncodedImage(arrays, image.tile_counts)
 
 
-class HalfKeptImages(KeptImages):
+class HalfKeptImages(ImageCache):
     """Kept in 16 bit, handed out in 32."""
 
     def get(self, key):
@@ -80,7 +80,7 @@ def main() -> None:
     processor, samples = AutoProcessor.from_pretrained(options.model_dir), list(heldout_samples(options.questions))
     exact = answers(model, processor, samples)
     model.forget()
-    model.image_encoder.kept = HalfKeptImages(model.image_encoder.kept.room)
+    model.image_encoder.kept = HalfKeptImages(model.image_encoder.kept.max_bytes)
     half = answers(model, processor, samples)
     print(f"{sum(a != b for a, b in zip(exact, half, strict=True))} of {len(samples)} answers differ")
 

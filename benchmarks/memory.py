@@ -1,7 +1,7 @@
 """Anonymous memory while pictures are asked about: python -m benchmarks.memory MODEL_DIR [--hoard]
 
 After each step GB of this process, mapped files left out; `--hoard` leaves freed memory with the C library, as it is
-without `ov_mllama.runtime.memory.give_back`.
+without `ov_mllama.runtime.memory.trim_memory`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.hoard:
         for module in (ov_mllama.runtime.vision, ov_mllama.runtime.sessions):
-            module.give_back = lambda: None
+            module.trim_memory = lambda: None
 
     def note(what: str) -> None:
         print(f"{what}: {anonymous(os.getpid()):.2f} GB", flush=True)

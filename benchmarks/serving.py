@@ -20,7 +20,7 @@ from ov_mllama.export.samples import photographs
 from ov_mllama.serving import load
 from ov_mllama.serving.images import ImageFile
 from ov_mllama.serving.protocol import Question
-from ov_mllama.serving.scheduler import Batches
+from ov_mllama.serving.scheduler import Scheduler
 
 
 def question(picture: ImageFile, words: str, tokens: int) -> Question:
@@ -29,7 +29,7 @@ def question(picture: ImageFile, words: str, tokens: int) -> Question:
     return Question([{"role": "user", "content": content}], [picture], tokens)
 
 
-async def ask_all(batches: Batches, picture, clients: int, rounds: int, tokens: int) -> float:
+async def ask_all(batches: Scheduler, picture, clients: int, rounds: int, tokens: int) -> float:
     """Tokens a second of so many clients, each with so many questions."""
     total = 0
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, processor = load(options.model_dir, check_golden=False)
-    batches = Batches(model, processor)
+    batches = Scheduler(model, processor)
     file = io.BytesIO()
     photographs()[0]["image"].save(file, "png")
     picture = ImageFile.from_bytes(file.getvalue())

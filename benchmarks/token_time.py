@@ -58,7 +58,7 @@ def steps(model, inputs, count: int):
 def read_bytes(config, rows: int, in_bf16: bool) -> dict[str, float]:
     """Bytes that a token reads of each part of a model with INT4 weights, its head in INT8."""
     size, text = costs.weights(config), config.text_config
-    in_4_bit = costs.SCALES * (1 - costs.SAVED_BY_INT4)
+    in_4_bit = costs.SCALES * (1 - costs.INT4_SAVING)
     head_dim = text.hidden_size // text.num_attention_heads
     layers = len(text.cross_attention_layers)
     return {

@@ -13,7 +13,14 @@ from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.cli import exit_on_user_error
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import markdown
-from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, files_to_load, plan_here, prepare, say_what_loads
+from ov_mllama.export.prepare import (
+    DRAFT_FOLDER,
+    default_folder,
+    files_to_load,
+    plan_here,
+    prepare,
+    print_load_estimate,
+)
 from ov_mllama.export.samples import calibration_samples
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.devices import check_device
@@ -39,7 +46,7 @@ def run_plan(options: argparse.Namespace) -> None:
     """Says what this machine would do with a checkpoint, for a chat."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
     made = plan_here(options.checkpoint, model_dir, options.draft, True, options.reference)
-    print(made, *made.lacking, sep="\n")
+    print(made, *made.shortfalls, sep="\n")
 
 
 def run_prepare(options: argparse.Namespace) -> Path:
@@ -62,7 +69,9 @@ def run_chat(options: argparse.Namespace) -> None:
     language, vision = files_to_load(model_dir, options.language_model, options.image_encoder)
     draft = load_draft(options) if options.draft else None  # what it takes to make it, while nothing large is in memory
     examples = questions_about(options.checkpoint or model_dir)[:3]
-    say_what_loads(model_dir, options.device, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft))
+    print_load_estimate(
+        model_dir, options.device, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft)
+    )
     model = OVMLlamaForConditionalGeneration(
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )

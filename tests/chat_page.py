@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from playwright.sync_api import expect
 
 from conftest import DEMO
-from ov_mllama.runtime.image_cache import PictureClock
+from ov_mllama.runtime.image_cache import EncodingTimes
 from ov_mllama.runtime.inference import check_stop
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
@@ -36,7 +36,7 @@ class Slow(OVMLlamaForConditionalGeneration):
 
     def as_new(self, picture_s=0.0, step_s=0.0):
         self.forget()
-        self.image_encoder._clock = PictureClock()
+        self.image_encoder._clock = EncodingTimes()
         self.picture_s, self.step_s, self.looks, self.given_up = picture_s, step_s, [], 0
 
     def look(self, inputs, stop):

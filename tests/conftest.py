@@ -238,9 +238,11 @@ def server(slow_demo, processor):
     """The address of the OpenAI-compatible server, answered by `slow_demo`."""
     from openai_client import KEY, served
     from ov_mllama.serving.app import create_app
-    from ov_mllama.serving.scheduler import Batches
+    from ov_mllama.serving.scheduler import Scheduler
 
-    with served(create_app(Batches(slow_demo, processor, size=4, line=6), "demo", KEY, max_bytes=2_000_000)) as url:
+    with served(
+        create_app(Scheduler(slow_demo, processor, size=4, max_queue=6), "demo", KEY, max_bytes=2_000_000)
+    ) as url:
         yield url
 
 

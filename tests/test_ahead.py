@@ -10,7 +10,7 @@ import torch
 
 from conftest import F32
 from ov_mllama.runtime.images import at_detail
-from ov_mllama.runtime.inference import Stopped, run, turn_of
+from ov_mllama.runtime.inference import Cancelled, acquire, run
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.prompts import prompt_tensors
 
@@ -131,7 +131,7 @@ def test_it_is_given_up_at_once(pair, model, held):
     assert held.begun.wait(5)
     stop.set()
     started = time.perf_counter()
-    assert isinstance(ahead.result(), Stopped)
+    assert isinstance(ahead.result(), Cancelled)
     assert time.perf_counter() - started < 1
     assert held.cancelled == 1
     assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
@@ -144,7 +144,7 @@ def test_waiting_for_another_image_is_given_up_too(pair, model, held):
     stop = threading.Event()
     second = Thread(model.encode_images, **picture_of(pair.inputs("tall")), stop=stop)
     stop.set()
-    assert isinstance(second.result(), Stopped)
+    assert isinstance(second.result(), Cancelled)
     assert ahead.is_alive()
     assert held.runs == 1
 
@@ -157,7 +157,7 @@ def test_an_answer_is_stopped_while_its_image_is_encoded(pair, model, held):
     asked = Thread(model.generate, **inputs, **GREEDY, stop=stop)
     assert held.begun.wait(5)
     stop.set()
-    assert isinstance(asked.result(), Stopped)
+    assert isinstance(asked.result(), Cancelled)
     held.released.set()
     assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
 
@@ -175,7 +175,7 @@ def test_an_answer_is_stopped_while_its_prompt_is_computed(pair, model, monkeypa
         return infer(request, given)
 
     monkeypatch.setattr(model.language_model, "infer", stopped_in_the_fourth)
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         model.generate(**inputs, **GREEDY, stop=stop)
     assert computed == [3] * 4
     stop.clear()
@@ -208,7 +208,7 @@ def test_waiting_for_a_turn_is_given_up():
     lock, stop = threading.RLock(), threading.Event()
 
     def wait():
-        with turn_of(lock, stop):
+        with acquire(lock, stop):
             pytest.fail("it was not its turn")
 
     with lock:
@@ -216,8 +216,8 @@ def test_waiting_for_a_turn_is_given_up():
         time.sleep(0.1)
         assert waiting.is_alive()
         stop.set()
-        assert isinstance(waiting.result(), Stopped)
-    with turn_of(lock):
+        assert isinstance(waiting.result(), Cancelled)
+    with acquire(lock):
         pass
 
 
@@ -271,7 +271,7 @@ def test_images_ahead_wait_while_a_prompt_waits_for_another(pair, model, held):
     waiting = [Thread(model.encode_images, **picture_of(pair.inputs("wide")), stop=event) for event in (None, stop)]
     time.sleep(0.3)
     stop.set()
-    assert isinstance(waiting[1].result(), Stopped)
+    assert isinstance(waiting[1].result(), Cancelled)
     assert held.runs == 0
     wanted.remove(b"another")
     assert len(waiting[0].result()) == held.runs == 1
@@ -280,7 +280,7 @@ def test_images_ahead_wait_while_a_prompt_waits_for_another(pair, model, held):
 def test_an_inference_that_is_stopped_before_is_not_begun(model, held):
     stop = threading.Event()
     stop.set()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(held, {}, stop)
     assert held.runs == held.cancelled == 0
 
@@ -288,9 +288,9 @@ def test_an_inference_that_is_stopped_before_is_not_begun(model, held):
 def test_a_stop_that_is_set_before_begins_nothing(pair, model, held):
     stop = threading.Event()
     stop.set()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         model.encode_images(**picture_of(pair.inputs("wide")), stop=stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         model.generate(**pair.inputs("wide"), **GREEDY, stop=stop)
     assert held.runs == 0
 

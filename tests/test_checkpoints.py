@@ -304,7 +304,7 @@ def test_nothing_of_an_earlier_checkpoint_stays(two, tmp_path):
 
 
 class Killed(BaseException):
-    """As a kill: nothing that would tidy up afterwards changes a file."""
+    """As a kill: nothing that would clean up afterwards changes a file."""
 
 
 def killed_at(monkeypatch, step: int) -> list[str]:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from chat_page import wait_until
-from ov_mllama.chat.answers import Chat, Wishes
+from ov_mllama.chat.answers import Chat, GenerationSettings
 from ov_mllama.chat.owners import COOKIE
 from ov_mllama.chat.pages import Pages
 from ov_mllama.chat.store import ANSWERED, CUT, MIGRATIONS, STOPPED, WAITING, Conversation, Conversations, Turn
@@ -268,7 +268,7 @@ def test_pictures_of_no_conversation_go_after_a_day(kept, picture):
     pictures = [kept.keep(conversation, picture) for conversation in (asked, dropped, new)]
     for conversation in (asked, dropped):
         os.utime(kept.pictures / conversation.id, (0, 0))
-    kept.tidy()
+    kept.delete_orphans()
     assert [path.is_file() for path in pictures] == [True, False, True]
 
 
@@ -281,7 +281,7 @@ def test_uploads_of_a_killed_program_go_after_a_day(kept):
     (kept.uploads / "deleted meanwhile").symlink_to("nowhere")
     for path in (old, broken_off):
         os.utime(path, (0, 0))
-    kept.tidy()
+    kept.delete_orphans()
     assert [*kept.uploads.rglob("*.p*")] == [new / "picture.png"]
 
 
@@ -360,7 +360,7 @@ def test_programs_that_migrate_at_once_do_it_once(tmp_path):
 def test_file_of_a_newer_version_is_refused_and_left_alone(kept, version):
     write_file(kept.folder, version, a=("user:alice", []))
     before = (kept.folder / "chat.sqlite3").read_bytes()
-    for use in (kept.tidy, lambda: kept.titles("user:alice"), lambda: talk(kept, "?")):
+    for use in (kept.delete_orphans, lambda: kept.titles("user:alice"), lambda: talk(kept, "?")):
         with pytest.raises(ValueError, match=f"chat.sqlite3 has format {version}.*update the program"):
             use()
     assert (kept.folder / "chat.sqlite3").read_bytes() == before
@@ -370,7 +370,7 @@ def test_migration_that_fails_changes_nothing(kept, monkeypatch):
     write_file(kept.folder, 0, a=("user alice", []))
     monkeypatch.setattr("ov_mllama.chat.store.MIGRATIONS", (*MIGRATIONS, "SELECT no_such_column FROM settings"))
     with pytest.raises(sqlite3.OperationalError):
-        kept.tidy()
+        kept.delete_orphans()
     monkeypatch.undo()
     assert len(kept.titles("user:alice")) == 1
 
@@ -434,7 +434,7 @@ def test_save_that_fails_is_repeated_until_it_succeeds(kept, monkeypatch):
 
 def test_event_loop_does_not_wait_for_the_database(kept, monkeypatch):
     pages, request = pages_of(kept), asks()
-    kept.tidy()
+    kept.delete_orphans()
 
     async def ticks_while(coroutine) -> int:
         task, ticks = asyncio.create_task(coroutine), 0
@@ -453,10 +453,10 @@ def test_event_loop_does_not_wait_for_the_database(kept, monkeypatch):
         with contextlib.closing(sqlite3.connect(kept.folder / "chat.sqlite3")) as other:
             other.execute("BEGIN EXCLUSIVE")
             return [
-                await ticks_while(pages.news("opened", "", "", request)),
+                await ticks_while(pages.poll("opened", "", "", request)),
                 await ticks_while(pages.open("", request)),
                 await ticks_while(pages.reopen("no such", request)),
-                await ticks_while(pages.choose("opened", request, *Wishes())),
+                await ticks_while(pages.choose("opened", request, *GenerationSettings())),
                 await ticks_while(pages.delete("yes", request)),
             ]
 
@@ -490,10 +490,10 @@ def test_state_of_sessions_that_strangers_name_is_bounded(kept, monkeypatch):
     async def flood():
         for i in range(50):
             request = asks(f"session {i}", f"{i:064x}")
-            await pages.news("opened", "", "", request)
-            await pages.answer_program({"text": "?", "files": []}, request, *Wishes())
+            await pages.poll("opened", "", "", request)
+            await pages.api_chat({"text": "?", "files": []}, request, *GenerationSettings())
         for _ in range(300):
-            await pages.answer_program({"text": "?", "files": []}, request, *Wishes())
+            await pages.api_chat({"text": "?", "files": []}, request, *GenerationSettings())
         return request
 
     last = asyncio.run(flood())
@@ -547,7 +547,7 @@ def assert_stopped(kept, conversation, answer: str) -> None:
 
 def test_stopped_before_its_first_step(kept):
     async def steps(chat, conversation):
-        chat.begin(conversation, Wishes())
+        chat.begin(conversation, GenerationSettings())
         assert chat.answering(conversation)
         await chat.stop(conversation)
 
@@ -556,7 +556,7 @@ def test_stopped_before_its_first_step(kept):
 
 def test_stopped_between_words(kept):
     async def steps(chat, conversation):
-        chat.begin(conversation, Wishes())
+        chat.begin(conversation, GenerationSettings())
         await asyncio.sleep(0.05)
         assert another_program(kept).get(conversation.id, ME)  # kept from the first moment on
         await chat.stop(conversation)
@@ -575,10 +575,10 @@ def test_several_who_begin_anew_at_once_get_one_answer(kept):
     async def steps(chat, conversation):
         async def retry():
             await chat.stop(conversation)
-            chat.begin(conversation, Wishes())
+            chat.begin(conversation, GenerationSettings())
             return chat.answering(conversation).task
 
-        chat.begin(conversation, Wishes())
+        chat.begin(conversation, GenerationSettings())
         await asyncio.sleep(0.05)
         tasks = await asyncio.gather(*(retry() for _ in range(3)))
         await asyncio.sleep(0.05)
@@ -596,12 +596,12 @@ def test_a_page_is_shown_and_keeps_settings_only_once_it_was_opened(kept):
     kept.choose(me, ["Be brief.", 7, 0, 0.9])
 
     async def load():
-        assert await pages.news("", "", "", request) == gr.skip()
-        await pages.choose("", request, *Wishes())
+        assert await pages.poll("", "", "", request) == gr.skip()
+        await pages.choose("", request, *GenerationSettings())
         opened, former, *settings = await pages.open("", request)
         assert (bool(opened), former, settings) == (True, "", ["Be brief.", 7, 0, 0.9])
-        assert await pages.news(opened, "", "", request)
-        return await pages.show("", request)
+        assert await pages.poll(opened, "", "", request)
+        return await pages.refresh("", request)
 
     assert conversation.id in asyncio.run(load())
     assert pages.page(request).conversation is conversation
@@ -613,8 +613,8 @@ def test_what_is_no_longer_there_is_said(kept, tmp_path):
     async def ask():
         await pages.open("", request)
         assert await pages.undo(request) == gr.skip()
-        await pages.retry(request, *Wishes())
-        await pages.ask({"text": "?", "files": [str(tmp_path / "gone.png")]}, request, *Wishes())
+        await pages.retry(request, *GenerationSettings())
+        await pages.ask({"text": "?", "files": [str(tmp_path / "gone.png")]}, request, *GenerationSettings())
 
     with pytest.raises(gr.Error, match="gone.png has waited too long"):
         asyncio.run(ask())

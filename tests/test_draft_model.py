@@ -14,7 +14,7 @@ from demo_model.evaluate import heldout_samples
 from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.settings import Settings
 from ov_mllama.runtime.prompts import prompts_about
-from ov_mllama.runtime.speculative import STEP, TOKENS, OVDraftModel, Schedule
+from ov_mllama.runtime.speculative import STEP, TOKENS, DraftLengthPolicy, OVDraftModel
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
 from tiny_mllama import make_llama
 
@@ -68,7 +68,7 @@ def test_it_guesses_as_transformers_does(checkpoint, pair, tmp_path, monkeypatch
     text = rng.integers(60, 200, 9)
     for _ in range(6):  # as after steps in which some guesses were right, some not
         expected = original.generate(torch.tensor(text[None]), do_sample=False, max_new_tokens=4, eos_token_id=None)
-        assert exact.guess(text, 4) == expected[0, len(text) :].tolist()
+        assert exact.draft_tokens(text, 4) == expected[0, len(text) :].tolist()
         right = int(rng.integers(0, 4))
         text = np.array([*expected[0, : len(text) + right].tolist(), int(rng.integers(60, 200))])
     assert exact.session.cache.stats.reused_tokens > 0
@@ -81,7 +81,7 @@ class Knowing(OVDraftModel):
         self.answer, self.right = answer[0].numpy(), right
         return self
 
-    def guess(self, tokens, count, ends=frozenset()):
+    def draft_tokens(self, tokens, count, ends=frozenset()):
         guessed = self.answer[len(tokens) :][:count]
         return list(guessed if self.right else (guessed + 1) % self.vocab_size)
 
@@ -108,7 +108,7 @@ def test_how_many_are_drafted_follows_what_was_right(pair, draft_dir, right, mon
 
 
 def test_a_draft_that_never_hits_costs_a_twentieth():
-    schedule, extra, steps = Schedule(), 0.0, 0
+    schedule, extra, steps = DraftLengthPolicy(), 0.0, 0
     for limit in (32, 200):
         while steps < limit:
             drafted = schedule.count()
@@ -116,18 +116,18 @@ def test_a_draft_that_never_hits_costs_a_twentieth():
             if drafted:
                 step = np.interp(drafted + 1, TOKENS, STEP)
                 extra += step - 1 + 0.155 * drafted  # a guess of a 1B beside a step of the 11B, both in INT4
-                schedule.note(drafted, 0, 0.155 * drafted, step)
+                schedule.update(drafted, 0, 0.155 * drafted, step)
         assert extra / steps <= 0.05, steps
 
 
 def test_more_are_drafted_the_more_are_right():
-    schedule, counts = Schedule(), []
+    schedule, counts = DraftLengthPolicy(), []
     for right in (0.3, 0.6, 0.9, 0.99):
-        schedule.right, schedule.cost = right, 0.155
+        schedule.acceptance_rate, schedule.cost = right, 0.155
         counts.append(schedule.count())
     assert counts == sorted(counts)
     assert counts[0] == 1
-    assert counts[-1] == Schedule.MOST
+    assert counts[-1] == DraftLengthPolicy.MAX_DRAFT_TOKENS
 
 
 def test_a_slow_draft_is_not_asked(draft):
@@ -135,7 +135,7 @@ def test_a_slow_draft_is_not_asked(draft):
     for _ in range(150):
         drafted = schedule.count()
         if drafted:
-            schedule.note(drafted, drafted, seconds=2.0 * drafted, step_seconds=1.0)  # slower than the large model
+            schedule.update(drafted, drafted, seconds=2.0 * drafted, step_seconds=1.0)  # slower than the large model
     assert schedule.pause == 64
 
 
@@ -185,14 +185,14 @@ def test_other_settings_make_another(checkpoint, tmp_path, capsys):
 
 def test_reading_the_prompt_counts_to_the_first_token(pair, draft_dir):
     draft = OVDraftModel(draft_dir, drafts=2)
-    guess, slow = draft.guess, []
+    guess, slow = draft.draft_tokens, []
 
     def guessing(*arguments):
         slow.append(0.5 if not slow else 0.0)
         time.sleep(slow[-1])
         return guess(*arguments)
 
-    draft.guess = guessing
+    draft.draft_tokens = guessing
     pair.ov.generate(**pair.inputs("one tile"), **GREEDY, assistant_model=draft)
     stats = pair.ov.stats
     assert stats.draft_prompt_s >= 0.5

@@ -148,11 +148,11 @@ def test_two_processes_write_into_one_folder(pair, finished, tmp_path, times, ta
 
 def test_the_second_waits_for_the_first(tmp_path, capsys):
     def second():
-        with ir.writing(tmp_path):
+        with ir.exclusive_lock(tmp_path):
             order.append("second")
 
     order = []
-    with ir.writing(tmp_path):
+    with ir.exclusive_lock(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.3)

@@ -225,7 +225,7 @@ def test_what_is_kept_of_a_prompt_is_not_pushed_out_by_its_other_pictures(pair):
     ]
     for picture in pictures:
         model.encode_images(**picture)
-    model.image_encoder.kept.room = model.image_encoder.kept.nbytes - 1  # for one of them
+    model.image_encoder.kept.max_bytes = model.image_encoder.kept.nbytes - 1  # for one of them
     model.image_encoder.forget()
     model.encode_images(**pictures[1])
     runs = count_runs(model)

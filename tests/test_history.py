@@ -24,7 +24,7 @@ SAMPLES = demo_samples()
 CROSSES, SHAPES = SAMPLES[0], SAMPLES[2]
 HOW_MANY, TWO = "How many shapes are there?", "There are two shapes."  # of SHAPES
 DONE = "tokens per second"  # in the remark on a whole answer
-BEGUN = re.compile("^I describe")  # SELF under way
+STEP_OVERHEAD_S = re.compile("^I describe")  # SELF under way
 SLOW = dict(picture_s=0.2, step_s=0.3)
 
 SERVER = """
@@ -98,7 +98,7 @@ def begin(page, model) -> str:
     """Asks WHO, and gives the first of the answer's words; the rest of them takes a while."""
     model.step_s = 0.5
     page.ask(WHO)
-    expect(page.bot.last).to_have_text(BEGUN, timeout=20_000)
+    expect(page.bot.last).to_have_text(STEP_OVERHEAD_S, timeout=20_000)
     return page.bot.last.inner_text()
 
 
@@ -242,7 +242,7 @@ def test_retry_during_an_answer(page, model):
     begin(page, model)
     page.press("Retry")
     expect(page.bot.last).to_have_text(re.compile("Reading|^I"))
-    expect(page.bot).not_to_contain_text([BEGUN])  # begun anew
+    expect(page.bot).not_to_contain_text([STEP_OVERHEAD_S])  # begun anew
     model.step_s = 0
     page.expect_answers(SELF, DONE)
     expect(page.user).to_have_count(1)

@@ -28,7 +28,7 @@ from chat_page import SELF, WHO, Says, path_of
 from conftest import DEMO, ROOT, demo_samples
 from openai_client import KEY, served
 from ov_mllama.serving.app import create_app, mount_chat
-from ov_mllama.serving.scheduler import Batches
+from ov_mllama.serving.scheduler import Scheduler
 
 pytestmark = [pytest.mark.torture, pytest.mark.alone]
 
@@ -117,7 +117,7 @@ def target(slow_demo, processor, tmp_path_factory):
     for path in beside:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(words[0])
-    app = create_app(Batches(slow_demo, processor, size=4, line=16), "demo", KEY, max_bytes=2_000_000)
+    app = create_app(Scheduler(slow_demo, processor, size=4, max_queue=16), "demo", KEY, max_bytes=2_000_000)
     app = mount_chat(app, slow_demo, processor, DEMO, KEY)
     demo = next(route.app.get_blocks() for route in app.routes if getattr(route, "path", "") == "/chat")
     functions = {number: getattr(fn.fn, "__name__", "none") for number, fn in demo.fns.items()}
@@ -483,7 +483,7 @@ class Forger:
         message = self.pick({"text": "hi", "files": [file]}, {"text": self.value(), "files": self.value()}, file, None)
         data: list = {
             "ask": [message, "", 8, 0, 0.9],
-            "answer_program": [message, "", 8, 0, 0.9],
+            "api_chat": [message, "", 8, 0, 0.9],
             "being_written": [message],
             "news": ["opened", victim["chat"], ""],
             "reopen": [victim["chat"]],

@@ -198,7 +198,7 @@ FORGED = ["string", "dots", "null", "link", "another's", "meta path", "no meta p
 FORGED += ["meta folder link", "meta another's", "meta file url", "meta folder", "meta relative", "meta empty"]
 
 
-@pytest.mark.parametrize("endpoint", ["ask", "being_written", "answer_program"])
+@pytest.mark.parametrize("endpoint", ["ask", "being_written", "api_chat"])
 @pytest.mark.parametrize("kind", FORGED)
 def test_question_takes_uploads_only(demo, url, folder, model, secret, says, kind, endpoint):
     model.as_new()
@@ -256,7 +256,7 @@ def test_settings_out_of_bounds_are_refused(demo, url, says, wishes):
 def test_texts_without_end_are_refused(demo, url, says):
     client = Client(demo, url).open()
     assert client.call("ask", {"text": "word " * 200_000, "files": []}, *WISHES) is None
-    assert client.call("answer_program", {"text": "word " * 200_000, "files": []}, *WISHES) is None
+    assert client.call("api_chat", {"text": "word " * 200_000, "files": []}, *WISHES) is None
     says.text = "Yes."
     client.call("ask", {"text": "hi", "files": []}, *WISHES)
     wait_until(lambda: "Yes." in client.shown())
@@ -422,7 +422,7 @@ def test_answers_of_another_users_program_are_not_sent(make, says):
     says.text, says.over = "Only for Alice", False
     with launched(users, auth=[("alice", "a"), ("bob", "b")]) as url:
         alice, bob = (Client(users, url, login=login) for login in (("alice", "a"), ("bob", "b")))
-        number = next(key for key, fn in users.fns.items() if getattr(fn.fn, "__name__", "") == "answer_program")
+        number = next(key for key, fn in users.fns.items() if getattr(fn.fn, "__name__", "") == "api_chat")
         body = {"data": [{"text": "Mine", "files": []}, *WISHES], "fn_index": number, "session_hash": alice.session}
         alice.http.post("gradio_api/queue/join", json=body).raise_for_status()
         address = {"url": "gradio_api/queue/data", "params": {"session_hash": alice.session}}
@@ -434,7 +434,7 @@ def test_answers_of_another_users_program_are_not_sent(make, says):
 
 def joined(client: Client, session: str | None, question: str = "Mine") -> httpx.Response:
     """A program's question, through Gradio's queue."""
-    number = next(key for key, fn in client.demo.fns.items() if getattr(fn.fn, "__name__", "") == "answer_program")
+    number = next(key for key, fn in client.demo.fns.items() if getattr(fn.fn, "__name__", "") == "api_chat")
     body = {"data": [{"text": question, "files": []}, *WISHES], "fn_index": number, "session_hash": session}
     return client.http.post("gradio_api/queue/join", json=body)
 

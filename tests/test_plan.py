@@ -128,7 +128,7 @@ def test_disk_of_16_bit_is_what_is_written(tmp_path, capsys):
 @pytest.mark.parametrize(("size", "write_16_bit", "compare"), [(16, 0, 0), (24, 0, 0), (32, 1, 0), (64, 1, 1)])
 def test_a_machine_of_so_much_memory_is_refused_nothing_by_default(config, size, write_16_bit, compare):
     made = plan(config, Machine(size * 2**30 - SYSTEM, 60e9), PLAIN)
-    assert (made.write_16_bit, made.compare_with_pytorch, made.lacking) == (bool(write_16_bit), bool(compare), ())
+    assert (made.write_16_bit, made.compare_with_pytorch, made.shortfalls) == (bool(write_16_bit), bool(compare), ())
     assert all(step.cost.memory <= made.machine.memory for step in made.steps.values())
     assert made.disk <= made.machine.disk
 
@@ -136,22 +136,22 @@ def test_a_machine_of_so_much_memory_is_refused_nothing_by_default(config, size,
 def test_a_small_disk_gets_no_16_bit_language_model(config):
     roomy, tight = (plan(config, Machine(60e9, disk), PLAIN) for disk in (30e9, 10e9))
     assert roomy.write_16_bit
-    assert (tight.write_16_bit, tight.compare_with_pytorch, tight.lacking) == (False, False, ())
+    assert (tight.write_16_bit, tight.compare_with_pytorch, tight.shortfalls) == (False, False, ())
     none = plan(config, Machine(60e9, 10e9), PLAIN, downloaded=False)
-    assert re.search(r"write 29\.\d GB and 10\.0 GB of disk are free: make room", " ".join(none.lacking))
+    assert re.search(r"write 29\.\d GB and 10\.0 GB of disk are free: make room", " ".join(none.shortfalls))
 
 
 def test_downloads_may_go_to_another_disk(config):
     for downloads, lacking in [(30e9, ()), (10e9, ("The download takes 21.2 GB and 10.0 GB are free",))]:
         made = plan(config, Machine(13e9, 10e9, downloads=downloads), PLAIN, downloaded=False)
-        assert len(made.lacking) == len(lacking)
-        assert all(words in sentence for words, sentence in zip(lacking, made.lacking, strict=True))
+        assert len(made.shortfalls) == len(lacking)
+        assert all(words in sentence for words, sentence in zip(lacking, made.shortfalls, strict=True))
 
 
 def test_what_is_made_already_is_not_made_again(config):
     done = [VISION_ENCODER_NAME, PLAIN.file_name, "openvino_vision_encoder_int8_wc.xml"]
     made = plan(config, Machine(13e9, 1e6), PLAIN, made=done)
-    assert not made.lacking
+    assert not made.shortfalls
     assert made.disk == 0
     assert [line.split(" | ")[1] for line in str(made).splitlines()[2:5]] == ["done already"] * 3
     first = plan(config, Machine(13e9, MUCH), PLAIN)
@@ -187,7 +187,7 @@ def test_a_draft_model_is_planned_too(config):
     away = plan(config, Machine(13e9, MUCH), PLAIN, draft=draft, draft_downloaded=False)
     assert away.steps["download"].cost.disk == 2 * costs.weights(draft).language
     assert more == pytest.approx(made.steps["draft"].cost.disk)
-    assert not made.lacking  # on a machine of 16 GB
+    assert not made.shortfalls  # on a machine of 16 GB
 
 
 @pytest.mark.parametrize("document", ["README.md", "mllama-3.2.ipynb"])
@@ -207,7 +207,7 @@ def test_no_step_asks_for_memory_that_the_plan_does_not_name(tmp_path, monkeypat
     monkeypatch.setattr(memory, "group_memory", lambda: MUCH)
     again = plan_here(DEMO, tmp_path / "ov")
     assert again.machine.memory == most
-    assert not again.lacking
+    assert not again.shortfalls
     folder = prepare(DEMO, tmp_path / "ov")
     assert newest(folder, LANGUAGE_MODEL_NAME) == PLAIN.file_name
     assert newest(folder, VISION_ENCODER_NAME) == "openvino_vision_encoder_int8_wc.xml"
@@ -381,7 +381,7 @@ HOARD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np, psutil
-from ov_mllama.runtime.memory import give_back
+from ov_mllama.runtime.memory import trim_memory
 
 def anonymous():
     memory = psutil.Process().memory_info()
@@ -392,7 +392,7 @@ for _ in range(2):  # what the C library has freed once in pieces of that size i
     pins = [pin for _, pin in pieces]
     del pieces
 hoarded = anonymous()
-give_back()
+trim_memory()
 print(hoarded - anonymous())
 """
 

@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 
-from ov_mllama.chat.answers import Chat, Wishes, to_messages
+from ov_mllama.chat.answers import Chat, GenerationSettings, to_messages
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Turn
 from ov_mllama.runtime import prompts
 from ov_mllama.runtime.inference import Progress
-from ov_mllama.runtime.prompts import plain
+from ov_mllama.runtime.prompts import escape_special_tokens
 
 pytestmark = pytest.mark.torture
 HOSTILE = [
@@ -50,7 +50,7 @@ class Idle:
 def ask(model, processor, text: str, pictures=(), **wishes) -> Turn:
     """A question to the chat, and what came of it."""
     turn = Turn(text, [*pictures])
-    asyncio.run(Chat(model, processor, None).answer([turn], Progress(), Wishes(**wishes)))
+    asyncio.run(Chat(model, processor, None).answer([turn], Progress(), GenerationSettings(**wishes)))
     return turn
 
 
@@ -91,8 +91,8 @@ def test_plain_text_stays_as_it_is():
         "👩‍👩‍👧‍👦",
         "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
     ]:
-        assert plain(text) == text
-    assert plain("<|image|>").replace("\u200b", "") == "<|image|>"  # and looks the same
+        assert escape_special_tokens(text) == text
+    assert escape_special_tokens("<|image|>").replace("\u200b", "") == "<|image|>"  # and looks the same
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -15,8 +15,8 @@ from notebook_utils import follow
 from ov_mllama.chat.answers import to_messages
 from ov_mllama.chat.store import Turn
 from ov_mllama.export.settings import GROUP_SIZES, INT4, Settings
-from ov_mllama.runtime.cross_attention import restrict, take_tiles, tiles_seen
-from ov_mllama.runtime.prompts import plain
+from ov_mllama.runtime.cross_attention import take_tiles, tiles_seen, visible_kv
+from ov_mllama.runtime.prompts import escape_special_tokens
 from ov_mllama.runtime.shapes import MASKED, MllamaShapes
 from ov_mllama.runtime.vision import Encoded
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
@@ -66,7 +66,7 @@ def test_a_restricted_view_attends_as_the_whole(run):
         query = rng.standard_normal((batch, 2, queries, 4)).astype(np.float32)
 
         key_values = {"cross_attn_key_values.1.key": key, "cross_attn_key_values.1.value": value}
-        view = restrict(Encoded(key_values, stands_for, [], 0), mask, SHAPES)
+        view = visible_kv(Encoded(key_values, stands_for, [], 0), mask, SHAPES)
         seen = mask | ~mask.any(-1, keepdims=True)  # a token that may see nothing attends to everything
         bias = np.where(seen, 0, MASKED).astype(np.float32).repeat(SHAPES.patches_per_tile, -1)[:, None]
         every = np.repeat(
@@ -139,7 +139,7 @@ def test_any_calls_in_any_order_give_pytorchs_logits_and_tokens(pair, tmp_path, 
     pictures = [pair.picture(1, 1, 1), pair.picture(2, 1, 2), pair.picture(0.9, 2, 3), pair.picture(1.8, 1, 9)]
     reused, wrong, tried = 0, [], times(150, 3000)
     for _ in range(tried):
-        model.image_encoder.kept.room = rng.choice([1, 10**9])
+        model.image_encoder.kept.max_bytes = rng.choice([1, 10**9])
         monkeypatch.setattr("ov_mllama.runtime.language.PREFILL_TOKENS", rng.choice([3, 5, 128]))
         images = rng.choices(pictures, k=rng.choice([0, 1, 1, 1, 2]))
         text = "a" * rng.choice([0, 4, 8, 8]) + "".join("<|image|>" + "b" * rng.choice([1, 3, 6]) for _ in images)
@@ -213,6 +213,6 @@ def test_any_history_becomes_a_conversation(run):
         turns = [role for role in roles if role != "system"]
         assert turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
         assert len(turns) == 2 * sum(bool(turn.answer) for turn in before) + 1
-        assert messages[-1]["content"][-1] == {"type": "text", "text": plain(question.strip())}
+        assert messages[-1]["content"][-1] == {"type": "text", "text": escape_special_tokens(question.strip())}
 
     run(test, 200, 5000)

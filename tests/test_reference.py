@@ -19,8 +19,8 @@ from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.piecewise import quantize_in_pieces, split
 from ov_mllama.export.prepare import made_of, plan_here, prepare
 from ov_mllama.export.quality import caption_log_probs, verdict
-from ov_mllama.export.settings import NEEDS_NO_PICTURES
-from ov_mllama.runtime.cross_attention import restrict
+from ov_mllama.export.settings import DEFAULT_VISION_OPTION
+from ov_mllama.runtime.cross_attention import visible_kv
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp, newest
 from ov_mllama.runtime.reference import BEFORE_4_55, META, NAMES, TRANSFORMERS, Reference, reference_of
 from ov_mllama.runtime.vision import Encoded
@@ -177,7 +177,7 @@ def compressed(pair, tmp_path_factory):
     """As Meta's reference has it, without a language model in 16 bit."""
     folder = convert_mllama(pair.checkpoint, tmp_path_factory.mktemp("compressed"), False, reference="meta")
     compress(folder, checkpoint=pair.checkpoint, group_size=32)
-    optimize_vision_encoder(folder, NEEDS_NO_PICTURES)
+    optimize_vision_encoder(folder, DEFAULT_VISION_OPTION)
     return folder
 
 
@@ -274,12 +274,12 @@ def test_with_the_row_mask_no_padding_tile_is_read(meta):
     mask = np.zeros((1, 3, 4), bool)
     mask[:, 1:, 0] = True
     encoded = Encoded(key_values, stands_for, [], 0)
-    read = {row_mask: restrict(encoded, mask, shapes, row_mask) for row_mask in (True, False)}
+    read = {row_mask: visible_kv(encoded, mask, shapes, row_mask) for row_mask in (True, False)}
     counts = {row_mask: view.key_values[shapes.cross_kv_names[1]].shape[2] for row_mask, view in read.items()}
     assert counts == {True: shapes.patches_per_tile, False: rows}
     assert read[True].bias.shape == (1, 1, 1, 1)
     assert read[True].sees_image.ravel().tolist() == [0, 1, 1]
-    nothing = restrict(encoded, mask[:, :1], shapes, True)
+    nothing = visible_kv(encoded, mask[:, :1], shapes, True)
     assert nothing.key_values[shapes.cross_kv_names[1]].shape[2] == 1
     assert not nothing.sees_image.any()
 

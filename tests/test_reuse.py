@@ -55,7 +55,7 @@ def test_a_follow_up_computes_only_what_is_new(pair, model, pictures):
 @pytest.mark.parametrize("pictures", [1, 2])
 def test_follow_up_encodes_nothing_although_the_image_cache_is_too_small(pair, model, pictures, monkeypatch):
     """The session holds the K/V of its images already, and with the 11B each would take a minute."""
-    model.image_encoder.kept.room = 1
+    model.image_encoder.kept.max_bytes = 1
     encoded = []
     infer = model.image_encoder._infer
     monkeypatch.setattr(model.image_encoder, "_infer", lambda *given: encoded.append(1) or infer(*given))
@@ -68,7 +68,7 @@ def test_follow_up_encodes_nothing_although_the_image_cache_is_too_small(pair, m
 
 def test_follow_up_with_another_image_encodes_all_its_images(pair, model):
     """Text that sees other tiles than the session's last tokens reads K/V that the session does not hold."""
-    model.image_encoder.kept.room = 1
+    model.image_encoder.kept.max_bytes = 1
     first = pair.inputs("wide")
     model.generate(**first, **GREEDY)
     text = "<|image|>what is it, and <|image|>this?"
@@ -258,17 +258,17 @@ def test_hidden_columns_follow_what_was_taken_back():
             taken = int(generator.integers(0, query + 1))
             cache.crop(-taken)
             held = held[: len(held) - taken]
-        assert cache.tokens == cache.columns == held  # a token's serial number is its column
+        assert cache.tokens == cache.positions == held  # a token's serial number is its column
         assert cache.get_seq_length() == len(held)
         mask = cache.hide(np.ones((1, len(held) + 2), np.int64))
-        assert mask[0].nonzero()[0].tolist() == [*held, cache.size, cache.size + 1]
+        assert mask[0].nonzero()[0].tolist() == [*held, cache.num_slots, cache.num_slots + 1]
 
 
 def test_crop_takes_no_more_than_there_is():
     cache = OVCache()
     cache.append(np.array([[1, 2, 3]]))
     cache.crop(-5)
-    assert cache.tokens == cache.columns == []
+    assert cache.tokens == cache.positions == []
 
 
 def test_rows_chosen_twice_before_a_step_are_composed():

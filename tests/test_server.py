@@ -13,7 +13,7 @@ from chat_page import SELF, WHO, path_of
 from conftest import DEMO, demo_samples
 from openai_client import KEY, about, alone, complete, picture, refusal, served, text, user
 from ov_mllama.serving.app import bound, create_app, mount_chat
-from ov_mllama.serving.scheduler import Batches
+from ov_mllama.serving.scheduler import Scheduler
 
 pytestmark = pytest.mark.alone
 
@@ -239,12 +239,12 @@ def test_scripts_of_web_pages_may_ask_where_allowed(server, slow_demo, processor
         return httpx.options(f"{url}/v1/chat/completions", headers=asks).headers.get("access-control-allow-origin")
 
     assert may(server) is None
-    with served(create_app(Batches(slow_demo, processor), "demo", KEY, origins=["http://localhost:3000"])) as other:
+    with served(create_app(Scheduler(slow_demo, processor), "demo", KEY, origins=["http://localhost:3000"])) as other:
         assert may(other) == "http://localhost:3000"
 
 
 def test_a_key_is_also_the_password_of_the_chat(slow_demo, processor):
-    app = mount_chat(create_app(Batches(slow_demo, processor), "demo", KEY), slow_demo, processor, DEMO, KEY)
+    app = mount_chat(create_app(Scheduler(slow_demo, processor), "demo", KEY), slow_demo, processor, DEMO, KEY)
     with served(app) as url, httpx.Client(base_url=url) as browser:
         assert browser.get("/chat/config").status_code == 401
         assert browser.post("/chat/login", data={"username": "me", "password": "wrong"}).status_code == 400

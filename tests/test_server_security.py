@@ -34,8 +34,8 @@ from ov_mllama.serving.app import create_app, mount_chat
 from ov_mllama.serving.images import ImageFile
 from ov_mllama.serving.loading import Gate
 from ov_mllama.serving.protocol import MAX_STOP_CHARS, NEUTRAL
-from ov_mllama.serving.scheduler import Batches
-from ov_mllama.serving.sequences import Words
+from ov_mllama.serving.scheduler import Scheduler
+from ov_mllama.serving.sequences import Detokenizer
 from ov_mllama_helper import convert_mllama
 
 pytestmark = pytest.mark.alone
@@ -114,7 +114,7 @@ def test_trusted_hosts_are_served(trusted, host, allowed):
 
 
 def test_mounted_chat_refuses_foreign_hosts_and_carries_the_security_headers(slow_demo, processor):
-    app = mount_chat(create_app(Batches(slow_demo, processor), "demo"), slow_demo, processor, DEMO, None)
+    app = mount_chat(create_app(Scheduler(slow_demo, processor), "demo"), slow_demo, processor, DEMO, None)
     with served(app) as url:
         for path in ("/chat/", "/chat/config"):
             answer = httpx.get(f"{url}{path}", headers={"Host": "evil.example"})
@@ -164,7 +164,7 @@ def test_key_without_its_scheme_is_refused(server, given):
 def test_empty_key_matches_nothing():
     assert not guards.same("", "")
     for header in ("", "Bearer", "Bearer "):
-        with pytest.raises(guards.Refusal):
+        with pytest.raises(guards.ApiError):
             guards.check_key(header, "")
     guards.check_key("", None)
 
@@ -263,7 +263,7 @@ def web():
 def fetching(slow_demo, processor):
     """OpenAI's client of a server that fetches pictures from addresses."""
     slow_demo.as_new()
-    with served(create_app(Batches(slow_demo, processor), "demo", KEY, addresses=True)) as url:
+    with served(create_app(Scheduler(slow_demo, processor), "demo", KEY, addresses=True)) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
 
 
@@ -401,7 +401,7 @@ def raises(error: BaseException):
 
 
 INSIDE = [
-    "ov_mllama.serving.protocol.plain",
+    "ov_mllama.serving.protocol.escape_special_tokens",
     "ov_mllama.serving.scheduler.prompt_text",
     "ov_mllama.serving.scheduler.prompt_inputs",
     "ov_mllama.serving.scheduler.padded",
@@ -424,13 +424,13 @@ def test_text_of_an_unexpected_error_stays_here(client, server, where, error, mo
 
 
 def test_text_of_an_error_amid_a_stream_stays_here(client, server, monkeypatch):
-    from ov_mllama.serving.scheduler import Asked
+    from ov_mllama.serving.scheduler import PendingRequest
 
     async def broken(self):
         yield "Hello"
         raise KeyError(SECRET)
 
-    monkeypatch.setattr(Asked, "pieces", broken)
+    monkeypatch.setattr(PendingRequest, "pieces", broken)
     answer = post(server, {**ASKED, "stream": True})
     assert answer.status_code == 200
     assert SECRET not in answer.text
@@ -439,7 +439,7 @@ def test_text_of_an_error_amid_a_stream_stays_here(client, server, monkeypatch):
 
 
 def test_connection_survives_an_unexpected_error(client, server, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.protocol.plain", raises(RuntimeError(SECRET)))
+    monkeypatch.setattr("ov_mllama.serving.protocol.escape_special_tokens", raises(RuntimeError(SECRET)))
     with httpx.Client(headers=BEARER) as browser:
         kept = []
         for _ in range(3):
@@ -479,7 +479,7 @@ def test_stop_of_the_longest_length_is_taken(client):
 def test_each_token_costs_the_same_at_any_length(processor):
     """The stops are the worst there are: all but their last letter comes again and again."""
     tokenizer = Counting(processor.tokenizer)
-    words = Words(tokenizer, ["a" * (MAX_STOP_CHARS - 1) + letter for letter in "bcde"])
+    words = Detokenizer(tokenizer, ["a" * (MAX_STOP_CHARS - 1) + letter for letter in "bcde"])
     [letter] = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
     said = "".join(words.put(letter) for _ in range(1000))
     assert len(words._held) < MAX_STOP_CHARS
@@ -491,7 +491,7 @@ def test_each_token_costs_the_same_at_any_length(processor):
 @pytest.mark.parametrize("stop", [(), ("never",), ("é!",)])
 def test_characters_of_several_tokens_come_whole(processor, said, stop):
     tokens = processor.tokenizer(said, add_special_tokens=False)["input_ids"]
-    words = Words(processor.tokenizer, stop)
+    words = Detokenizer(processor.tokenizer, stop)
     pieces = [words.put(token) for token in tokens]
     assert "".join([*pieces, words.end()]) == said
     assert "\ufffd" in said or not any("\ufffd" in piece for piece in pieces)
@@ -499,11 +499,11 @@ def test_characters_of_several_tokens_come_whole(processor, said, stop):
 
 def test_halves_of_characters_come_at_the_end_or_among_garbage(processor):
     first = processor.tokenizer("漢", add_special_tokens=False)["input_ids"][0]
-    words = Words(processor.tokenizer)
+    words = Detokenizer(processor.tokenizer)
     assert not words.put(first)
     assert words.end() == "\ufffd"
     counting = Counting(processor.tokenizer)
-    words = Words(counting)
+    words = Detokenizer(counting)
     assert set("".join([words.put(first) for _ in range(500)] + [words.end()])) == {"\ufffd"}
     assert max(counting.decoded) < 20
 
@@ -512,7 +512,7 @@ def test_halves_of_characters_come_at_the_end_or_among_garbage(processor):
 def test_stop_is_found_across_tokens(processor, cut):
     said = "One 漢🙂 and two"
     tokens = processor.tokenizer(said, add_special_tokens=False)["input_ids"]
-    words = Words(processor.tokenizer, [said[cut:9]])
+    words = Detokenizer(processor.tokenizer, [said[cut:9]])
     assert "".join([words.put(token) for token in tokens] + [words.end()]) == said[:cut]
     assert words.stopped
 
@@ -525,7 +525,9 @@ def test_stream_of_characters_of_several_tokens(client, slow_demo, processor, mo
         slow_demo.generation_config.eos_token_id,
     ]
     tokens = np.hstack(tokens).tolist()
-    monkeypatch.setattr("ov_mllama.serving.sequences.Row.choose", lambda row, scores: tokens[len(row.words.tokens)])
+    monkeypatch.setattr(
+        "ov_mllama.serving.sequences.Sequence.choose", lambda row, scores: tokens[len(row.words.tokens)]
+    )
     chunks = [chunk.choices[0].delta.content or "" for chunk in complete(client, user(text("?")), stream=True)]
     assert "".join(chunks) == said
     assert not any("\ufffd" in chunk for chunk in chunks)
@@ -547,7 +549,7 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 def test_long_text_is_refused_before_it_is_tokenised(client, kind, monkeypatch):
     monkeypatch.setattr("ov_mllama.serving.scheduler.prompt_text", raises(AssertionError))
-    monkeypatch.setattr("ov_mllama.serving.protocol.plain", raises(AssertionError))
+    monkeypatch.setattr("ov_mllama.serving.protocol.escape_special_tokens", raises(AssertionError))
     error = refusal(client, LONG[kind])
     assert isinstance(error, openai.BadRequestError)
     assert error.param == "messages"
@@ -692,7 +694,7 @@ def test_schemas_are_compiled_one_at_a_time_beside_others(client, slow_demo, mon
         compiling.wait(10)
         running.pop()
 
-    monkeypatch.setattr("ov_mllama.serving.sequences.Schemas.matcher", slowly)
+    monkeypatch.setattr("ov_mllama.serving.sequences.GrammarCompiler.matcher", slowly)
     with ThreadPoolExecutor(4) as pool:
         slow = [
             pool.submit(complete, client, user(text(WHO)), response_format={"type": "json_object"}) for _ in range(4)
@@ -807,7 +809,7 @@ def test_size_is_that_of_the_image_upright(form, orientation, size):
 @contextlib.contextmanager
 def small_server(model, processor, **options):
     """A server of its own: its address, and its batches."""
-    batches = Batches(model, processor, **options)
+    batches = Scheduler(model, processor, **options)
     with served(create_app(batches, "demo", KEY)) as url:
         yield url, batches
 
@@ -872,7 +874,7 @@ def test_retry_after_is_the_time_of_a_batch(client, server, slow_demo, processor
         for took_s, said in ((7.4, "7"), (0.01, "1"), (900, "60")):
             batches._took_s = took_s
             place = batches.enter()
-            with pytest.raises(guards.Refusal) as full:
+            with pytest.raises(guards.ApiError) as full:
                 batches.enter()
             batches.leave(place)
             assert full.value.status == 429
@@ -896,7 +898,7 @@ def test_stream_is_not_cached(client, server):
 
 def test_freed_memory_is_given_back_after_each_batch(client, monkeypatch):
     given = []
-    monkeypatch.setattr("ov_mllama.serving.scheduler.give_back", lambda: given.append(1))
+    monkeypatch.setattr("ov_mllama.serving.scheduler.trim_memory", lambda: given.append(1))
     for count in (1, 2):
         complete(client, user(text(WHO)))
         wait_until(lambda count=count: len(given) == count)
@@ -997,17 +999,17 @@ def is_up(process, url: str) -> bool:
 
 PLACES = [
     *(
-        "ov_mllama.serving.scheduler.Batches._next",
-        "ov_mllama.serving.scheduler.Batches._inputs",
-        "ov_mllama.serving.sequences.Row.take",
+        "ov_mllama.serving.scheduler.Scheduler._next",
+        "ov_mllama.serving.scheduler.Scheduler._inputs",
+        "ov_mllama.serving.sequences.Sequence.take",
     ),
     *(
         "ov_mllama.serving.scheduler.padded",
-        "ov_mllama.serving.scheduler.Choice",
+        "ov_mllama.serving.scheduler.Sampler",
         "ov_mllama.serving.scheduler.refusal_of",
-        "ov_mllama.serving.sequences.Words.put",
+        "ov_mllama.serving.sequences.Detokenizer.put",
     ),
-    *("ov_mllama.serving.sequences.Row.choose", "ov_mllama.serving.scheduler.prompt_inputs"),
+    *("ov_mllama.serving.sequences.Sequence.choose", "ov_mllama.serving.scheduler.prompt_inputs"),
 ]
 
 
@@ -1033,8 +1035,8 @@ def test_no_error_ends_the_answering_thread(client, server, slow_demo, where, er
 
 def test_error_between_batches_is_of_the_first_that_waits_only(client, slow_demo, monkeypatch):
     failing = [1]
-    most = Batches._most_tiles
-    monkeypatch.setattr(Batches, "_most_tiles", lambda self: 1 / 0 if failing and failing.pop() else most(self))
+    most = Scheduler._most_tiles
+    monkeypatch.setattr(Scheduler, "_most_tiles", lambda self: 1 / 0 if failing and failing.pop() else most(self))
     slow_demo.step_s = 0.1
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(complete, client, user(text(WHO))) for _ in range(3)]
@@ -1055,7 +1057,7 @@ def test_health_is_503_once_nothing_is_answered_any_more(slow_demo, processor, m
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     with small_server(slow_demo, processor) as (url, batches):
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-        monkeypatch.setattr(Batches, "_work_once", raises(SystemExit("gone")))
+        monkeypatch.setattr(Scheduler, "_work_once", raises(SystemExit("gone")))
         post(url, ASKED)  # by the thread that is still within `_work_once`
         answer = post(url, ASKED)
         assert answer.status_code == 503
@@ -1081,7 +1083,7 @@ def test_gate_is_503_until_it_is_opened(slow_demo, processor):
             assert int(answer.headers["Retry-After"]) > 0
             assert is_openai_error(answer)
             assert answer.headers["x-content-type-options"] == "nosniff"
-        batches = Batches(slow_demo, processor)
+        batches = Scheduler(slow_demo, processor)
         gate.open(create_app(batches, "demo", KEY))
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         assert post(url, ASKED).json()["choices"][0]["message"]["content"] == SELF
@@ -1114,7 +1116,7 @@ def load(*given, **options):
 app.load = load
 app.prepare = lambda *given, **options: given[1]
 app.files_to_load = lambda *given: (None, None)
-app.say_what_loads = lambda *given: None
+app.print_load_estimate = lambda *given: None
 with exit_on_user_error():
     app.main()
 """

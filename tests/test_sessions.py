@@ -10,7 +10,7 @@ from ov_mllama.runtime.ir import save_ir
 from ov_mllama.runtime.kv_cache import Prompt
 from ov_mllama.runtime.language import OVLanguageModel
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
-from ov_mllama.runtime.sessions import Sessions
+from ov_mllama.runtime.sessions import SessionPool
 from ov_mllama.runtime.shapes import MllamaShapes
 from tiny_mllama import make_llama
 
@@ -105,7 +105,7 @@ def text(*ids):
 def test_the_oldest_conversation_goes_first(model):
     column = model.language_model.column_bytes
     assert column == 2 * 3 * 2 * 8 * 4  # keys and values, three layers, two heads of eight numbers in f32
-    sessions = Sessions(model.language_model, cache_bytes=25 * column)
+    sessions = SessionPool(model.language_model, cache_bytes=25 * column)
     taken = []
     for start in (10, 20, 30):
         session = sessions.take(text(*range(start, start + 10)))
@@ -119,7 +119,7 @@ def test_the_oldest_conversation_goes_first(model):
 
 
 def test_conversations_in_use_are_not_taken(model):
-    sessions = Sessions(model.language_model, cache_bytes=0)
+    sessions = SessionPool(model.language_model, cache_bytes=0)
     first, second = sessions.take(text(1, 2, 3)), sessions.take(text(1, 2, 3))
     assert first is not second
     for session in (first, second):
@@ -189,9 +189,9 @@ def test_growing_conversations_make_the_oldest_leave(pair, model):
 
 
 def test_many_small_conversations_are_few_sessions(pair, model):
-    for number in range(3 * Sessions.MOST):
+    for number in range(3 * SessionPool.MAX_SESSIONS):
         model.generate(torch.tensor([[65 + number, 66, 67]]), **dict(GREEDY, max_new_tokens=1))
-    assert len(model.sessions) == Sessions.MOST
+    assert len(model.sessions) == SessionPool.MAX_SESSIONS
 
 
 def test_without_cross_attention_layers_it_is_a_llama(tmp_path):

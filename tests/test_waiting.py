@@ -10,12 +10,12 @@ from playwright.sync_api import expect
 from chat_page import SELF, WHO, Slow, Tab, ahead_threads, path_of, wait_until
 from conftest import DEMO, demo_samples
 from gradio_helper import make_demo
-from ov_mllama.chat.answers import GRACE_S, Chat, PicturesAhead, Wishes
+from ov_mllama.chat.answers import GRACE_S, Chat, GenerationSettings, Prefetcher
 from ov_mllama.chat.shown import GO_ON
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Conversations, Turn
-from ov_mllama.runtime.image_cache import PictureClock
+from ov_mllama.runtime.image_cache import EncodingTimes
 from ov_mllama.runtime.inference import Progress
-from ov_mllama.runtime.prompts import is_cut
+from ov_mllama.runtime.prompts import hit_token_limit
 from ov_mllama_helper import convert_mllama
 
 pytestmark = pytest.mark.alone
@@ -49,7 +49,7 @@ def about(sample) -> Turn:
 async def answer(chat, turn, **wishes) -> list[str]:
     """Answers a question whose pictures are in a text box, and tells what was said while there were no words."""
     progress, said = Progress(), []
-    task = asyncio.create_task(chat.answer([turn], progress, Wishes(**wishes), turn.pictures))
+    task = asyncio.create_task(chat.answer([turn], progress, GenerationSettings(**wishes), turn.pictures))
     while not task.done():
         if not turn.answer:
             said.append(str(progress))
@@ -72,7 +72,7 @@ def test_what_was_encoded_ahead_is_what_the_question_asks_about(model, chat):
 
 
 def test_a_picture_is_given_up_only_when_no_page_wants_it(model, processor):
-    ahead, picture = PicturesAhead(model, processor), path_of(TYPED)
+    ahead, picture = Prefetcher(model, processor), path_of(TYPED)
     model.picture_s = 60
     for page in ("one", "two"):
         ahead.want(page, [picture])
@@ -87,7 +87,7 @@ def test_a_picture_is_given_up_only_when_no_page_wants_it(model, processor):
 
 def test_a_picture_taken_away_is_given_up_and_the_next_begun(model, processor):
     model.picture_s = 60
-    ahead = PicturesAhead(model, processor)
+    ahead = Prefetcher(model, processor)
     ahead.want("page", [path_of(TYPED), path_of(OTHER)])
     wait_until(lambda: model.looks)
     ahead.want("page", [path_of(OTHER)])
@@ -153,7 +153,7 @@ def test_a_question_says_what_it_waits_for(model, chat):
 
 
 def test_seconds_left_of_a_picture(monkeypatch):
-    now, clock = [100.0], PictureClock()
+    now, clock = [100.0], EncodingTimes()
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     assert clock.left_s(b"a", 2) is None
     with clock.timing(b"a", 2):
@@ -201,10 +201,10 @@ def test_which_tokens_end_an_answer():
     import torch
 
     output = torch.tensor([[1, 2, 3, 7, 8]])
-    assert is_cut(output, 3, 2, 9)
-    assert is_cut(output, 3, 2, None)
-    assert not is_cut(output, 3, 2, [9, 8])
-    assert not is_cut(output, 3, 3, 9)
+    assert hit_token_limit(output, 3, 2, 9)
+    assert hit_token_limit(output, 3, 2, None)
+    assert not hit_token_limit(output, 3, 2, [9, 8])
+    assert not hit_token_limit(output, 3, 3, 9)
 
 
 # ---- Page -----------------------------------------------------------------------------------------------------------

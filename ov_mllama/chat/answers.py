@@ -13,16 +13,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversation, Conversations, Turn
-from ov_mllama.runtime.inference import Progress, Stopped
-from ov_mllama.runtime.prompts import Line, picture_tensors, plain, prompt_tensors, sampling, stream_words
+from ov_mllama.runtime.inference import Cancelled, Progress
+from ov_mllama.runtime.prompts import (
+    FifoLock,
+    escape_special_tokens,
+    picture_tensors,
+    prompt_tensors,
+    sampling,
+    stream_words,
+)
 
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 2.0  # of an answer under way
-SAID_PLAINLY = (ValueError, MemoryError, FloatingPointError)  # the model's refusals are sentences already
+USER_ERRORS = (ValueError, MemoryError, FloatingPointError)  # the model's refusals are sentences already
 
 
-class Wishes(NamedTuple):
+class GenerationSettings(NamedTuple):
     """How to answer.
 
     Attributes:
@@ -67,7 +74,7 @@ def to_messages(turns: Sequence[Turn], system: str = "") -> tuple[list[dict], li
 
 def message(role: str, text: str, pictures: Collection[Path] = ()) -> dict:
     """For the chat template: pictures first, then text in which nothing is a special token."""
-    texts = [{"type": "text", "text": plain(text.strip())}] if text.strip() else []
+    texts = [{"type": "text", "text": escape_special_tokens(text.strip())}] if text.strip() else []
     return {"role": role, "content": [*({"type": "image"} for _ in pictures), *texts]}
 
 
@@ -87,8 +94,8 @@ class Chat:
 
     def __init__(self, model, processor, conversations: Conversations, **options):
         self.model, self.processor, self.conversations, self.options = model, processor, conversations, options
-        self.ahead = PicturesAhead(model, processor)
-        self.line = Line()
+        self.ahead = Prefetcher(model, processor)
+        self.line = FifoLock()
         self._under_way: dict[Conversation, Answering] = {}
         self._writer = ThreadPoolExecutor(1, "saves")  # in order, and the page does not wait for the disk
         self._failed: set[Conversation] = set()  # to be written again in a moment
@@ -97,7 +104,7 @@ class Chat:
         """The answer that a conversation waits for."""
         return self._under_way.get(conversation)
 
-    def begin(self, conversation: Conversation, wishes: Wishes, uploads: Collection[Path] = ()) -> None:
+    def begin(self, conversation: Conversation, wishes: GenerationSettings, uploads: Collection[Path] = ()) -> None:
         """Begins to answer a conversation's last question.
 
         Args:
@@ -153,7 +160,7 @@ class Chat:
             with contextlib.suppress(RuntimeError):  # the program ends
                 self.save(conversation)
 
-    async def _answer_and_save(self, conversation, progress: Progress, wishes: Wishes, uploads) -> None:
+    async def _answer_and_save(self, conversation, progress: Progress, wishes: GenerationSettings, uploads) -> None:
         async def save_often() -> None:
             while True:
                 self.save(conversation)
@@ -166,7 +173,7 @@ class Chat:
             saving.cancel()
 
     async def answer(
-        self, turns: Sequence[Turn], progress: Progress, wishes: Wishes, uploads: Collection[Path] = ()
+        self, turns: Sequence[Turn], progress: Progress, wishes: GenerationSettings, uploads: Collection[Path] = ()
     ) -> None:
         """Writes the last turn's answer into it, word by word, and at its end its note and state. Whatever goes wrong
         is said there; cancelled, the turn is STOPPED within a token.
@@ -197,7 +204,7 @@ class Chat:
         except asyncio.CancelledError:
             turn.state = STOPPED
             raise
-        except SAID_PLAINLY as error:
+        except USER_ERRORS as error:
             turn.state, turn.note = FAILED, str(error)
         except Exception as error:  # whatever it is, the page says it and stays usable; the log has the rest
             logger.exception("A question could not be answered")
@@ -217,14 +224,14 @@ def clock() -> float:
 class Unwanted(NamedTuple):
     """An event that is set once nobody wants a picture any more."""
 
-    ahead: "PicturesAhead"
+    ahead: "Prefetcher"
     picture: Path
 
     def is_set(self) -> bool:
         return not self.ahead.wants(self.picture)
 
 
-class PicturesAhead:
+class Prefetcher:
     """Encodes pictures that somebody is about to ask about, one at a time and after those of prompts.
 
     Errors are silent here: the question about the picture says them. There is a thread only while there is work.
@@ -293,7 +300,7 @@ class PicturesAhead:
             try:
                 tensors = picture_tensors(self.model, self.processor, picture)
                 self.model.encode_images(**tensors, stop=Unwanted(self, picture))
-            except Stopped:
+            except Cancelled:
                 self._begun.discard(picture)  # it may come back
             except Exception:
                 logger.debug("%s was not encoded ahead", picture, exc_info=True)

@@ -15,9 +15,9 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.answers import Chat
-from ov_mllama.chat.owners import Files, remember_who_asks
+from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import showing_refusal
-from ov_mllama.chat.pages import LOOK_EVERY_S, Pages
+from ov_mllama.chat.pages import POLL_S, Pages
 from ov_mllama.chat.proxies import LOOPBACK, bypass_proxy_for_loopback
 from ov_mllama.chat.shown import LATEX, as_typed
 from ov_mllama.chat.store import Conversations
@@ -75,7 +75,7 @@ class ChatPage(gr.Blocks):
 
     def queue(self, *args, **options):
         super().queue(*args, **options)
-        remember_who_asks(self._queue)
+        record_queue_owners(self._queue)
         return self
 
     def launch(self, *args, **options):
@@ -123,7 +123,7 @@ def make_demo(
         options: of `generate`, for every question, such as `assistant_model=OVDraftModel(folder)`.
     """
     conversations = Conversations(folder)
-    conversations.tidy()
+    conversations.delete_orphans()
     gr.set_static_paths([conversations.examples])  # or Gradio would copy them
     # its place for uploads and exports, /tmp/gradio, can be read by everybody, and is of use only to who made it
     os.environ.setdefault("GRADIO_TEMP_DIR", str(conversations.uploads))
@@ -203,7 +203,7 @@ def lay_out(about: str, examples: list[dict]) -> SimpleNamespace:
         interactive=True,
     )
     part.foot = gr.Markdown(elem_classes="foot")
-    part.timer = gr.Timer(LOOK_EVERY_S)
+    part.timer = gr.Timer(POLL_S)
     part.hidden = [gr.Textbox(visible=False), gr.Textbox(visible=False)]
     return part
 
@@ -213,24 +213,24 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     on_the_page = {"fn": None, "api_visibility": "private"}
     shown = [part.version, part.timer, part.chatbot, part.box, part.history, part.address, part.name, part.foot]
-    ask_for_news = (pages.news, [part.opened, part.address, part.version], [part.news])
+    ask_for_news = (pages.poll, [part.opened, part.address, part.version], [part.news])
 
     def does(events, fn, inputs=None, outputs=None, **options):
         event = gr.on(events, showing_refusal(pages.find, fn), inputs, outputs, **options, **quick)
         return event.then(*ask_for_news, **quick)
 
     part.timer.tick(*ask_for_news, **quick)
-    part.news.change(pages.show, [part.version], shown, trigger_mode="always_last", **quick)
+    part.news.change(pages.refresh, [part.version], shown, trigger_mode="always_last", **quick)
     part.address.change(inputs=[part.address], js=ADDRESS, **on_the_page)
     loaded = demo.load(pages.open, [part.former], [part.opened, part.former, *part.wishes], **quick)
     loaded.then(*ask_for_news, **quick)
-    demo.unload(pages.left)
+    demo.unload(pages.on_close)
 
     does(part.box.submit, pages.ask, [part.box, *part.wishes], [part.box])
     does(part.box.stop, pages.stop)
     part.box.change(pages.being_written, [part.box], **quick)
     does(part.chatbot.example_select, pages.example, part.wishes)
-    does(part.chatbot.option_select, pages.go_on, part.wishes)
+    does(part.chatbot.option_select, pages.continue_answer, part.wishes)
     does(part.chatbot.retry, pages.retry, part.wishes)
     does(part.chatbot.undo, pages.undo, None, [part.box])
     does(part.chatbot.edit, pages.edit, part.wishes)
@@ -243,4 +243,4 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     prompt, *sliders = part.wishes
     chosen = [prompt.blur, *(slider.release for slider in sliders)]  # changes are also what a page does when it opens
     does(chosen, pages.choose, [part.opened, *part.wishes])
-    gr.on([], pages.answer_program, [part.box, *part.wishes], part.hidden, api_name="chat")
+    gr.on([], pages.api_chat, [part.box, *part.wishes], part.hidden, api_name="chat")

@@ -136,7 +136,7 @@ def is_from_elsewhere(method: str, headers: Mapping[str, str]) -> bool:
 
 class OwnQueue:
     """ASGI middleware that gives a session's answers, which Gradio's queue sends to whoever names the session or one of
-    its events, to who asked alone (`remember_who_asks`).
+    its events, to who asked alone (`record_queue_owners`).
 
     Args:
         app: the ASGI application.
@@ -161,7 +161,7 @@ class OwnQueue:
         await self.app(scope, receive, send)
 
 
-def remember_who_asks(queue) -> None:
+def record_queue_owners(queue) -> None:
     """Make Gradio's queue remember who began each session, and refuse the questions of others in it.
 
     It gets `askers`, login and browser's token by session, and `sessions`, by event; those of long ago are forgotten,

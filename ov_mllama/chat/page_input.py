@@ -9,7 +9,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from ov_mllama.chat.answers import Wishes
+from ov_mllama.chat.answers import GenerationSettings
 from ov_mllama.chat.owners import file_within
 
 MAX_QUESTION, MAX_SYSTEM = 500_000, 20_000  # characters; a context of 131072 tokens is about half a million
@@ -89,7 +89,7 @@ def bounded_text(text: object, limit: int, name: str) -> str:
     return text
 
 
-def checked_wishes(values: Sequence) -> Wishes:
+def checked_settings(values: Sequence) -> GenerationSettings:
     """Settings as a page sends them.
 
     Raises:
@@ -97,7 +97,7 @@ def checked_wishes(values: Sequence) -> Wishes:
     """
     try:
         system, tokens, temperature, top_p = values
-        wishes = Wishes(system or "", int(tokens), float(temperature), float(top_p))
+        wishes = GenerationSettings(system or "", int(tokens), float(temperature), float(top_p))
     except (TypeError, ValueError, OverflowError) as error:
         raise refuse("A setting is missing or no number: load the page again.") from error
     bounded_text(wishes.system, MAX_SYSTEM, "system prompt")

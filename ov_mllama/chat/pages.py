@@ -18,9 +18,9 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
-from ov_mllama.chat.answers import Chat, Wishes
+from ov_mllama.chat.answers import Chat, GenerationSettings
 from ov_mllama.chat.owners import owner_of
-from ov_mllama.chat.page_input import MAX_QUESTION, Recent, bounded_text, checked_wishes, images_of, refuse, text_of
+from ov_mllama.chat.page_input import MAX_QUESTION, Recent, bounded_text, checked_settings, images_of, refuse, text_of
 from ov_mllama.chat.shown import GO_ON, as_typed, bubbles, exported, who_answers
 from ov_mllama.chat.store import MAX_TITLE, Conversation, Turn
 from ov_mllama.runtime.images import PictureError, open_picture
@@ -28,8 +28,8 @@ from ov_mllama.runtime.inference import Progress
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 0.3  # how soon a page shows how an answer grows; a token takes the 11B as long
-IDLE_LOOK_EVERY_S = 1.0  # and what else has changed, such as in another tab: looking costs browser and server time
+POLL_S = 0.3  # how soon a page shows how an answer grows; a token takes the 11B as long
+IDLE_POLL_S = 1.0  # and what else has changed, such as in another tab: looking costs browser and server time
 MAX_PAGES, MAX_PROGRAMS, MAX_OWNERS = 1000, 100, 1000  # remembered; those used longest ago are forgotten
 MAX_PROGRAM_TURNS = 200
 FORMER_TOKEN = re.compile("[0-9a-f]{32}")  # in the browser's local storage, of earlier versions
@@ -125,9 +125,9 @@ class Tabs:
         if owner and owner.startswith("browser:") and isinstance(former, str) and FORMER_TOKEN.fullmatch(former):
             await self._read(self.conversations.adopt, f"browser:{former}", owner)
         page = await self.connect(request.query_params.get("chat", ""), request)
-        return [OPENED, "", *(await self._read(self.conversations.settings, page.owner) or Wishes())]
+        return [OPENED, "", *(await self._read(self.conversations.settings, page.owner) or GenerationSettings())]
 
-    def left(self, request: gr.Request) -> None:
+    def on_close(self, request: gr.Request) -> None:
         """A tab was closed: its answers are written on, its pictures are not wanted any more."""
         key = self._key(request)
         self._pages.pop(key, None)
@@ -159,7 +159,7 @@ class Pages(Tabs):
 
     def _look(self, page: Page) -> list:
         """What a page should show: messages, whether an answer is under way, earlier chats, id, name, who answers."""
-        if page.conversation.gone:
+        if page.conversation.deleted:
             page.conversation = Conversation(page.owner)
         _, titles = self._titles.get(page.owner, (None, []))
         talk, under_way = page.conversation, self.chat.answering(page.conversation)
@@ -175,7 +175,7 @@ class Pages(Tabs):
             "\n\n".join([foot, *(f"⚠️ {as_typed(sentence)}" for sentence in (page.refused, talk.unsaved) if sentence)]),
         ]
 
-    async def news(self, opened: str, key: str, version: str, request: gr.Request):
+    async def poll(self, opened: str, key: str, version: str, request: gr.Request):
         """Another word whenever a page does not show what it should; asked often, so it must be cheap.
 
         Args:
@@ -188,7 +188,7 @@ class Pages(Tabs):
         shows_all = version == str(page.version) and self._look(page) == page.shown
         return gr.skip() if shows_all else secrets.token_hex(8)
 
-    async def show(self, version: str, request: gr.Request) -> list:
+    async def refresh(self, version: str, request: gr.Request) -> list:
         """What has changed on a page, for its components; all of it if an earlier answer was lost on its way.
 
         Args:
@@ -210,7 +210,7 @@ class Pages(Tabs):
         changed = [
             part if now != then else gr.skip() for part, now, then in zip(parts, page.shown, before, strict=True)
         ]
-        timer = gr.Timer(LOOK_EVERY_S if busy else IDLE_LOOK_EVERY_S)
+        timer = gr.Timer(POLL_S if busy else IDLE_POLL_S)
         return [str(page.version), timer if busy != before[1] else gr.skip(), *changed]
 
     async def ask(self, message: dict, request: gr.Request, *wishes):
@@ -220,7 +220,7 @@ class Pages(Tabs):
 
     async def _ask(self, text: str, images: Sequence[Path], request: gr.Request, wishes: Sequence):
         """`ask` about files that are known to be uploads or examples."""
-        page, checked = self.page(request), checked_wishes(wishes)
+        page, checked = self.page(request), checked_settings(wishes)
         talk = page.conversation
         if not text and not images:
             return gr.skip()
@@ -252,7 +252,7 @@ class Pages(Tabs):
         text, images = self.examples[index]
         await self._ask(text, images, request, wishes)
 
-    async def go_on(self, request: gr.Request, *wishes) -> None:
+    async def continue_answer(self, request: gr.Request, *wishes) -> None:
         """Asks for the rest of an answer that was cut."""
         await self._ask(GO_ON, [], request, wishes)
 
@@ -262,7 +262,7 @@ class Pages(Tabs):
 
     async def retry(self, request: gr.Request, *wishes) -> None:
         """Answers the last question again."""
-        talk, checked = self.page(request).conversation, checked_wishes(wishes)
+        talk, checked = self.page(request).conversation, checked_settings(wishes)
         await self.chat.stop(talk)
         if talk.turns:  # another tab may have taken them back
             self.chat.begin(talk, checked)
@@ -281,7 +281,7 @@ class Pages(Tabs):
 
     async def edit(self, edited: gr.EditData, request: gr.Request, *wishes) -> None:
         """Asks a question in other words, about the pictures that it had; what came after it is gone."""
-        talk, checked = self.page(request).conversation, checked_wishes(wishes)
+        talk, checked = self.page(request).conversation, checked_settings(wishes)
         question = bounded_text(edited.value, MAX_QUESTION, "question")
         index = edited.index[0] if isinstance(edited.index, (list, tuple)) and edited.index else edited.index
         await self.chat.stop(talk)
@@ -326,7 +326,7 @@ class Pages(Tabs):
     async def choose(self, opened: str, request: gr.Request, *wishes) -> None:
         """Keeps the settings for the next time; not those that a page shows before it was opened."""
         if opened:
-            await self._read(self.conversations.choose, self.page(request).owner, [*checked_wishes(wishes)])
+            await self._read(self.conversations.choose, self.page(request).owner, [*checked_settings(wishes)])
 
     async def being_written(self, message: dict | None, request: gr.Request) -> None:
         """What the text box holds now: its pictures are encoded ahead, on a page that is connected. One that is no
@@ -339,9 +339,9 @@ class Pages(Tabs):
                 images = []
             self.chat.ahead.want(key, images)
 
-    async def answer_program(self, message: dict, request: gr.Request, *wishes) -> tuple[str, str]:
+    async def api_chat(self, message: dict, request: gr.Request, *wishes) -> tuple[str, str]:
         """For gradio_client, whose sessions are conversations that are kept nowhere: answer and note."""
-        turn, checked, key = Turn(text_of(message), images_of(message)), checked_wishes(wishes), self._key(request)
+        turn, checked, key = Turn(text_of(message), images_of(message)), checked_settings(wishes), self._key(request)
         turns = self._programs.get(key, [])
         self._programs[key] = turns
         turns.append(turn)

@@ -82,7 +82,7 @@ class Conversation:
     Attributes:
         owner: who began it.
         title: "" until the first question gives it one.
-        gone: it was deleted and is not to be kept any more.
+        deleted: it was deleted and is not to be kept any more.
         unsaved: why the last save failed; "" once one has succeeded.
     """
 
@@ -90,7 +90,7 @@ class Conversation:
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     title: str = ""
     turns: list[Turn] = field(default_factory=list)
-    gone: bool = False
+    deleted: bool = False
     unsaved: str = ""
 
     @property
@@ -154,13 +154,13 @@ class Conversations:
                 conversation = Conversation(row[0], key, row[1])
                 conversation.turns = [self._turn(conversation, fields) for fields in json.loads(row[2])]
                 self._open[key] = conversation
-        return conversation if conversation.owner == owner and not conversation.gone else None
+        return conversation if conversation.owner == owner and not conversation.deleted else None
 
     def owner(self, key: str) -> str | None:
         """Return a conversation's owner by its id; None where there is none."""
         conversation = self._open.get(key)
         if conversation is not None:
-            return None if conversation.gone else conversation.owner
+            return None if conversation.deleted else conversation.owner
         with self._database() as database:
             row = database.execute("SELECT owner FROM conversations WHERE id = ?", [key]).fetchone()
         return row[0] if row else None
@@ -229,7 +229,7 @@ class Conversations:
             sqlite3.Error, OSError: it could not be written.
         """
         with self._lock:
-            if conversation.gone:
+            if conversation.deleted:
                 return
             if row is None:
                 self._forget(conversation)
@@ -247,10 +247,10 @@ class Conversations:
         """
         with self._lock:
             try:
-                conversation.gone = True
+                conversation.deleted = True
                 self._forget(conversation)
             except BaseException:
-                conversation.gone = False
+                conversation.deleted = False
                 raise
         shutil.rmtree(self.pictures / conversation.id, ignore_errors=True)
 
@@ -293,7 +293,7 @@ class Conversations:
                 part.unlink(missing_ok=True)
         return kept
 
-    def tidy(self) -> None:
+    def delete_orphans(self) -> None:
         """Deletes pictures that belong to no conversation any more: of questions taken back, or, uploads too, of a
         program that was killed. Those of the last day stay, because they may belong to a question that is about to be
         asked."""

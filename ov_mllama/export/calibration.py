@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ov_mllama.export.samples import QUESTION, calibration_samples, photographs
 from ov_mllama.export.settings import DEFAULT_SOURCES
-from ov_mllama.runtime.cross_attention import restrict, tiles_seen
+from ov_mllama.runtime.cross_attention import tiles_seen, visible_kv
 from ov_mllama.runtime.images import open_picture
 from ov_mllama.runtime.language import language_inputs
 from ov_mllama.runtime.vision import ImageInputs, OVImageEncoder, image_inputs
@@ -279,7 +279,7 @@ def prepare_dataset_llm(
         tensors = processed(processor, sample)
         images = ImageInputs(*(tensors[name] for name in ImageInputs._fields))
         seen = tiles_seen(images.cross_attention_mask, tensors["input_ids"].shape[1])
-        prompt = restrict(image_encoder.encode(images), seen, image_encoder.shapes)
+        prompt = visible_kv(image_encoder.encode(images), seen, image_encoder.shapes)
         return language_inputs(tensors["input_ids"], prompt, tensors["attention_mask"])
 
     return Samples(inputs, source, count, seed)

@@ -25,7 +25,7 @@ from ov_mllama.export.convert import (
 )
 from ov_mllama.export.costs import Cost, compression_cost, duration, vision_cost
 from ov_mllama.export.piecewise import quantize_in_pieces
-from ov_mllama.export.settings import DATA_FREE_METRIC, INT8, NEEDS_NO_PICTURES, VISION_OPTIONS, Settings
+from ov_mllama.export.settings import DATA_FREE_METRIC, DEFAULT_VISION_OPTION, INT8, VISION_OPTIONS, Settings
 from ov_mllama.runtime.companions import are_current, source_digest, write_companions
 from ov_mllama.runtime.ir import (
     DRAFT_MODEL_NAME,
@@ -33,10 +33,10 @@ from ov_mllama.runtime.ir import (
     VISION_ENCODER_NAME,
     check_disk_and_memory,
     check_model_dir,
+    exclusive_lock,
     is_current,
-    origin,
+    provenance,
     save_ir,
-    writing,
 )
 from ov_mllama.runtime.reference import Reference
 
@@ -86,7 +86,7 @@ def compress_language_model(
     settings.check(config)
     reference = Reference.of(encoder)
     source = checkpoint_folder(checkpoint) if checkpoint else model_dir / LANGUAGE_MODEL_NAME
-    stamp = checkpoint_stamp(source, reference) if checkpoint else origin(source)
+    stamp = checkpoint_stamp(source, reference) if checkpoint else provenance(source)
     if stamp.get("checkpoint") != encoder["checkpoint"]:
         raise ValueError(
             f"{model_dir} was converted from another checkpoint than {checkpoint}, or from that before it changed: run "
@@ -173,7 +173,7 @@ def make_ir(
         print(f"✅ {what} already exists and can be found in {path}")
         return path
     check_disk_and_memory(path.parent, cost.disk, cost.memory, less)
-    with writing(path.parent):
+    with exclusive_lock(path.parent):
         if force or not is_current(path, stamp):  # asked again: another process may just have made it
             takes = f"about {duration(cost.seconds)} on two cores and {cost.memory / 1e9:.1f} GB of memory"
             print(f"⌛ {what}: making {path.name}, {takes}...")
@@ -255,7 +255,7 @@ def make_vision_encoder(
     if option == "INT8 quantization" and not (samples and dataset_size):
         raise ValueError(
             f"{option} needs pictures: give samples and their number, as `optimize_vision_encoder` of "
-            f'ov_mllama_compression does, or choose "{NEEDS_NO_PICTURES}".'
+            f'ov_mllama_compression does, or choose "{DEFAULT_VISION_OPTION}".'
         )
     original = model_dir / VISION_ENCODER_NAME
     check_model_dir(model_dir, (VISION_ENCODER_NAME,))
@@ -263,7 +263,7 @@ def make_vision_encoder(
         return original
     quantized = option == "INT8 quantization"
     config = AutoConfig.from_pretrained(model_dir)
-    stamp = {**origin(original), "format": "int8" if quantized else "int8_asym"}
+    stamp = {**provenance(original), "format": "int8" if quantized else "int8_asym"}
     stamp["samples"] = name_of(samples_name) if quantized else "0"
 
     def make() -> ov.Model:
@@ -274,7 +274,7 @@ def make_vision_encoder(
             return nncf.compress_weights(model, mode=CompressWeightsMode.INT8_ASYM)
 
     cost = vision_cost(option, config, dataset_size)
-    less = f'choose "{NEEDS_NO_PICTURES}", which needs no calibration' if quantized else "close other programs"
+    less = f'choose "{DEFAULT_VISION_OPTION}", which needs no calibration' if quantized else "close other programs"
     return make_ir(f"Vision encoder, {option}", path, stamp, cost, less, make, force)
 
 

@@ -37,10 +37,10 @@ from ov_mllama.runtime.ir import (
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
     check_disk_and_memory,
+    exclusive_lock,
     is_current,
     outdated_files,
     save_ir,
-    writing,
 )
 from ov_mllama.runtime.reference import TRANSFORMERS, Reference, described, reference_of
 from ov_mllama.runtime.shapes import MllamaShapes
@@ -270,7 +270,7 @@ def convert_mllama(
     sizes = {what: written_bytes(parts[what][1](model)) for what in parts}
     missing = sum(size for what, size in sizes.items() if not is_current(parts[what][0], stamp))
     check_disk_and_memory(out_dir, missing, CONVERSION_MEMORY, "close other programs")
-    with writing(out_dir):
+    with exclusive_lock(out_dir):
         if not are_current(out_dir, *companions):
             save = partial(save_companions, source, model)
             write_companions(out_dir, *companions, save, outdated_files(out_dir, stamp["checkpoint"]))

@@ -20,28 +20,28 @@ CONVERSION_MEMORY = 1.2e9  # of a checkpoint of any size, whose weights stay on 
 
 # Of weight compression, bytes for each weight
 SCALES = 1.02  # an 8-bit weight with its share of scales and zero points
-SAVED_BY_INT4 = 0.47  # of that, by 4 bit with a scale for 64 weights
-HEAD_IN_WORK = 10.9  # of the head while it is compressed: in float32, its integers, and what is between
+INT4_SAVING = 0.47  # of that, by 4 bit with a scale for 64 weights
+LM_HEAD_BYTES_PER_WEIGHT = 10.9  # of the head while it is compressed: in float32, its integers, and what is between
 AWQ_COPY = 4  # the two larger matrices of each MLP, scaled, in 16 bit
 PACKED = 2.3  # of each layer where NNCF runs the uncompressed model: 16 bit, packed by the plugin
 
 PIECE_LAYERS = 4  # of the vision encoder are quantised at a time, at most
 
 # Of that, bytes
-PIECE_IN_WORK = 11.6  # for each byte of a piece's 16-bit weights: copies in float32, and activations of one tile
+PIECE_BYTES_PER_BYTE = 11.6  # for each byte of a piece's 16-bit weights: copies in float32, and activations of one tile
 QUANTIZED = 0.75  # for each byte of all layers' 16-bit weights: the pieces that are done, in 8 bit
 
-KEPT = 1.5e9  # room for encoded pictures and for conversations, as `OVMLlamaForConditionalGeneration` has it
+CACHE_BYTES = 1.5e9  # room for encoded pictures and for conversations, as `OVMLlamaForConditionalGeneration` has it
 
 
 # ---- Seconds, on two cores; of a vision encoder with compressed weights ----
 
-BEGUN = 5  # of each step that makes an IR, whatever the size
-COPIED = 4.2e-9  # for each byte that is written in 16 bit
-INT4_WEIGHT, INT8_WEIGHT = 12e-9, 2e-8
-AWQ_TIMES = 3.5  # as long as without
-SAMPLE_WEIGHT = 11e-9  # for each weight and sample, with data; scale estimation takes twice that
-QUANTIZED_WEIGHT = 14e-8  # for each weight of the tower and picture
+STEP_OVERHEAD_S = 5  # of each step that makes an IR, whatever the size
+WRITE_S_PER_BYTE = 4.2e-9  # for each byte that is written in 16 bit
+INT4_S_PER_WEIGHT, INT8_S_PER_WEIGHT = 12e-9, 2e-8
+AWQ_TIME_FACTOR = 3.5  # as long as without
+SAMPLE_S_PER_WEIGHT = 11e-9  # for each weight and sample, with data; scale estimation takes twice that
+QUANTIZE_S_PER_WEIGHT = 14e-8  # for each weight of the tower and picture
 REPACKED = 5.2e-9  # for each byte of weights, read and repacked by the plugin
 READ = 5.9e-11  # for each byte of weights that a token reads
 ONE_TILE, FOUR_TILES = 1.22e-11, 5.12e-11  # of a picture, for each weight of the tower and row of a tile
@@ -119,7 +119,7 @@ def conversion_cost(config: MllamaConfig, vision_encoder: bool = True, language_
 
 def conversion_seconds(size: float) -> float:
     """Of writing an IR of so many bytes in 16 bit."""
-    return BEGUN + COPIED * size
+    return STEP_OVERHEAD_S + WRITE_S_PER_BYTE * size
 
 
 def compression_cost(settings: Settings, config: MllamaConfig | LlamaConfig) -> Cost:
@@ -127,16 +127,16 @@ def compression_cost(settings: Settings, config: MllamaConfig | LlamaConfig) -> 
     size = weights(config)
     in_4_bit = size.language if settings.all_layers else size.layers
     in_4_bit *= settings.ratio * settings.is_int4
-    disk = SCALES * (size.language - SAVED_BY_INT4 * in_4_bit)
-    memory = LIBRARIES + max(disk, HEAD_IN_WORK * size.embedding)
-    seconds = BEGUN + INT4_WEIGHT * size.language * (AWQ_TIMES if settings.awq else 1)
+    disk = SCALES * (size.language - INT4_SAVING * in_4_bit)
+    memory = LIBRARIES + max(disk, LM_HEAD_BYTES_PER_WEIGHT * size.embedding)
+    seconds = STEP_OVERHEAD_S + INT4_S_PER_WEIGHT * size.language * (AWQ_TIME_FACTOR if settings.awq else 1)
     if settings.awq:
         memory += AWQ_COPY * size.mlp
     if settings.dataset_size:
         shapes = MllamaShapes.from_config(config)
         encoder = 2 * size.tower + picture_memory(shapes, shapes.max_num_tiles)  # which encodes the samples' pictures
         memory = max(memory, LIBRARIES + PACKED * size.layers + size.embedding + size.head + encoder)
-        seconds += SAMPLE_WEIGHT * size.language * settings.dataset_size * (1 + settings.scale_estimation)
+        seconds += SAMPLE_S_PER_WEIGHT * size.language * settings.dataset_size * (1 + settings.scale_estimation)
     return Cost(disk, memory, seconds)
 
 
@@ -151,8 +151,12 @@ def vision_cost(option: str, config: MllamaConfig, pictures: int = 0) -> Cost:
     if option == "FP16":
         return Cost()
     if option == "INT8 quantization":
-        return Cost(SCALES * size.vision, quantization_memory(config), BEGUN + QUANTIZED_WEIGHT * size.tower * pictures)
-    return Cost(SCALES * size.vision, LIBRARIES + 2 * size.tower, BEGUN + INT8_WEIGHT * size.vision)
+        return Cost(
+            SCALES * size.vision,
+            quantization_memory(config),
+            STEP_OVERHEAD_S + QUANTIZE_S_PER_WEIGHT * size.tower * pictures,
+        )
+    return Cost(SCALES * size.vision, LIBRARIES + 2 * size.tower, STEP_OVERHEAD_S + INT8_S_PER_WEIGHT * size.vision)
 
 
 def quantization_memory(config: MllamaConfig) -> float:
@@ -162,7 +166,7 @@ def quantization_memory(config: MllamaConfig) -> float:
     layers = vision.num_hidden_layers + vision.num_global_layers
     longest = min(PIECE_LAYERS, max(vision.num_hidden_layers, vision.num_global_layers))
     piece = 2 * max(size.tower * longest / layers, size.projections)
-    return LIBRARIES + PIECE_IN_WORK * piece + QUANTIZED * 2 * size.tower
+    return LIBRARIES + PIECE_BYTES_PER_BYTE * piece + QUANTIZED * 2 * size.tower
 
 
 def answering_memory(config: MllamaConfig, weight_bytes: float) -> float:
@@ -173,7 +177,7 @@ def answering_memory(config: MllamaConfig, weight_bytes: float) -> float:
     """
     shapes = MllamaShapes.from_config(config)
     largest = picture_memory(shapes, shapes.max_num_tiles)
-    kept = min(KEPT, 4 * shapes.cross_kv_bytes(shapes.max_num_tiles * shapes.patches_per_tile))
+    kept = min(CACHE_BYTES, 4 * shapes.cross_kv_bytes(shapes.max_num_tiles * shapes.patches_per_tile))
     return LIBRARIES + weight_bytes + largest + kept
 
 

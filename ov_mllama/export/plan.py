@@ -22,7 +22,7 @@ from ov_mllama.export.costs import (
     vision_cost,
     weights,
 )
-from ov_mllama.export.settings import NEEDS_NO_PICTURES, VISION_OPTIONS, Settings
+from ov_mllama.export.settings import DEFAULT_VISION_OPTION, VISION_OPTIONS, Settings
 from ov_mllama.runtime.devices import cores
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
 from ov_mllama.runtime.memory import existing, free_disk, free_memory
@@ -108,7 +108,7 @@ class Plan:
         return sum(step.cost.disk for step in self.steps.values())
 
     @property
-    def lacking(self) -> tuple[str, ...]:
+    def shortfalls(self) -> tuple[str, ...]:
         """Sentences that say what this machine has too little of; none where all fits."""
         memory, lacking = self.machine.memory, lacking_disk(self.steps, self.machine)
         most = max(self.steps.values(), key=lambda step: step.cost.memory)
@@ -165,8 +165,8 @@ def plan(
     """
     size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
     original, made = 2 * (size.language + size.vision), {made} if isinstance(made, str) else made
-    vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[NEEDS_NO_PICTURES]}.xml")
-    small, smaller = compression_cost(settings, config), vision_cost(NEEDS_NO_PICTURES, config)
+    vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[DEFAULT_VISION_OPTION]}.xml")
+    small, smaller = compression_cost(settings, config), vision_cost(DEFAULT_VISION_OPTION, config)
     guessing = compression_cost(Settings(), draft) if draft else Cost()
     download = original * (not downloaded) + (2 * weights(draft).language if draft and not draft_downloaded else 0)
     loaded = small.disk + smaller.disk + guessing.disk
@@ -181,7 +181,7 @@ def plan(
             "compress": Step(to_compress, Cost() if settings.file_name in made else small),
             "draft": Step("compress the draft model", Cost() if DRAFT_MODEL_NAME in made else guessing),
             "vision": Step(
-                f"make the vision encoder smaller, {NEEDS_NO_PICTURES}", Cost() if vision_name in made else smaller
+                f"make the vision encoder smaller, {DEFAULT_VISION_OPTION}", Cost() if vision_name in made else smaller
             ),
         }
         left_out = {"download": not download, "draft": not draft}
@@ -250,8 +250,8 @@ def by_memory(config: MllamaConfig, settings: Settings, sizes: Iterable[int] = (
         )
         also = ["the 16-bit model beside it"] * made.write_16_bit
         also += ["a comparison with PyTorch in float32"] * made.compare_with_pytorch
-        both = f"{settings.algo}, vision encoder: {NEEDS_NO_PICTURES}"
-        first = "nothing: too little memory" if made.lacking else both
+        both = f"{settings.algo}, vision encoder: {DEFAULT_VISION_OPTION}"
+        first = "nothing: too little memory" if made.shortfalls else both
         rows.append(
             (f"{size} GB", first, gigabytes(making), gigabytes(answering), gigabytes(made.disk), ", ".join(also) or "–")
         )

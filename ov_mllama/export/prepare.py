@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from ov_mllama.export.convert import checkpoint_folder, checkpoint_stamp, convert_mllama
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import Machine, Plan, Step, loading, plan
-from ov_mllama.export.settings import NEEDS_NO_PICTURES, Settings
+from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.devices import has_own_memory
 from ov_mllama.runtime.ir import (
@@ -90,7 +90,7 @@ def files_to_load(model_dir: Path, language: str | None = None, vision: str | No
     return files
 
 
-def say_what_loads(model_dir: str | Path, device: str, *files: str | Path) -> None:
+def print_load_estimate(model_dir: str | Path, device: str, *files: str | Path) -> None:
     """Says what is loaded, how long that takes and how much memory it is to answer with, and whether that is there.
 
     Args:
@@ -127,7 +127,7 @@ def prepare(
         ValueError, FileNotFoundError, PermissionError, OSError, MemoryError: as the steps, each naming the fix.
     """
     made = plan_here(checkpoint, model_dir, draft, for_chat=True, reference=reference)
-    print(made, *made.lacking, sep="\n")
+    print(made, *made.shortfalls, sep="\n")
     made.check_disk()
     model_dir = convert_mllama(checkpoint, model_dir, language_model=made.write_16_bit, reference=reference)
     # not before: NNCF, once imported, has a hand in what torch traces, and torch then says so
@@ -136,5 +136,5 @@ def prepare(
     compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
     if draft:
         make_draft_model(draft, model_dir / DRAFT_FOLDER)
-    make_vision_encoder(model_dir, NEEDS_NO_PICTURES)
+    make_vision_encoder(model_dir, DEFAULT_VISION_OPTION)
     return model_dir

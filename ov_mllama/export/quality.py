@@ -26,7 +26,7 @@ from ov_mllama.export.convert import checkpoint_folder, convert_mllama, load_che
 from ov_mllama.export.prepare import plan_here
 from ov_mllama.export.settings import Settings
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
-from ov_mllama.runtime.memory import give_back
+from ov_mllama.runtime.memory import trim_memory
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.prompts import prompts_about
 from ov_mllama.runtime.reference import NAMES, TRANSFORMERS, Reference, described
@@ -216,7 +216,7 @@ def compare_references(checkpoint: str | Path, folder: Path, samples: list[dict]
             language = compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
         for row, log_prob in zip(rows, caption_log_probs(model_dir, language.name, samples), strict=True):
             row[name] = log_prob
-        give_back()
+        trim_memory()
     return rows
 
 

@@ -14,7 +14,7 @@ GROUP_SIZES = (32, 64, 128, -1)
 VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compression": "_int8_wc"}
 # The default on all devices: the calibrated encoder takes 0.65 to 0.8 of its time and is up to ten times as far from 16
 # bit (benchmarks/README.md, "Precision")
-NEEDS_NO_PICTURES = "INT8 weights compression"
+DEFAULT_VISION_OPTION = "INT8 weights compression"
 # of calibration samples, where none is given: the hub's, else those of `ov_mllama/export/samples.py`
 DEFAULT_SOURCES = ("lmms-lab/flickr30k", "photographs of installed packages")
 DATA_FREE_METRIC = "weight_quantization_error"

@@ -199,7 +199,7 @@ def check_continuation(cache: OVCache, ids: np.ndarray, images: ImageInputs | No
     if batch != cache.batch:
         raise ValueError(f"input_ids has {batch} rows, and the conversation in past_key_values has {cache.batch}.")
     if seen is not None and cache.last_seen.shape[-1]:
-        past = len(cache.columns) if seen.shape[1] != query else 0  # as transformers takes it
+        past = len(cache.positions) if seen.shape[1] != query else 0  # as transformers takes it
         new = tiles_seen(seen, seen.shape[1])[:, past : past + query]
         expected = (batch, query, cache.last_seen.shape[-1])
         if new.shape != expected or not (new == cache.last_seen).all():

@@ -12,7 +12,7 @@ NOT_HERE = {
 }
 
 
-class LikeAModule:
+class ModuleCompatMixin:
     """The little of `nn.Module` and `PreTrainedModel` that a compiled model can be asked for."""
 
     def __call__(self, *args, **kwargs):

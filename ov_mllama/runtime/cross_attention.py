@@ -1,7 +1,7 @@
 """What each step of the language model reads of the images: the K/V rows of the tiles that its tokens may see, and a
 bias that hides the others.
 
-Encoded -> restrict -> CrossAttention
+Encoded -> visible_kv -> CrossAttention
 """
 
 from collections import OrderedDict
@@ -71,7 +71,7 @@ def no_images(shapes: MllamaShapes) -> CrossAttention:
     )
 
 
-def restrict(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes, row_mask: bool = False) -> CrossAttention:
+def visible_kv(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes, row_mask: bool = False) -> CrossAttention:
     """The part of the images that tokens may see, and the bias that hides the rest and counts what stands for several.
 
     A token that may see no tile at all (text before the first image) attends to every row, padding tiles included,
@@ -103,7 +103,7 @@ def restrict(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes, row_mask:
     return CrossAttention(key_values, bias, sees_image=sees_any.astype(np.float32))
 
 
-def as_port_takes(key_value):
+def to_ov_tensor(key_value):
     """K/V as its port takes it: numpy has no bf16, of which u16 are the bits."""
     if isinstance(key_value, np.ndarray) and key_value.dtype == np.uint16:
         return ov.Tensor(key_value, key_value.shape, ov.Type.bf16)
@@ -144,7 +144,7 @@ class DeviceTensors:
     """A GPU's memory for the K/V that one session reads, so that they go there once per prompt and not once per token:
     OpenVINO copies an input that lies in the host's memory at each inference.
 
-    Encoded images stay with the host, where they are kept and cut (`restrict`). Not verified on hardware: there was
+    Encoded images stay with the host, where they are kept and cut (`visible_kv`). Not verified on hardware: there was
     none, and the tests use a stand-in for the context. So it is used only where it is asked for.
 
     Args:

@@ -28,15 +28,15 @@ class EncodedImage(NamedTuple):
         return sum(array.nbytes for array in self.key_values.values())
 
 
-class KeptImages:
+class ImageCache:
     """Encoded images, as many as there is room for; the one used longest ago goes first. For several threads.
 
     Args:
         room: bytes for all of them.
     """
 
-    def __init__(self, room: int):
-        self.room = room
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
         self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self._turn = threading.Lock()
 
@@ -56,7 +56,7 @@ class KeptImages:
         """Keeps an image; it goes at once if it is larger than all the room."""
         with self._turn:
             self._images[key] = image
-            while self._images and self._nbytes() > self.room:
+            while self._images and self._nbytes() > self.max_bytes:
                 self._images.popitem(last=False)
 
     def clear(self) -> None:
@@ -101,7 +101,7 @@ def join(arrays: list[np.ndarray], axis: int) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
 
 
-class PictureClock:
+class EncodingTimes:
     """When the picture under way began, and how long earlier ones took."""
 
     def __init__(self):

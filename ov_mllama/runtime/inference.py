@@ -10,17 +10,17 @@ import openvino as ov
 import torch
 from transformers import StoppingCriteria
 
-LOOK_EVERY_S = 0.05  # how soon after `stop` is set something is given up
+POLL_S = 0.05  # how soon after `stop` is set something is given up
 
 
-class Stopped(RuntimeError):
+class Cancelled(RuntimeError):
     """What was under way has been given up, as it was asked to be."""
 
 
 def check_stop(stop) -> None:
-    """Raises `Stopped` once the event is set; None never is."""
+    """Raises `Cancelled` once the event is set; None never is."""
     if stop and stop.is_set():
-        raise Stopped("Stopped, as it was asked to be.")
+        raise Cancelled("Stopped, as it was asked to be.")
 
 
 class StopOnEvent(StoppingCriteria):
@@ -39,12 +39,12 @@ def run(request: ov.InferRequest, inputs: dict[str, np.ndarray], stop=None) -> N
     Args:
         stop: `threading.Event`, or anything with its `is_set`.
     Raises:
-        Stopped: `stop` was set.
+        Cancelled: `stop` was set.
     """
     check_stop(stop)
     try:
         request.start_async(inputs, share_inputs=True)
-        while not request.wait_for(round(1000 * LOOK_EVERY_S)):
+        while not request.wait_for(round(1000 * POLL_S)):
             check_stop(stop)
     except BaseException:
         request.cancel()
@@ -54,17 +54,17 @@ def run(request: ov.InferRequest, inputs: dict[str, np.ndarray], stop=None) -> N
 
 
 @contextlib.contextmanager
-def turn_of(lock, stop=None):
+def acquire(lock, stop=None):
     """The lock (`threading.Lock` or `RLock`), held; waiting for it can be given up.
 
     Raises:
-        Stopped: `stop` was set before or meanwhile.
+        Cancelled: `stop` was set before or meanwhile.
     """
     acquired = False
     try:
         while not acquired:
             check_stop(stop)
-            acquired = lock.acquire(timeout=LOOK_EVERY_S)
+            acquired = lock.acquire(timeout=POLL_S)
         yield
     finally:
         if acquired:

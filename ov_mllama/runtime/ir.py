@@ -62,7 +62,7 @@ def check_disk_and_memory(folder: Path, disk: float, memory: float, advice: str)
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Inside, this process alone writes into `folder`, which exists and holds nothing half-written.
 
     Another process waits here until the first is done or gone: the system takes the lock from a process that dies.
@@ -105,7 +105,7 @@ def fingerprint(*paths: Path) -> str:
 
 
 @contextlib.contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def atomic_write(folder: Path) -> Iterator[Path]:
     """A scratch folder inside `folder`, whose files move there when all of them are written; else they are dropped.
 
     The .xml move last. An old one beside a new .bin, as a kill between the two leaves them, is no IR to `ir_stamp`.
@@ -124,7 +124,7 @@ def save_ir(model: ov.Model, path: Path, stamp: dict[str, str]) -> None:
     """
     for key, value in {**stamp, "openvino": ov.get_version(), "weights": NO_FINGERPRINT}.items():
         model.set_rt_info(value, ["mllama", key])
-    with whole(path.parent) as folder:
+    with atomic_write(path.parent) as folder:
         part = folder / path.name
         # 16-bit weights are stored as they are; what is left in f32 (norms, rotary frequencies) must stay exact
         try:
@@ -180,7 +180,7 @@ def written_stamp(text: str) -> dict[str, str]:
     return dict(re.findall(r'<(\w+) value="([^"]*)"', section))
 
 
-def foreign_stamp(path: Path) -> dict[str, str]:
+def external_stamp(path: Path) -> dict[str, str]:
     """The stamp that an IR inherited from the 16-bit one which somebody gave to NNCF and saved (`nncf.quantize`,
     `nncf.compress_weights`, then `ov.save_model`). Whether its weights are whole is known by their size only.
 
@@ -200,10 +200,10 @@ def foreign_stamp(path: Path) -> dict[str, str]:
 def is_current(path: Path, wanted: dict[str, str]) -> bool:
     """Whether an IR is there, whole, readable here, and says of itself what `wanted` (part of a stamp) does."""
     stamp = ir_stamp(path)
-    return wanted.items() <= stamp.items() and not is_from_the_future(stamp)
+    return wanted.items() <= stamp.items() and not needs_newer_openvino(stamp)
 
 
-def origin(path: Path) -> dict[str, str]:
+def provenance(path: Path) -> dict[str, str]:
     """The part of an IR's stamp that its descendants share."""
     shared = ("converter_version", "checkpoint", "padding_tiles", *Reference._fields)
     return {key: value for key, value in ir_stamp(path).items() if key in shared}
@@ -232,7 +232,7 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...] | str) -> dict[str, 
             raise FileNotFoundError(f"{model_dir / name} is missing: run {maker}(model_id, '{model_dir}') first.")
     stamps = {name: ir_stamp(model_dir / name) for name in names}
     for name in [name for name, stamp in stamps.items() if not stamp]:
-        stamps[name] = foreign_stamp(model_dir / name)
+        stamps[name] = external_stamp(model_dir / name)
         if stamps[name]:
             warnings.warn(
                 f"{model_dir / name} was not written by this project's compress or optimize_vision_encoder: its origin "
@@ -250,7 +250,7 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...] | str) -> dict[str, 
                 f"{model_dir / name} was made by converter version {stamp['converter_version']}, this is version "
                 f"{CONVERTER_VERSION}: run convert_mllama again, it replaces what is outdated."
             )
-        if is_from_the_future(stamp):
+        if needs_newer_openvino(stamp):
             raise ValueError(
                 f"{model_dir / name} was made with OpenVINO {stamp['openvino']}, and {ov.get_version()} here may not "
                 "know all that is in it: install the versions of requirements.txt, or run convert_mllama again."
@@ -275,7 +275,7 @@ def outdated_files(folder: Path, checkpoint: str) -> list[Path]:
     found = []
     for path in [*folder.glob("openvino_*.xml"), *folder.glob("llm_*.xml")]:
         made_of = written_stamp(whole_xml(path)).get("checkpoint", checkpoint)
-        if made_of != checkpoint and not foreign_stamp(path):
+        if made_of != checkpoint and not external_stamp(path):
             found += [path, path.with_suffix(".bin")]
     if stamp_of(folder).get("checkpoint") != checkpoint and (folder / DRAFT_FOLDER / DRAFT_MODEL_NAME).is_file():
         draft = folder / DRAFT_FOLDER
@@ -284,7 +284,7 @@ def outdated_files(folder: Path, checkpoint: str) -> list[Path]:
     return found
 
 
-def is_from_the_future(stamp: dict[str, str]) -> bool:
+def needs_newer_openvino(stamp: dict[str, str]) -> bool:
     """Whether an IR was made by a newer OpenVINO than this one; older ones' are read by every later release."""
 
     def release(version: str) -> tuple[int, ...]:  # "2026.4.1-1234-abc"

@@ -36,7 +36,7 @@ class Prompt:
         self.image_keys = self.image_keys or [()] * len(self.input_ids)
 
     @property
-    def is_plain(self) -> bool:
+    def prefix_cacheable(self) -> bool:
         """One row, nothing padded, positions that count up: whatever begins alike is alike."""
         consecutive = self.position_ids is None or np.array_equal(
             self.position_ids[0], np.arange(self.input_ids.shape[1])
@@ -53,9 +53,9 @@ class OVCache:
 
     Attributes:
         session: the `language.Session` whose state holds the tokens; None before the prompt.
-        columns: for each token that counts, its column in the state.
-        size: columns in the state, hidden ones included.
-        tokens: ids of the tokens that count; None for a prompt that no other can be compared with (`Prompt.is_plain`).
+        positions: slot in the state of each token that counts.
+        num_slots: slots in the state, hidden ones included.
+        tokens: ids of the tokens that count; None for a prompt that cannot be a prefix (`Prompt.prefix_cacheable`).
         batch: rows of the prompt.
         seen: bool [tokens of the prompt, images * tiles], the tiles that each may see; later ones see as the last.
         last_seen: bool [batch, 1, images * tiles], the tiles that each row's later tokens see.
@@ -70,8 +70,8 @@ class OVCache:
 
     def __init__(self, session=None):
         self.session: Any = session
-        self.columns: list[int] = []
-        self.size = 0
+        self.positions: list[int] = []
+        self.num_slots = 0
         self.tokens: list[int] | None = []
         self.batch = 0
         self.seen = np.zeros((1, 0), bool)
@@ -85,7 +85,7 @@ class OVCache:
     # ---- What transformers calls ----
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return len(self.columns)
+        return len(self.positions)
 
     def reorder_cache(self, beam_idx) -> None:
         """Between two steps of beam search: i64 tensor [batch], the row that each row goes on with."""
@@ -100,7 +100,7 @@ class OVCache:
         """Takes back the last tokens, given as a negative number as for transformers' caches; 0 takes none."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes back tokens: give their number as a negative one.")
-        self.truncate(max(len(self.columns) + tokens_to_remove, 0))
+        self.truncate(max(len(self.positions) + tokens_to_remove, 0))
         self.stats.rejected_tokens -= tokens_to_remove
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -122,7 +122,7 @@ class OVCache:
 
     def __len__(self) -> int:
         """Layers with something in them, as transformers' caches count; `get_seq_length` counts tokens."""
-        shapes = self.session.model.shapes if self.session and self.columns else None
+        shapes = self.session.model.shapes if self.session and self.positions else None
         return len(shapes.self_layers) + len(shapes.cross_layers) if shapes else 0
 
     def __bool__(self) -> bool:
@@ -140,12 +140,12 @@ class OVCache:
         """Hides all but the first `tokens`."""
         if self.tokens is not None:  # first: what is reused goes by them, even if this is interrupted here
             del self.tokens[tokens:]
-        del self.columns[tokens:]
+        del self.positions[tokens:]
 
     def append(self, input_ids: np.ndarray) -> None:
         """Notes i64 [batch, query] as tokens that are now in the state."""
-        self.columns.extend(range(self.size, self.size + input_ids.shape[1]))
-        self.size += input_ids.shape[1]
+        self.positions.extend(range(self.num_slots, self.num_slots + input_ids.shape[1]))
+        self.num_slots += input_ids.shape[1]
         if self.tokens is not None and len(input_ids) == 1:
             self.tokens.extend(input_ids[0].tolist())
         else:
@@ -153,11 +153,11 @@ class OVCache:
 
     def hide(self, attention_mask: np.ndarray) -> np.ndarray:
         """A mask over the tokens that count and the new ones -> over all columns of the state and the new ones."""
-        if self.size == len(self.columns):
+        if self.num_slots == len(self.positions):
             return attention_mask
-        new = attention_mask.shape[1] - len(self.columns)
-        every_column = np.zeros((len(attention_mask), self.size + new), np.int64)
-        every_column[:, [*self.columns, *range(self.size, self.size + new)]] = attention_mask
+        new = attention_mask.shape[1] - len(self.positions)
+        every_column = np.zeros((len(attention_mask), self.num_slots + new), np.int64)
+        every_column[:, [*self.positions, *range(self.num_slots, self.num_slots + new)]] = attention_mask
         return every_column
 
     def common_prefix(self, prompt: Prompt, row_mask: bool = False) -> int:
@@ -167,7 +167,7 @@ class OVCache:
             row_mask: a token depends only on the images that it and those before it see, so the images need to be the
                 same only from where one is seen; without, from the first token on (`reference.Reference`).
         """
-        if self.tokens is None or not prompt.is_plain:
+        if self.tokens is None or not prompt.prefix_cacheable:
             return 0
         if prompt.image_keys != self.image_keys and not row_mask:
             return 0

@@ -16,10 +16,10 @@ import openvino as ov
 from .cross_attention import (
     CrossAttention,
     DeviceTensors,
-    as_port_takes,
     no_images,
     read_in_bf16,
-    restrict,
+    to_ov_tensor,
+    visible_kv,
 )
 from .devices import choose
 from .inference import Progress, check_stop
@@ -75,7 +75,7 @@ def language_inputs(
     }
     if cross_attention:
         inputs |= {"cross_attention_bias": cross_attention.bias, "sees_image": cross_attention.sees_image}
-        inputs |= {name: as_port_takes(array) for name, array in cross_attention.key_values.items()}
+        inputs |= {name: to_ov_tensor(array) for name, array in cross_attention.key_values.items()}
     return inputs
 
 
@@ -206,7 +206,7 @@ class Session:
         Returns:
             logits f32 [batch, prompt.logits_to_keep, vocab].
         Raises:
-            Stopped: `stop` was set.
+            Cancelled: `stop` was set.
         """
         cache = OVCache() if cache is None else cache
         reused, previous, self.cache = self.reusable(prompt), self.cache, None
@@ -214,13 +214,17 @@ class Session:
         cache.seen, cache.last_seen = prompt.seen[0], prompt.seen[:, -1:]
         if reused and previous:
             previous.truncate(reused)
-            cache.columns, cache.tokens, cache.size = [*previous.columns], [*(previous.tokens or ())], previous.size
+            cache.positions, cache.tokens, cache.num_slots = (
+                [*previous.positions],
+                [*(previous.tokens or ())],
+                previous.num_slots,
+            )
         else:
-            cache.columns, cache.tokens, cache.size = [], [], 0
+            cache.positions, cache.tokens, cache.num_slots = [], [], 0
             if self._request:
                 self._request.reset_state()
         cache.stats.reused_tokens = reused
-        cache.tokens = cache.tokens if prompt.is_plain else None
+        cache.tokens = cache.tokens if prompt.prefix_cacheable else None
         rest = prompt.seen[:, reused:]
         same_images = previous is not None and previous.image_keys == cache.image_keys
         if reused and previous and same_images and np.array_equal(previous.last_seen, cache.last_seen):
@@ -277,7 +281,7 @@ class Session:
         cache = self.cache
         if cache is None:
             raise ValueError(GONE)
-        past = len(cache.columns)
+        past = len(cache.positions)
         in_order = position_ids is None or np.array_equal(position_ids[0], np.arange(past, past + input_ids.shape[1]))
         if not in_order or (attention_mask is not None and not attention_mask.all()):
             cache.tokens = None  # what was computed so is nobody else's beginning
@@ -302,7 +306,7 @@ class Session:
     @property
     def cache_size(self) -> int:
         """Columns in the state, of all rows."""
-        return self.cache.size * self.cache.batch if self.cache else 0
+        return self.cache.num_slots * self.cache.batch if self.cache else 0
 
     @property
     def held_bytes(self) -> float:
@@ -322,7 +326,7 @@ class Session:
         shapes = self.model.shapes
         if not shapes.cross_layers:
             return None
-        view = restrict(encoded, seen, shapes, self.model.row_mask) if encoded else no_images(shapes)
+        view = visible_kv(encoded, seen, shapes, self.model.row_mask) if encoded else no_images(shapes)
         view = view.in_bf16() if self.model.reads_bf16 else view
         return self._device_tensors.place(view) if self._device_tensors else view
 
@@ -334,7 +338,7 @@ class Session:
         Raises:
             ValueError: the tokens before are gone.
         """
-        past = len(cache.columns)
+        past = len(cache.positions)
         if attention_mask is None:
             attention_mask = np.ones((len(input_ids), past + input_ids.shape[1]), np.int64)
         inputs = language_inputs(

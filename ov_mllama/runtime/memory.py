@@ -36,7 +36,7 @@ def free_memory() -> float:
     return min(psutil.virtual_memory().available, group_memory())
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Freed memory goes back to the system. glibc keeps what was allocated in pieces of up to 32 MB for later: after a
     few pictures with the 11B 2.4 GB, which no other program gets, nor does `free_memory` count them. (malloc_trim(3);
     elsewhere nothing is done.)"""

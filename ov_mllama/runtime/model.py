@@ -34,15 +34,15 @@ from .checks import (
     token_arrays,
     warn_of_double_bos,
 )
-from .compat import LikeAModule
+from .compat import ModuleCompatMixin
 from .cross_attention import tiles_seen
 from .golden import check_golden_answer
-from .inference import Progress, StopOnEvent, turn_of
+from .inference import Progress, StopOnEvent, acquire
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, generation_config, named
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
 from .reference import Reference
-from .sessions import Sessions, make_room
+from .sessions import SessionPool, evict_for
 from .shapes import MllamaShapes
 from .speculative import (
     InVocabularyDrafts,
@@ -57,7 +57,7 @@ from .vision import ImageInputs, OVImageEncoder, image_keys
 logger = logging.getLogger(__name__)
 
 
-class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
+class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
     """Llama 3.2 Vision on OpenVINO, used as transformers' class is: `model.generate(**processor(...))`.
 
     A prompt that begins as an earlier conversation did, about the same images, is computed from where they part; any
@@ -78,9 +78,9 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         warm_up: run the language model once: the CPU plugin repacks the weights then, 26 s for the 11B's INT4 ones.
         check_golden: ask the checkpoint's golden question, if it brought one, and warn where this device answers
             otherwise than transformers did.
-        image_cache_bytes: room to keep encoded images in, see `OVImageEncoder`.
-        kv_cache_bytes: room to keep conversations in, see `Sessions`. Of the 11B a token takes 66 KB in 8 bit, 0.26 MB
-            in f32; what is read of an image, 0.1 GB for each of its tiles.
+        image_cache_bytes: memory for encoded images, see `OVImageEncoder`.
+        kv_cache_bytes: memory for sessions, see `SessionPool`. A token of the 11B takes 66 KB in 8 bit, 0.26 MB in
+            f32; what is read of an image, 0.1 GB for each of its tiles.
         use_remote_tensors: on a GPU, keep the images' K/V in its memory (`DeviceTensors`; not verified on hardware).
         dynamic_shape: there for the published notebook's sake: shapes always follow the inputs.
 
@@ -138,7 +138,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
             model_dir / language, self.shapes, device, ov_config, stamps[language], use_remote_tensors
         )
         check_ports(self.shapes, self.image_encoder, self.language_model.compiled, model_dir)
-        self.session, self.sessions = self.language_model.session(), Sessions(self.language_model, kv_cache_bytes)
+        self.session, self.sessions = self.language_model.session(), SessionPool(self.language_model, kv_cache_bytes)
         self.about = named(model_dir, stamps[language], stamps[vision], device)
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:
@@ -168,7 +168,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
 
     def generate(self, *args, stop: threading.Event | None = None, progress: Progress | None = None, **kwargs):
         """`GenerationMixin.generate`, one thread at a time. Once `stop` is set, the answer ends with the token under
-        way; before the first one `Stopped` is raised (`inference.py`). `progress` is told what is done."""
+        way; before the first one `Cancelled` is raised (`inference.py`). `progress` is told what is done."""
         if stop:
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), StopOnEvent(stop)]
         with self._in_turn(stop):
@@ -190,12 +190,12 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         Returns:
             seconds for each different image, next to nothing for those that were kept.
         Raises:
-            Stopped: `stop` was set (`ov_mllama.runtime.inference`); images that were done are kept.
+            Cancelled: `stop` was set (`ov_mllama.runtime.inference`); images that were done are kept.
             ValueError, TypeError: as for `forward`.
         """
         tensors = (pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         images = images_alone(*tensors, self.image_encoder.pixels_shape, self.config)
-        return self.image_encoder.keep(images, stop) if images else []
+        return self.image_encoder.prefetch(images, stop) if images else []
 
     @can_return_tuple
     def forward(
@@ -245,8 +245,8 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         with self._in_turn():
             cache = OVCache(self.session) if past_key_values is None else past_key_values
-            session = check_continuation(cache, ids, images, seen) if cache.columns else None
-            check_tokens(ids, mask, positions, len(cache.columns), self.shapes)
+            session = check_continuation(cache, ids, images, seen) if cache.positions else None
+            check_tokens(ids, mask, positions, len(cache.positions), self.shapes)
             drafts = wanted - 1 if cache.drafting and isinstance(wanted, int) and wanted > 0 else 0
             if session:
                 self.sessions.use(session)
@@ -270,7 +270,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.take(prompt, rows)
         images = None if session.holds_images(prompt) else images
-        make_room(prompt, session, self.sessions, self.image_encoder, self.config, rows, images)
+        evict_for(prompt, session, self.sessions, self.image_encoder, self.config, rows, images)
         encoded = self.image_encoder.encode(images, prompt.image_keys, *self._watched) if images else None
         held = len({key for row in prompt.image_keys for key in row})  # in the session, where none is encoded
         self.stats = cache.stats = GenerationStats(
@@ -285,7 +285,7 @@ class OVMLlamaForConditionalGeneration(LikeAModule, GenerationMixin):
     @contextlib.contextmanager
     def _in_turn(self, stop=None):
         """One thread at a time; when its outermost call ends, conversations that there is no room for are dropped."""
-        with turn_of(self.turn, stop):
+        with acquire(self.turn, stop):
             self._calls += 1
             try:
                 yield

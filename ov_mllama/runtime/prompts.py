@@ -15,13 +15,13 @@ import torch
 from transformers.generation.streamers import AsyncTextIteratorStreamer
 
 from .images import at_detail, open_picture
-from .inference import LOOK_EVERY_S, Progress, Stopped, turn_of
+from .inference import POLL_S, Cancelled, Progress, acquire
 
 STOP_WITHIN_S = 0.5  # a person who stopped an answer is not kept longer, see `stream_words`
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None}
 
 
-def plain(text: str) -> str:
+def escape_special_tokens(text: str) -> str:
     """Text that any tokenizer takes and in which nothing is a special token, nor becomes one behind another text: a
     zero-width space keeps "<|eot_id|>" readable and harmless. Halves of characters (lone surrogates) become U+FFFD."""
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -91,7 +91,7 @@ def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_n
     """The processor's tensors for a conversation, and what is to be said of its pictures.
 
     Args:
-        messages: for the chat template; their texts are `plain` already.
+        messages: for the chat template; their texts are `escape_special_tokens` already.
         pictures: whatever `open_picture` takes, in the template's order.
         max_new_tokens: room to leave for the answer.
         detail: "high" or "low", see `images.at_detail`.
@@ -124,7 +124,9 @@ def sampling(temperature: float, top_p: float) -> dict:
     return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
 
 
-def is_cut(output: torch.Tensor, prompt_tokens: int, max_new_tokens: int, eos_token_id: int | list[int]) -> bool:
+def hit_token_limit(
+    output: torch.Tensor, prompt_tokens: int, max_new_tokens: int, eos_token_id: int | list[int]
+) -> bool:
     """Whether an answer ended only because of its limit.
 
     Args:
@@ -136,7 +138,7 @@ def is_cut(output: torch.Tensor, prompt_tokens: int, max_new_tokens: int, eos_to
     return len(answer) >= max_new_tokens and int(answer[-1]) not in ends
 
 
-class Line:
+class FifoLock:
     """Questions that are answered one at a time, in the order in which they came."""
 
     def __init__(self):
@@ -153,7 +155,7 @@ class Line:
                     others = f"{before} other conversations’ answers" if before > 1 else "another conversation’s answer"
                     progress.enter(f"Waiting for {others}")
                     said = before
-                await asyncio.sleep(LOOK_EVERY_S)
+                await asyncio.sleep(POLL_S)
             yield
         finally:
             self._questions.remove(question)
@@ -183,13 +185,16 @@ async def stream_words(
 
     def generate():
         try:
-            with contextlib.suppress(Stopped), turn_of(model.turn, stop):
+            with contextlib.suppress(Cancelled), acquire(model.turn, stop):
                 progress.enter("Beginning")
                 output = model.generate(**arguments, streamer=streamer, stop=stop, progress=progress)
                 if stop.is_set():  # and who has stopped it may be gone: the step under way took longer
                     return
                 ends = model.generation_config.eos_token_id
-                note(model.stats, is_cut(output, arguments["input_ids"].shape[1], arguments["max_new_tokens"], ends))
+                note(
+                    model.stats,
+                    hit_token_limit(output, arguments["input_ids"].shape[1], arguments["max_new_tokens"], ends),
+                )
         finally:
             streamer.end()  # a second time after a whole answer, which the loop below does not see
 

@@ -5,11 +5,11 @@ from transformers import MllamaConfig
 from .checks import check_prompt_fits
 from .kv_cache import Prompt
 from .language import OVLanguageModel, Session
-from .memory import free_memory, give_back
+from .memory import free_memory, trim_memory
 from .vision import ImageInputs, OVImageEncoder
 
 
-class Sessions:
+class SessionPool:
     """The conversations that a model keeps: as many as there is room for, the one used last at the end.
 
     Args:
@@ -17,7 +17,7 @@ class Sessions:
             The one used last stays, whatever it takes.
     """
 
-    MOST = 8  # however small they are: each is asked how a new prompt begins
+    MAX_SESSIONS = 8  # however small they are: each is asked how a new prompt begins
 
     def __init__(self, model: OVLanguageModel, cache_bytes: int):
         self.model, self.cache_bytes = model, cache_bytes
@@ -52,12 +52,14 @@ class Sessions:
 
     def _has_room(self, prompt: Prompt, rows: int) -> bool:
         wanted = self.model.column_bytes * prompt.input_ids.size + self.model.shapes.cross_kv_bytes(rows)
-        return len(self._sessions) < self.MOST and self.held_bytes + wanted <= self.cache_bytes
+        return len(self._sessions) < self.MAX_SESSIONS and self.held_bytes + wanted <= self.cache_bytes
 
     def release(self) -> None:
         """Nothing is in use any more; what there is no room for goes, the oldest first."""
         self._in_use.clear()
-        while len(self._sessions) > 1 and (len(self._sessions) > self.MOST or self.held_bytes > self.cache_bytes):
+        while len(self._sessions) > 1 and (
+            len(self._sessions) > self.MAX_SESSIONS or self.held_bytes > self.cache_bytes
+        ):
             self._sessions.pop(0).reset()
 
     @property
@@ -73,13 +75,13 @@ class Sessions:
         for session in [session for session in self._sessions if id(session) not in self._in_use]:
             self._sessions.remove(session)
             session.reset()
-        give_back()
+        trim_memory()
 
 
-def make_room(
+def evict_for(
     prompt: Prompt,
     session: Session,
-    sessions: Sessions,
+    sessions: SessionPool,
     encoder: OVImageEncoder,
     config: MllamaConfig,
     rows: int,

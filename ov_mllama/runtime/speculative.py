@@ -25,7 +25,7 @@ from .shapes import MllamaShapes
 TOKENS, STEP = (1, 2, 4, 8, 16), (1.0, 1.23, 1.41, 1.65, 2.19)
 
 
-class Schedule:
+class DraftLengthPolicy:
     """How many tokens to draft next: as many as pay, by what was right of late and what a draft costs.
 
     Attributes:
@@ -33,10 +33,10 @@ class Schedule:
         cost: seconds for a guess beside those of the large model's step of one token.
     """
 
-    MOST, PAUSES, RATE = 8, (4, 64), 0.15
+    MAX_DRAFT_TOKENS, PAUSES, RATE = 8, (4, 64), 0.15
 
     def __init__(self):
-        self.right, self.cost = 0.5, 0.2
+        self.acceptance_rate, self.cost = 0.5, 0.2
         self.pause = self.remaining = 0
 
     def count(self) -> int:
@@ -44,24 +44,24 @@ class Schedule:
         if self.remaining:
             self.remaining -= 1
             return 0
-        return max(range(1, self.MOST + 1), key=self.gain)
+        return max(range(1, self.MAX_DRAFT_TOKENS + 1), key=self.gain)
 
     def gain(self, drafts: int) -> float:
         """Tokens a second beside a step of one token, if so many are drafted."""
-        tokens = sum(self.right**number for number in range(drafts + 1))
+        tokens = sum(self.acceptance_rate**number for number in range(drafts + 1))
         return tokens / (np.interp(drafts + 1, TOKENS, STEP) + drafts * self.cost)
 
-    def note(self, drafted: int, accepted: int, seconds: float, step_seconds: float) -> None:
+    def update(self, drafted: int, accepted: int, seconds: float, step_seconds: float) -> None:
         """What came of a draft.
 
         Args:
             seconds: it took; step_seconds: of the large model's step that checked it.
         """
         for hit in [1] * accepted + [0] * (accepted < drafted):  # guesses behind a wrong one say nothing
-            self.right += self.RATE * (hit - self.right)
+            self.acceptance_rate += self.RATE * (hit - self.acceptance_rate)
         of_one = step_seconds / np.interp(drafted + 1, TOKENS, STEP)
         self.cost += self.RATE * (seconds / drafted / of_one - self.cost)
-        pays = max(map(self.gain, range(1, self.MOST + 1))) > 1
+        pays = max(map(self.gain, range(1, self.MAX_DRAFT_TOKENS + 1))) > 1
         self.pause = 0 if pays else min(max(2 * self.pause, self.PAUSES[0]), self.PAUSES[1])
         self.remaining = self.pause
 
@@ -73,7 +73,7 @@ class OVDraftModel:
     Args:
         model_dir: folder of `ov_mllama.export.compress.make_draft_model`.
         device, ov_config: as for `OVMLlamaForConditionalGeneration`.
-        drafts: how many tokens to guess at a time; default as many as pay, see `Schedule`.
+        drafts: how many tokens to guess at a time; default as many as pay, see `DraftLengthPolicy`.
 
     Raises:
         FileNotFoundError, ValueError: as `check_model_dir`.
@@ -92,21 +92,21 @@ class OVDraftModel:
             model_dir / DRAFT_MODEL_NAME, shapes, device, ov_config, stamps[DRAFT_MODEL_NAME]
         )
         self.session = self.language_model.session()
-        self.schedule, self.drafts = Schedule(), drafts
+        self.schedule, self.drafts = DraftLengthPolicy(), drafts
 
-    def guess(self, tokens: np.ndarray, count: int, ends: frozenset[int] = frozenset()) -> list[int]:
+    def draft_tokens(self, tokens: np.ndarray, count: int, ends: frozenset[int] = frozenset()) -> list[int]:
         """The `count` likeliest tokens, one after another, fewer where one of `ends` comes.
 
         Args:
             tokens: i64 [query], the text so far. What of it began the call before is not computed again.
         """
-        guessed = [self.likeliest(self.session.prefill(Prompt(tokens[None])), len(tokens))]
+        guessed = [self.greedy_token(self.session.prefill(Prompt(tokens[None])), len(tokens))]
         while len(guessed) < count and guessed[-1] not in ends:
             logits = self.session.decode(np.array([guessed[-1:]]))
-            guessed.append(self.likeliest(logits, len(tokens) + len(guessed)))
+            guessed.append(self.greedy_token(logits, len(tokens) + len(guessed)))
         return guessed
 
-    def likeliest(self, logits: np.ndarray, place: int) -> int:
+    def greedy_token(self, logits: np.ndarray, place: int) -> int:
         """The id to guess.
 
         Args:
@@ -149,7 +149,7 @@ class ModelDrafts(CandidateGenerator):
         if count < 1 or not len(text):
             return input_ids, None
         started = time.perf_counter()
-        self.guessed = self.draft.guess(text, count, self.ends)
+        self.guessed = self.draft.draft_tokens(text, count, self.ends)
         self.seconds = time.perf_counter() - started
         return torch.cat([input_ids, torch.tensor([self.guessed])], dim=1), None
 
@@ -162,7 +162,7 @@ class ModelDrafts(CandidateGenerator):
         if self.guessed:
             # transformers does not count the answer's last token, be it guessed right
             right += self.guessed[right : right + 1] == input_ids[0, -1:].tolist()
-            self.draft.schedule.note(len(self.guessed), right, self.seconds, stats.step_s[-1])
+            self.draft.schedule.update(len(self.guessed), right, self.seconds, stats.step_s[-1])
 
 
 def in_vocabulary(input_ids: torch.LongTensor, vocab_size: int) -> torch.LongTensor:

@@ -14,10 +14,10 @@ import numpy as np
 import openvino as ov
 
 from .devices import choose, has_own_memory
-from .image_cache import EncodedImage, KeptImages, PictureClock, join_images
-from .inference import LOOK_EVERY_S, Progress, check_stop, run, turn_of
+from .image_cache import EncodedImage, EncodingTimes, ImageCache, join_images
+from .inference import POLL_S, Progress, acquire, check_stop, run
 from .ir import ir_stamp
-from .memory import free_memory, give_back, picture_memory
+from .memory import free_memory, picture_memory, trim_memory
 from .shapes import MllamaShapes
 
 
@@ -75,7 +75,7 @@ def different(images: ImageInputs, keys: list[tuple[bytes, ...]]) -> dict[bytes,
     }
 
 
-class StopUnlessWanted(NamedTuple):
+class CancelUnlessAwaited(NamedTuple):
     """An event that counts as not set while a prompt waits for the image."""
 
     stop: threading.Event
@@ -138,15 +138,15 @@ class OVImageEncoder:
         stamp: dict[str, str] | None = None,
     ):
         stamp = ir_stamp(Path(path)) if stamp is None else stamp
-        self.shapes, self.kept = shapes, KeptImages(cache_bytes)
+        self.shapes, self.kept = shapes, ImageCache(cache_bytes)
         self.padding_alike = stamp.get("padding_tiles") == "alike"
         self.chosen = choose("vision", stamp, device, ov_config)
         self._ir = (path, device, self.chosen.properties)
         self._own_memory = has_own_memory(device)
         self._request: ov.InferRequest | None = self._compile()
         self._turn = threading.Lock()
-        self._wanted: list[bytes] = []  # images that prompts are waiting for
-        self._clock = PictureClock()
+        self._awaited: list[bytes] = []  # images that prompts are waiting for
+        self._clock = EncodingTimes()
         model = self._request.get_compiled_model()
         self.pixels_shape = (shapes.max_num_tiles, *static_shape(model.input("pixel_values"))[1:])
         self.output_shapes = {port.get_any_name(): static_shape(port) for port in model.outputs}
@@ -171,7 +171,7 @@ class OVImageEncoder:
             stop: once it is set, the image under way is given up between two layers.
             progress: told which of them is under way.
         Raises:
-            Stopped: `stop` was set; the images that were done are kept.
+            Cancelled: `stop` was set; the images that were done are kept.
             FloatingPointError: K/V that are not finite.
             MemoryError: too little for one of them.
         """
@@ -180,7 +180,7 @@ class OVImageEncoder:
         parts = different(images, keys)
         # held from the beginning: else the first that is new could push the next one out
         encoded = {key: image for key in parts if (image := self.kept.get(key))}
-        self._wanted += parts
+        self._awaited += parts
         try:
             for number, (key, part) in enumerate(parts.items(), 1):
                 if progress:
@@ -193,13 +193,13 @@ class OVImageEncoder:
                 image_s.append(time.perf_counter() - started)
         finally:
             for key in parts:
-                self._wanted.remove(key)
+                self._awaited.remove(key)
         if len(set(keys)) == 1:
             keys = keys[:1]
         key_values, stands_for = join_images([[encoded[key] for key in row] for row in keys], self.shapes)
         return Encoded(key_values, stands_for, image_s, kept)
 
-    def keep(self, images: ImageInputs, stop: threading.Event | None = None) -> list[float]:
+    def prefetch(self, images: ImageInputs, stop: threading.Event | None = None) -> list[float]:
         """Encodes images ahead of the prompt about them, as far as there is room to keep them.
 
         Prompts go first: between two images it waits while a prompt waits for another one. An image that a prompt waits
@@ -210,15 +210,15 @@ class OVImageEncoder:
         Returns:
             seconds for each different image, next to nothing for those kept already.
         Raises:
-            Stopped, FloatingPointError, MemoryError: as `encode`.
+            Cancelled, FloatingPointError, MemoryError: as `encode`.
         """
         image_s = []
         for key, part in different(images, image_keys(images)).items():
             started = time.perf_counter()
-            while any(other != key for other in self._wanted):
+            while any(other != key for other in self._awaited):
                 check_stop(stop)
-                time.sleep(LOOK_EVERY_S)
-            self._encode_one(key, part, stop and StopUnlessWanted(stop, self._wanted, key))
+                time.sleep(POLL_S)
+            self._encode_one(key, part, stop and CancelUnlessAwaited(stop, self._awaited, key))
             image_s.append(time.perf_counter() - started)
         return image_s
 
@@ -227,7 +227,7 @@ class OVImageEncoder:
         image = self.kept.get(key)
         if image:
             return image, True
-        with turn_of(self._turn, stop):
+        with acquire(self._turn, stop):
             image = self.kept.get(key)
             if image:
                 return image, True
@@ -270,11 +270,11 @@ class OVImageEncoder:
             )
 
     def rows_read(self, images: ImageInputs, seen: np.ndarray, row_mask: bool = False) -> int:
-        """At most how many K/V rows a prompt reads: tokens that see no image read the padding tiles' too (`restrict`).
+        """Upper bound of the K/V rows that a prompt reads; tokens without image read padding tiles too (`visible_kv`).
 
         Args:
             seen: bool [batch, query, images * tiles].
-            row_mask: as for `restrict`.
+            row_mask: as for `visible_kv`.
         """
         mask = images.aspect_ratio_mask
         tiles = mask.sum(-1) if row_mask or seen.any(-1).all() else self._tiles(mask)
@@ -298,7 +298,7 @@ class OVImageEncoder:
             request.set_tensor(name, ov.Tensor(array, shared_memory=True))
         run(request, inputs, stop)
         request.get_compiled_model().release_memory()  # of what the layers held, while the language model answers
-        give_back()
+        trim_memory()
         self._request = request
         for array in key_values.values():
             check_finite(array, "image's keys and values")
@@ -307,7 +307,7 @@ class OVImageEncoder:
     def forget(self) -> None:
         """Drops the images kept."""
         self.kept.clear()
-        give_back()
+        trim_memory()
 
 
 def static_shape(port) -> tuple[int, ...]:

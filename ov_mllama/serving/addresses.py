@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import httpx
 
 from ov_mllama.runtime.images import PictureError, fetch
-from ov_mllama.serving.protocol import MAX_IMAGES, Refusal
+from ov_mllama.serving.protocol import MAX_IMAGES, ApiError
 
 FETCH_S = 60.0  # for all images of a request, which holds a place
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -72,11 +72,11 @@ async def fetch_images(messages: list[dict], hold: Callable[[int], None]) -> Non
         messages: of a request, not checked yet.
         hold: told the bytes of all that were fetched; raises where those are too many.
     Raises:
-        Refusal: if one cannot be fetched, they are too many, or take longer than FETCH_S.
+        ApiError: if one cannot be fetched, they are too many, or take longer than FETCH_S.
     """
     found, fetched, where = list(addressed(messages)), 0, None
     if len(found) > MAX_IMAGES:
-        raise Refusal(400, f"A request has at most {MAX_IMAGES} pictures.", "too_large", found[-1][1])
+        raise ApiError(400, f"A request has at most {MAX_IMAGES} pictures.", "too_large", found[-1][1])
     try:
         async with asyncio.timeout(FETCH_S):
             for image, field in found:
@@ -85,10 +85,10 @@ async def fetch_images(messages: list[dict], hold: Callable[[int], None]) -> Non
                 fetched += len(image["url"])
                 hold(fetched)
     except PictureError as error:
-        raise Refusal(400, str(error)[:500], "invalid_image", where) from error
+        raise ApiError(400, str(error)[:500], "invalid_image", where) from error
     except TimeoutError as error:
         sentence = f"The pictures did not arrive within {FETCH_S:.0f} seconds: send data URIs."
-        raise Refusal(400, sentence, "invalid_image", where) from error
+        raise ApiError(400, sentence, "invalid_image", where) from error
 
 
 def addressed(messages: list[dict]) -> Iterator[tuple[dict, str]]:

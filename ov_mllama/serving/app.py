@@ -30,23 +30,31 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ov_mllama.chat.http_headers import SecurityHeaders
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama.export.prepare import default_folder, files_to_load, prepare, say_what_loads
+from ov_mllama.export.prepare import default_folder, files_to_load, prepare, print_load_estimate
 from ov_mllama.runtime.devices import check_device
 from ov_mllama.runtime.reference import NAMES
 from ov_mllama.serving import load, positive
-from ov_mllama.serving.guards import Failures, TrustedHosts, check_key, error_response, key_from, same, warnings_for
+from ov_mllama.serving.guards import (
+    Failures,
+    TrustedHosts,
+    check_key,
+    error_response,
+    key_from,
+    keys_match,
+    warnings_for,
+)
 from ov_mllama.serving.loading import Gate, running, wait_for
-from ov_mllama.serving.protocol import Reader, Refusal, Request, failure
+from ov_mllama.serving.protocol import ApiError, Request, RequestParser, failure
 from ov_mllama.serving.reading import body_of, check_name, check_type, reading
-from ov_mllama.serving.scheduler import IMAGE_ROOM, Asked, Batches
+from ov_mllama.serving.scheduler import IMAGE_CACHE_BYTES, PendingRequest, Scheduler
 
 MAX_BYTES = 50_000_000  # of a request's body: base64 makes a picture a third larger
-SAY_EVERY_S = 10.0  # that an answer is still waited for: proxies cut what is silent for a minute
-LOOK_EVERY_S = 0.25  # whether a client that waits is still there
+KEEPALIVE_S = 10.0  # that an answer is still waited for: proxies cut what is silent for a minute
+POLL_S = 0.25  # whether a client that waits is still there
 
 
 def create_app(
-    batches: Batches,
+    batches: Scheduler,
     name: str,
     key: str | None = None,
     addresses: bool = False,
@@ -73,7 +81,7 @@ def create_app(
 
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
     guard(app, origins, trusted_hosts)
-    read = reading(Reader(batches.model.config.text_config.max_position_embeddings, addresses=addresses), name)
+    read = reading(RequestParser(batches.model.config.text_config.max_position_embeddings, addresses=addresses), name)
     here = Model(id=name, created=int(time.time()), object="model", owned_by="local")
     max_bytes = min(max_bytes, batches.queue_bytes)
 
@@ -115,13 +123,13 @@ def create_app(
 def guard(app: FastAPI, origins: Sequence[str], trusted_hosts: Sequence[str]) -> None:
     """Checks before the endpoints, and the form of what is not answered, a path that is not there included."""
 
-    @app.exception_handler(Refusal)
-    async def refused(http: HttpRequest, refusal: Refusal) -> JSONResponse:
+    @app.exception_handler(ApiError)
+    async def refused(http: HttpRequest, refusal: ApiError) -> JSONResponse:
         return error_response(refusal)
 
     @app.exception_handler(HTTPException)
     async def not_here(http: HttpRequest, error: HTTPException) -> JSONResponse:
-        refusal = Refusal(error.status_code, f"{http.method} {http.url.path}: {error.detail}.", headers=error.headers)
+        refusal = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}.", headers=error.headers)
         return error_response(refusal)
 
     # the last is the first that a request meets
@@ -131,19 +139,19 @@ def guard(app: FastAPI, origins: Sequence[str], trusted_hosts: Sequence[str]) ->
     app.add_middleware(SecurityHeaders)
 
 
-def usage(asked: Asked) -> CompletionUsage:
+def usage(asked: PendingRequest) -> CompletionUsage:
     """What an answer took."""
     prompt, answer = asked.row.prompt_tokens, len(asked.row.words.tokens)
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
 
 
 @contextlib.asynccontextmanager
-async def while_there(asked: Asked, http: HttpRequest) -> AsyncIterator[None]:
+async def while_there(asked: PendingRequest, http: HttpRequest) -> AsyncIterator[None]:
     """Ends the answer once its client goes away, which nothing else says before there is a response."""
 
     async def watch() -> None:
         while not await http.is_disconnected():
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_S)
         asked.row.cancelled.set()
 
     watching = asyncio.create_task(watch())
@@ -153,7 +161,7 @@ async def while_there(asked: Asked, http: HttpRequest) -> AsyncIterator[None]:
         watching.cancel()
 
 
-async def whole(asked: Asked, request: Request, http: HttpRequest) -> JSONResponse:
+async def whole(asked: PendingRequest, request: Request, http: HttpRequest) -> JSONResponse:
     """The answer when it is there; nobody's if the client has gone."""
     async with while_there(asked, http), contextlib.aclosing(asked.pieces()) as pieces:
         text = "".join([piece async for piece in pieces])
@@ -170,12 +178,12 @@ async def whole(asked: Asked, request: Request, http: HttpRequest) -> JSONRespon
     return JSONResponse(completion.model_dump(exclude_unset=True))
 
 
-def finish_of(asked: Asked):
+def finish_of(asked: PendingRequest):
     """Why an answer ended, in OpenAI's words."""
     return "length" if asked.row.finish == "length" else "stop"
 
 
-async def stream(asked: Asked, request: Request, http: HttpRequest) -> StreamingResponse:
+async def stream(asked: PendingRequest, request: Request, http: HttpRequest) -> StreamingResponse:
     """The answer as server-sent events. What goes wrong before it begins is an error as usual; where that takes long,
     it begins with comments, so that nothing between here and the client takes it for dead."""
     pieces = asked.pieces()
@@ -187,7 +195,7 @@ async def stream(asked: Asked, request: Request, http: HttpRequest) -> Streaming
 
     try:
         async with while_there(asked, http):
-            await asyncio.wait([first], timeout=SAY_EVERY_S)
+            await asyncio.wait([first], timeout=KEEPALIVE_S)
         if first.done():
             first.result()
     except BaseException:
@@ -210,7 +218,7 @@ async def stream(asked: Asked, request: Request, http: HttpRequest) -> Streaming
             yield words(role="assistant", content="")
             while not first.done():
                 yield ": waiting\n\n"
-                await asyncio.wait([first], timeout=SAY_EVERY_S)
+                await asyncio.wait([first], timeout=KEEPALIVE_S)
             if await first:
                 yield words(content=first.result())
             async for piece in pieces:
@@ -220,7 +228,7 @@ async def stream(asked: Asked, request: Request, http: HttpRequest) -> Streaming
                 yield event([], usage(asked))
             yield "data: [DONE]\n\n"
         except Exception as error:  # noqa: BLE001 - `failure` logs it
-            refusal = error if isinstance(error, Refusal) else failure(error)
+            refusal = error if isinstance(error, ApiError) else failure(error)
             yield f"data: {json.dumps(refusal.body)}\n\n"
         finally:
             leave()
@@ -244,7 +252,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"❗ {warning[0].upper()}{warning[1:]}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     gate = Gate()
-    with bound(options.host, options.port) as place, running(gate, place) as ended:
+    with bind_socket(options.host, options.port) as place, running(gate, place) as ended:
         app, name = loaded(options, key)
         gate.open(app)
         print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)
@@ -270,10 +278,14 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument("--key-file", type=Path, help="with the key that clients must give; default: OV_MLLAMA_KEY")
     keys.add_argument("--key", help="that clients must give, for all users of this machine to see")
-    parser.add_argument("--addresses", action="store_true", help="fetch pictures from public addresses of clients")
-    parser.add_argument("--origins", nargs="+", default=[], help="of web pages whose scripts may ask, or '*' for any")
+    parser.add_argument(
+        "--allow-image-urls", "--addresses", action="store_true", help="fetch pictures from public addresses of clients"
+    )
+    parser.add_argument(
+        "--cors-origins", "--origins", nargs="+", default=[], help="of web pages whose scripts may ask, or '*' for any"
+    )
     parser.add_argument("--batch", type=positive, default=8, help="how many questions share the model's steps")
-    parser.add_argument("--line", type=positive, default=32, help="how many may wait")
+    parser.add_argument("--max-queue", "--line", type=positive, default=32, help="how many may wait")
     parser.add_argument(
         "--queue-mb", type=positive, default=500, help="memory for the encoded pictures of all requests"
     )
@@ -287,17 +299,17 @@ def loaded(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str]:
     folder = default_folder(options.checkpoint)
     model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
     files = files_to_load(model_dir, options.language_model, options.image_encoder)
-    say_what_loads(model_dir, options.device, *files)
-    model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_ROOM)
-    batches = Batches(model, processor, options.batch, options.line, options.queue_mb * 1_000_000)
+    print_load_estimate(model_dir, options.device, *files)
+    model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_CACHE_BYTES)
+    batches = Scheduler(model, processor, options.batch, options.max_queue, options.queue_mb * 1_000_000)
     name, hosts = options.name or model_dir.resolve().name, [options.host, *options.trusted_hosts]
-    app = create_app(batches, name, key, options.addresses, options.origins, trusted_hosts=hosts)
+    app = create_app(batches, name, key, options.allow_image_urls, options.cors_origins, trusted_hosts=hosts)
     if options.chat:
         app = mount_chat(app, model, processor, options.model_dir or options.checkpoint, key)
     return app, name
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket at an address, taken before minutes are spent on a model.
 
     Raises:
@@ -329,5 +341,5 @@ def mount_chat(app: FastAPI, model, processor, checkpoint: str | Path, key: str 
         name: LAUNCH[name] for name in ("max_file_size", "run_history", "footer_links", "css_paths", "js", "theme")
     }
     demo = make_demo(model, processor, questions_about(checkpoint)[:3], by_name=False)
-    auth = (lambda name, given: same(given, key)) if key else None
+    auth = (lambda name, given: keys_match(given, key)) if key else None
     return gr.mount_gradio_app(app, demo, "/chat", auth=auth, show_error=False, app_kwargs=demo.app_kwargs(), **looks)

@@ -31,9 +31,9 @@ import ray
 from tqdm.auto import tqdm
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama.export.prepare import default_folder, files_to_load, prepare, say_what_loads
+from ov_mllama.export.prepare import default_folder, files_to_load, prepare, print_load_estimate
 from ov_mllama.runtime.images import SUFFIXES, open_picture
-from ov_mllama.runtime.ir import check_model_dir, writing
+from ov_mllama.runtime.ir import check_model_dir, exclusive_lock
 from ov_mllama.runtime.reference import NAMES
 from ov_mllama.serving import load, positive
 
@@ -249,7 +249,7 @@ def caption(
     if not found:
         raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
     threads = threads_of(workers, threads)
-    with writing(out):
+    with exclusive_lock(out):
         for part in out.glob(".*"):  # of a run that was killed
             if PART.fullmatch(part.name):
                 part.unlink()
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     folder = default_folder(options.checkpoint)
     model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
-    say_what_loads(model_dir, "CPU", *files_to_load(model_dir))
+    print_load_estimate(model_dir, "CPU", *files_to_load(model_dir))
     begin(options.address)
     asked = caption(
         options.pictures,

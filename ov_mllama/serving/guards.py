@@ -10,12 +10,12 @@ from pathlib import Path
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from ov_mllama.serving.protocol import Refusal, failure
+from ov_mllama.serving.protocol import ApiError, failure
 
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@/\\\s]+)(:\d*)?", re.ASCII | re.IGNORECASE)
 
 
-def error_response(refusal: Refusal) -> JSONResponse:
+def error_response(refusal: ApiError) -> JSONResponse:
     """A refusal in OpenAI's form."""
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
@@ -57,7 +57,7 @@ class TrustedHosts:
                 await send({"type": "websocket.close", "code": 1008})
                 return
             sentence = "This server is not known by that host name: start it with --trusted-hosts NAME to allow it."
-            await error_response(Refusal(403, sentence, "host_not_trusted"))(scope, receive, send)
+            await error_response(ApiError(403, sentence, "host_not_trusted"))(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -100,7 +100,7 @@ class Failures:
 # ---- Keys -----------------------------------------------------------------------------------------------------------
 
 
-def same(given: str, key: str) -> bool:
+def keys_match(given: str, key: str) -> bool:
     """Whether a key is right, in a time that does not say how much of it is. An empty one never is."""
     return bool(key) and secrets.compare_digest(given.encode("utf-8", "replace"), key.encode())
 
@@ -111,13 +111,13 @@ def check_key(authorization: str, key: str | None) -> None:
     Args:
         key: the right one; None asks for none.
     Raises:
-        Refusal: another, or none.
+        ApiError: another, or none.
     """
     scheme, _, given = authorization.strip().partition(" ")
     given = given.strip().encode("latin-1", "replace").decode("utf-8", "replace")  # as headers are read, and written
-    if key is not None and not (scheme.lower() == "bearer" and same(given, key)):
+    if key is not None and not (scheme.lower() == "bearer" and keys_match(given, key)):
         headers = {"WWW-Authenticate": "Bearer"}
-        raise Refusal(401, "Incorrect API key provided.", "invalid_api_key", headers=headers)
+        raise ApiError(401, "Incorrect API key provided.", "invalid_api_key", headers=headers)
 
 
 def key_from(key: str | None, file: Path | None) -> str | None:

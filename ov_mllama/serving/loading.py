@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from ov_mllama.chat.http_headers import SecurityHeaders
 from ov_mllama.cli import shutdown_promptly
 from ov_mllama.serving.guards import error_response
-from ov_mllama.serving.protocol import Refusal
+from ov_mllama.serving.protocol import ApiError
 
 TRY_AGAIN_S = 10
 
@@ -75,7 +75,7 @@ async def loading(scope, receive, send) -> None:
         answer = JSONResponse({"status": "loading"}, 503, headers)
     else:
         sentence = f"The model is being loaded: try again in {TRY_AGAIN_S} s."
-        answer = error_response(Refusal(503, sentence, "model_loading", kind="server_error", headers=headers))
+        answer = error_response(ApiError(503, sentence, "model_loading", kind="server_error", headers=headers))
     await answer(scope, receive, send)
 
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ov_mllama.runtime.images import DETAILS, PictureError
-from ov_mllama.runtime.prompts import plain
+from ov_mllama.runtime.prompts import escape_special_tokens
 from ov_mllama.serving.images import ImageFile
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ NEUTRAL: dict[str, tuple] = {
 }
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """What is answered instead of a completion.
 
     Args:
@@ -118,15 +118,15 @@ class Refusal(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def failure(error: BaseException) -> Refusal:
+def failure(error: BaseException) -> ApiError:
     """Log an unexpected error; clients get a number by which the log knows it, and nothing of its text."""
     number = secrets.token_hex(4)
     logger.error("Error %s", number, exc_info=error)
     if isinstance(error, MemoryError):
         sentence = f"There is too little memory for this now (error {number} in the server's log)."
-        return Refusal(503, sentence, "out_of_memory", kind="server_error", headers={"Retry-After": "30"})
+        return ApiError(503, sentence, "out_of_memory", kind="server_error", headers={"Retry-After": "30"})
     sentence = f"The server could not answer (error {number} in its log)."
-    return Refusal(500, sentence, "internal_error", kind="server_error")
+    return ApiError(500, sentence, "internal_error", kind="server_error")
 
 
 class StreamOptions(BaseModel):
@@ -174,7 +174,7 @@ class Question:
     """What the model is asked.
 
     Attributes:
-        messages: for the chat template; their texts are `plain`.
+        messages: for the chat template; their texts are `escape_special_tokens`.
         pictures: encoded, in the template's order.
         max_new_tokens: the answer's limit.
         temperature, top_p, seed: of sampling; a temperature of 0 takes the likeliest token.
@@ -197,7 +197,7 @@ class Question:
         return sum(len(picture.data) for picture in self.pictures)
 
 
-class Reader:
+class RequestParser:
     """Reads requests.
 
     Args:
@@ -213,7 +213,7 @@ class Reader:
         """A request, whose body is freed. It belongs into a thread.
 
         Raises:
-            Refusal: if it is no JSON, or has a field of another type; it names the field.
+            ApiError: if it is no JSON, or has a field of another type; it names the field.
         """
         try:
             # each of these becomes an object a hundred times as large; base64 has none of them
@@ -224,7 +224,7 @@ class Reader:
             wrong = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, wrong["loc"]))[:100]
             sentence = f"{where or 'The body'}: {wrong['msg'][:500]}"
-            raise Refusal(400, sentence, "invalid_value", where or None) from None
+            raise ApiError(400, sentence, "invalid_value", where or None) from None
         finally:
             body.clear()
 
@@ -232,12 +232,12 @@ class Reader:
         """What a request asks for, its messages moved out of it. It belongs into a thread: images are large.
 
         Raises:
-            Refusal: if something is not understood, too long, or an image cannot be used.
+            ApiError: if something is not understood, too long, or an image cannot be used.
         """
         messages, request.messages = request.messages, []
         check_neutral(request.model_extra or {})
         if (request.n or 1) != 1:
-            raise Refusal(400, "n must be 1: ask several times.", "unsupported_value", "n")
+            raise ApiError(400, "n must be 1: ask several times.", "unsupported_value", "n")
         self._check_length(messages)
         pictures: list[ImageFile] = []
         return Question(
@@ -251,9 +251,9 @@ class Reader:
             schema_of(request),
         )
 
-    def _too_long(self) -> Refusal:
+    def _too_long(self) -> ApiError:
         sentence = f"The messages have more than {self.max_chars} characters, and no context holds so many: send less."
-        return Refusal(400, sentence, "context_length_exceeded", "messages")
+        return ApiError(400, sentence, "context_length_exceeded", "messages")
 
     def _check_length(self, messages: list[dict]) -> None:
         """Each message and part counts as a token."""
@@ -273,32 +273,32 @@ class Reader:
         role = "system" if role == "developer" else role
         if role not in ("system", "user", "assistant"):
             sentence = f"A role is system, user or assistant, not {brief(role)}."
-            raise Refusal(400, sentence, "invalid_value", f"{where}.role")
+            raise ApiError(400, sentence, "invalid_value", f"{where}.role")
         content = message.get("content") or ""
         if not isinstance(content, str | list):
-            raise Refusal(400, "A content is a text or a list of parts.", "invalid_value", f"{where}.content")
+            raise ApiError(400, "A content is a text or a list of parts.", "invalid_value", f"{where}.content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         read = []
         for i, part in enumerate(parts):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("text", "refusal") and isinstance(part.get(kind), str):
-                read.append({"type": "text", "text": plain(part[kind])})
+                read.append({"type": "text", "text": escape_special_tokens(part[kind])})
             elif kind == "image_url" and role == "user":
                 self._add(part, f"{where}.content[{i}].image_url", pictures)
                 read.append({"type": "image"})
             else:
                 sentence = f"A part is a text, or in a user's message an image_url, not {brief(kind)}."
-                raise Refusal(400, sentence, "invalid_value", f"{where}.content[{i}]")
+                raise ApiError(400, sentence, "invalid_value", f"{where}.content[{i}]")
         return {"role": role, "content": read}
 
     def _add(self, part: dict, where: str, pictures: list[ImageFile]) -> None:
         """The image of a part, if there are not too many or too large ones."""
         if len(pictures) == MAX_IMAGES:
-            raise Refusal(400, f"A request has at most {MAX_IMAGES} pictures.", "too_large", where)
+            raise ApiError(400, f"A request has at most {MAX_IMAGES} pictures.", "too_large", where)
         pictures.append(self._picture(part, where))
         if sum(picture.width * picture.height for picture in pictures) > MAX_PIXELS:
             sentence = f"A request's pictures have at most {MAX_PIXELS // 1_000_000} million pixels in all."
-            raise Refusal(400, sentence, "too_large", where)
+            raise ApiError(400, sentence, "too_large", where)
 
     def _picture(self, part: dict, where: str) -> ImageFile:
         given = part.pop("image_url", None)
@@ -307,28 +307,28 @@ class Reader:
         detail = "high" if detail in (None, "auto") else detail
         if detail not in DETAILS:
             sentence = f"detail is auto, {' or '.join(DETAILS)}, not {brief(detail)}."
-            raise Refusal(400, sentence, "invalid_image", where)
+            raise ApiError(400, sentence, "invalid_image", where)
         try:
             return ImageFile.from_bytes(self._content(url, where), detail, where)
         except PictureError as error:
-            raise Refusal(400, str(error), "invalid_image", where) from error
+            raise ApiError(400, str(error), "invalid_image", where) from error
 
     def _content(self, url, where: str) -> bytes:
         """The bytes of a data URI; those of an address are here already (`ov_mllama.serving.addresses`)."""
         if isinstance(url, bytes):
             return url
         if not isinstance(url, str):
-            raise Refusal(400, "An image_url has a url.", "invalid_value", where)
+            raise ApiError(400, "An image_url has a url.", "invalid_value", where)
         if match := DATA_URI.match(url):
             encoded = "".join(unquote(url[match.end() :]).split())
             try:
                 return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
             except ValueError as error:  # characters beyond ASCII too
-                raise Refusal(400, "The picture is no base64.", "invalid_base64", where) from error
+                raise ApiError(400, "The picture is no base64.", "invalid_base64", where) from error
         if not url.startswith(("http://", "https://")):
-            raise Refusal(400, "A picture is a data URI, data:image/...;base64,...", "invalid_image_url", where)
+            raise ApiError(400, "A picture is a data URI, data:image/...;base64,...", "invalid_image_url", where)
         sentence = "Pictures are not fetched from addresses here: send a data URI, data:image/...;base64,..."
-        raise Refusal(400, sentence, "invalid_image_url", where)
+        raise ApiError(400, sentence, "invalid_image_url", where)
 
 
 def brief(given) -> str:
@@ -338,10 +338,10 @@ def brief(given) -> str:
 
 
 def check_neutral(extra: dict) -> None:
-    """Raises Refusal: a parameter would change the answer and is not supported."""
+    """Raises ApiError: a parameter would change the answer and is not supported."""
     for name, given in extra.items():
         if name in NEUTRAL and given is not None and given not in ("", [], {}, *NEUTRAL[name]):
-            raise Refusal(400, f"{name} is not supported: leave it out.", "unsupported_parameter", name)
+            raise ApiError(400, f"{name} is not supported: leave it out.", "unsupported_parameter", name)
 
 
 def stops_of(given: str | list[str] | None) -> tuple[str, ...]:
@@ -349,7 +349,7 @@ def stops_of(given: str | list[str] | None) -> tuple[str, ...]:
     stops = [given] if isinstance(given, str) else given or []
     if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
         sentence = f"stop takes up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARS} characters."
-        raise Refusal(400, sentence, "invalid_value", "stop")
+        raise ApiError(400, sentence, "invalid_value", "stop")
     return tuple(stops)
 
 
@@ -358,7 +358,7 @@ def schema_of(request: Request) -> dict | None:
     form, guided = request.response_format, request.guided_json
     if guided is not None:
         if form is not None and form.type != "text":
-            raise Refusal(400, "Give response_format or guided_json, not both.", "invalid_value", "guided_json")
+            raise ApiError(400, "Give response_format or guided_json, not both.", "invalid_value", "guided_json")
         return checked_schema(guided, "guided_json")
     if form is None:
         return None
@@ -366,10 +366,10 @@ def schema_of(request: Request) -> dict | None:
     if form.type == "text":
         if given:
             sentence = "A schema is for a response_format of the type json_schema or json_object."
-            raise Refusal(400, sentence, "invalid_value", "response_format.type")
+            raise ApiError(400, sentence, "invalid_value", "response_format.type")
         return None
     if given is None and form.type == "json_schema":
-        raise Refusal(400, "response_format lacks its json_schema.", "invalid_value", "response_format.json_schema")
+        raise ApiError(400, "response_format lacks its json_schema.", "invalid_value", "response_format.json_schema")
     return checked_schema({"type": "object"} if given is None else given, "response_format.json_schema")
 
 
@@ -380,8 +380,8 @@ def checked_schema(given: dict | str, where: str) -> dict:
             given = json.loads(given[: SCHEMA_CHARS + 1])
         length = len(json.dumps(given))
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, "The schema is no JSON.", "invalid_json_schema", where) from error
+        raise ApiError(400, "The schema is no JSON.", "invalid_json_schema", where) from error
     if not isinstance(given, dict) or length > SCHEMA_CHARS:
         sentence = f"A schema is a JSON object of at most {SCHEMA_CHARS} characters."
-        raise Refusal(400, sentence, "invalid_json_schema", where)
+        raise ApiError(400, sentence, "invalid_json_schema", where)
     return given

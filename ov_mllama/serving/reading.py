@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from starlette.requests import Request as HttpRequest
 
 from ov_mllama.serving.addresses import fetch_images
-from ov_mllama.serving.protocol import Question, Reader, Refusal, Request, brief
+from ov_mllama.serving.protocol import ApiError, Question, Request, RequestParser, brief
 
 BODY_S = 120.0  # for a request's body to arrive: it holds a place
 
 
-def reading(reader: Reader, name: str) -> Callable:
+def reading(reader: RequestParser, name: str) -> Callable:
     """`read(body, hold)` -> a request and its question. One at a time: what it takes beside the queue's bytes, it takes
     once."""
     thread = ThreadPoolExecutor(1, "reading")
@@ -29,16 +29,16 @@ def reading(reader: Reader, name: str) -> Callable:
 
 
 def check_name(given: str, name: str) -> None:
-    """Raises Refusal: a request is for another model."""
+    """Raises ApiError: a request is for another model."""
     if given != name:
-        raise Refusal(404, f"The model {brief(given)} is not here, {name!r} is.", "model_not_found", "model")
+        raise ApiError(404, f"The model {brief(given)} is not here, {name!r} is.", "model_not_found", "model")
 
 
 def check_type(http: HttpRequest) -> None:
-    """Raises Refusal: a request does not say that it is JSON."""
+    """Raises ApiError: a request does not say that it is JSON."""
     # any web page may make its reader's browser send other types, here too; for this one the browser asks first (CORS)
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "A request is JSON: send it with the header 'Content-Type: application/json'.")
+        raise ApiError(415, "A request is JSON: send it with the header 'Content-Type: application/json'.")
 
 
 async def body_of(http: HttpRequest, max_bytes: int, hold: Callable[[int], None]) -> bytearray:
@@ -47,7 +47,7 @@ async def body_of(http: HttpRequest, max_bytes: int, hold: Callable[[int], None]
     Args:
         hold: told how long it is so far; raises where that is too much for the queue.
     """
-    too_large = Refusal(413, f"A request has at most {max_bytes // 1_000_000} MB: send smaller pictures.", "too_large")
+    too_large = ApiError(413, f"A request has at most {max_bytes // 1_000_000} MB: send smaller pictures.", "too_large")
     if int(http.headers.get("content-length", 0)) > max_bytes:
         raise too_large
     body = bytearray()
@@ -59,5 +59,5 @@ async def body_of(http: HttpRequest, max_bytes: int, hold: Callable[[int], None]
                 if len(body) > max_bytes:
                     raise too_large
     except TimeoutError as error:
-        raise Refusal(408, f"The request did not arrive within {BODY_S:.0f} seconds.", "timeout") from error
+        raise ApiError(408, f"The request did not arrive within {BODY_S:.0f} seconds.", "timeout") from error
     return body

@@ -34,10 +34,10 @@ def build(arguments: Arguments):
     """A replica's FastAPI app, with a model of its own."""
     from ov_mllama.serving import load
     from ov_mllama.serving.app import create_app
-    from ov_mllama.serving.scheduler import IMAGE_ROOM, Batches
+    from ov_mllama.serving.scheduler import IMAGE_CACHE_BYTES, Scheduler
 
     model_dir = Path(arguments.model_dir)
-    batches = Batches(*load(model_dir, threads=arguments.threads, image_cache_bytes=IMAGE_ROOM))
+    batches = Scheduler(*load(model_dir, threads=arguments.threads, image_cache_bytes=IMAGE_CACHE_BYTES))
     hosts = arguments.trusted_hosts.split()
     return create_app(batches, model_dir.resolve().name, arguments.key or None, trusted_hosts=hosts)
 

@@ -4,31 +4,31 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 from llguidance import LLMatcher
 
 from ov_mllama.runtime.images import PictureError
-from ov_mllama.runtime.inference import Stopped
-from ov_mllama.runtime.memory import give_back
+from ov_mllama.runtime.inference import Cancelled
+from ov_mllama.runtime.memory import trim_memory
 from ov_mllama.runtime.prompts import padded, prompt_inputs, prompt_text
-from ov_mllama.serving.protocol import Question, Refusal, failure
-from ov_mllama.serving.sequences import Choice, Ends, Row, Schemas
+from ov_mllama.serving.protocol import ApiError, Question, failure
+from ov_mllama.serving.sequences import GrammarCompiler, Sampler, Sequence, StopCheck
 
 TILES = 16  # that a batch has at most, of different pictures: each of its questions waits for all of them
 PICTURE_TENSORS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-IMAGE_ROOM = 2_000_000_000  # bytes of encoded pictures to keep: so many tiles, of the 11B
+IMAGE_CACHE_BYTES = 2_000_000_000  # bytes of encoded pictures to keep: so many tiles, of the 11B
 QUEUE_BYTES = 500_000_000  # of requests that are read, wait or are answered
 PAUSE_S = 0.5  # after an error that is no question's
-SAID_PLAINLY = (ValueError, FloatingPointError, PictureError)  # the model's refusals are sentences already
+USER_ERRORS = (ValueError, FloatingPointError, PictureError)  # the model's refusals are sentences already
 
 
 class Place:
     """A request's place in the queue, from before its body is read until its answer ends.
 
     Attributes:
-        nbytes: that it holds, see `Batches.hold`.
+        nbytes: that it holds, see `Scheduler.hold`.
         in_line: whether it counts among those that wait.
     """
 
@@ -36,7 +36,7 @@ class Place:
         self.nbytes, self.in_line = 0, True
 
 
-class Asked:
+class PendingRequest:
     """A question in line, and what its answer consists of so far.
 
     Args:
@@ -53,7 +53,7 @@ class Asked:
 
     def __init__(self, question: Question, text: str, matcher: LLMatcher | None, tokenizer, place: Place, tiles: dict):
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
-        self.question, self.text, self.row = question, text, Row(question, self._say, matcher, tokenizer)
+        self.question, self.text, self.row = question, text, Sequence(question, self._say, matcher, tokenizer)
         self.place, self.tiles = place, tiles
         self.alone = self.ended = False
         self.error: Exception | None = None
@@ -75,7 +75,7 @@ class Asked:
         """The answer as it comes. Closing it ends the answer with the token under way.
 
         Raises:
-            Refusal: it could not be answered.
+            ApiError: it could not be answered.
         """
         try:
             while (piece := await self._pieces.get()) is not None:
@@ -89,14 +89,14 @@ class Asked:
 class AllCancelled:
     """An event that is set once nobody waits for a batch any more."""
 
-    def __init__(self, batch: Sequence[Asked]):
+    def __init__(self, batch: list[PendingRequest]):
         self.batch = batch
 
     def is_set(self) -> bool:
         return all(asked.row.cancelled.is_set() for asked in self.batch)
 
 
-class Batches:
+class Scheduler:
     """Answers questions, several at once where several wait.
 
     Args:
@@ -106,15 +106,15 @@ class Batches:
         queue_bytes: that all requests may hold, from the first byte that is read until their answers end.
     """
 
-    def __init__(self, model, processor, size: int = 8, line: int = 32, queue_bytes: int = QUEUE_BYTES):
-        self.model, self.processor, self.size, self.line = model, processor, size, line
+    def __init__(self, model, processor, size: int = 8, max_queue: int = 32, queue_bytes: int = QUEUE_BYTES):
+        self.model, self.processor, self.size, self.max_queue = model, processor, size, max_queue
         self.queue_bytes = queue_bytes
         ends = model.generation_config.eos_token_id
         self.ends = [ends] if isinstance(ends, int) else list(ends)
-        self.schemas = Schemas(processor.tokenizer, self.ends)
+        self.schemas = GrammarCompiler(processor.tokenizer, self.ends)
         self._compiling = ThreadPoolExecutor(1, "schemas")  # or slow ones take all threads that read requests
         self._places: set[Place] = set()
-        self._waiting: deque[Asked] = deque()
+        self._waiting: deque[PendingRequest] = deque()
         self._changed = threading.Condition()
         self._open = True
         self._took_s = 10.0  # the last batch; before there is one, a guess that suits the 11B
@@ -132,14 +132,14 @@ class Batches:
         """A place in the queue, which `ask` takes, or `leave`.
 
         Raises:
-            Refusal: too many wait already, or nothing is answered any more.
+            ApiError: too many wait already, or nothing is answered any more.
         """
         if not (self._open and self.alive):
-            raise Refusal(503, "The server answers nothing any more: restart it.", kind="server_error")
+            raise ApiError(503, "The server answers nothing any more: restart it.", kind="server_error")
         with self._changed:
             self._line()  # frees the places of those that have gone
-            if sum(place.in_line for place in self._places) >= self.line:
-                raise self._full(f"{self.line} requests wait already")
+            if sum(place.in_line for place in self._places) >= self.max_queue:
+                raise self._full(f"{self.max_queue} requests wait already")
             place = Place()
             self._places.add(place)
             return place
@@ -148,7 +148,7 @@ class Batches:
         """Says how many bytes a request holds now.
 
         Raises:
-            Refusal: that is more than there is room for.
+            ApiError: that is more than there is room for.
         """
         with self._changed:
             self._line()
@@ -161,19 +161,19 @@ class Batches:
         with self._changed:
             self._places.discard(place)
 
-    def _full(self, sentence: str) -> Refusal:
+    def _full(self, sentence: str) -> ApiError:
         seconds = round(min(60, max(1, self._took_s)))  # clients wait no longer at a time
         headers = {"Retry-After": str(seconds)}
         sentence = f"{sentence}: try again in {seconds} s."
-        return Refusal(429, sentence, "rate_limit_exceeded", kind="requests", headers=headers)
+        return ApiError(429, sentence, "rate_limit_exceeded", kind="requests", headers=headers)
 
-    async def ask(self, question: Question, place: Place | None = None) -> Asked:
+    async def ask(self, question: Question, place: Place | None = None) -> PendingRequest:
         """Puts a question in line.
 
         Args:
             place: from `enter`; None enters.
         Raises:
-            Refusal: too many wait already, the context is too short for it, or its schema is none.
+            ApiError: too many wait already, the context is too short for it, or its schema is none.
         """
         place = place or self.enter()
         try:
@@ -183,10 +183,10 @@ class Batches:
             if question.schema is not None:
                 loop = asyncio.get_running_loop()
                 matcher = await loop.run_in_executor(self._compiling, self.schemas.matcher, question.schema)
-            asked = Asked(question, text, matcher, self.processor.tokenizer, place, tiles)
+            asked = PendingRequest(question, text, matcher, self.processor.tokenizer, place, tiles)
             with self._changed:
                 if not (self._open and self.alive):
-                    raise Refusal(503, "The server is ending.", kind="server_error")
+                    raise ApiError(503, "The server is ending.", kind="server_error")
                 self._waiting.append(asked)
                 self._changed.notify()
             return asked
@@ -201,7 +201,7 @@ class Batches:
         except ValueError as error:
             if type(error) is not ValueError:  # of the inside
                 raise
-            raise Refusal(400, str(error), "context_length_exceeded", "messages") from error
+            raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
 
     def _tiles(self, picture) -> int:
         """Tiles of an image that are computed, an empty one among them."""
@@ -221,14 +221,14 @@ class Batches:
             self._changed.notify()
         self._thread.join()
 
-    def _line(self) -> deque[Asked]:
+    def _line(self) -> deque[PendingRequest]:
         """Who waits, without those that have gone: neither they nor their pictures keep a place."""
         for asked in [each for each in self._waiting if each.row.cancelled.is_set()]:
             self._waiting.remove(asked)
             self._end(asked)
         return self._waiting
 
-    def _end(self, asked: Asked, error: Exception | None = None) -> None:
+    def _end(self, asked: PendingRequest, error: Exception | None = None) -> None:
         """Ends a question's answer and frees its place."""
         asked.end(error)
         self.leave(asked.place)
@@ -244,11 +244,11 @@ class Batches:
                 self._open = False
                 left, self._waiting = self._waiting, deque()
             for asked in left:
-                self._end(asked, Refusal(503, "The server is ending.", kind="server_error"))
+                self._end(asked, ApiError(503, "The server is ending.", kind="server_error"))
 
     def _work_once(self) -> None:
         """Answers a batch. No error ends the thread, not even one that would end a program: nobody else answers."""
-        batch: list[Asked] = []
+        batch: list[PendingRequest] = []
         try:
             if batch := self._next():
                 self._answer_or_requeue(batch)
@@ -261,7 +261,7 @@ class Batches:
             if not batch:
                 time.sleep(PAUSE_S)
 
-    def _next(self) -> list[Asked]:
+    def _next(self) -> list[PendingRequest]:
         """The question that waits longest, and those after it that can share its steps; none at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._line() or not self._open)
@@ -282,11 +282,11 @@ class Batches:
                 asked.place.in_line = False
             return batch
 
-    def _answer_or_requeue(self, batch: list[Asked]) -> None:
+    def _answer_or_requeue(self, batch: list[PendingRequest]) -> None:
         started, error = time.perf_counter(), None
         try:
             self._answer(batch)
-        except Stopped:
+        except Cancelled:
             pass
         except Exception as failed:  # noqa: BLE001 - `refusal_of` says it
             left = [asked for asked in batch if not asked.ended]
@@ -301,9 +301,9 @@ class Batches:
         for asked in batch:
             self._end(asked, error)
         self._took_s = time.perf_counter() - started
-        give_back()  # or a server keeps, of many sizes of batches, what each has freed
+        trim_memory()  # or a server keeps, of many sizes of batches, what each has freed
 
-    def _answer(self, batch: list[Asked]) -> None:
+    def _answer(self, batch: list[PendingRequest]) -> None:
         prompts = []
         for asked in batch:
             inputs = self._inputs(asked)
@@ -320,12 +320,12 @@ class Batches:
             temperature=None,
             top_p=None,
             max_new_tokens=max(row.question.max_new_tokens for row in rows),
-            logits_processor=[Choice(rows)],
-            stopping_criteria=[Ends(rows, self.ends)],
+            logits_processor=[Sampler(rows)],
+            stopping_criteria=[StopCheck(rows, self.ends)],
             stop=AllCancelled([asked for asked, _ in prompts]),
         )
 
-    def _inputs(self, asked: Asked) -> dict | None:
+    def _inputs(self, asked: PendingRequest) -> dict | None:
         """A question's tensors, its images decoded one after the other; None if it has gone or has been ended, as one
         whose image is broken: the others of its batch have nothing to do with it."""
         if asked.row.cancelled.is_set():
@@ -337,29 +337,29 @@ class Batches:
                 images.append(picture.decode(side))
             return prompt_inputs(self.processor, asked.text, images)
         except PictureError as error:
-            self._end(asked, Refusal(400, str(error), "invalid_image", picture.param))
+            self._end(asked, ApiError(400, str(error), "invalid_image", picture.param))
         except Exception as error:  # noqa: BLE001
             self._end(asked, failure(error))
         return None
 
 
-def encoded(model, asked: Asked, inputs: dict) -> bool:
+def encoded(model, asked: PendingRequest, inputs: dict) -> bool:
     """Encodes the images of a question, unless its client has gone, or goes meanwhile: nobody waits for images that
     nobody asks about. Returns whether it is still there."""
     if not asked.question.pictures:
         return True
     try:
         model.encode_images(**{name: inputs[name] for name in PICTURE_TENSORS}, stop=asked.row.cancelled)
-    except Stopped:
+    except Cancelled:
         return False
     return True
 
 
-def refusal_of(error: Exception, questions: int) -> Refusal:
+def refusal_of(error: Exception, questions: int) -> ApiError:
     """The refusal for those who share a batch of so many questions. Only what the model says of a question is told;
     other errors' texts are of the inside, those of subclasses of ValueError too."""
     if type(error) is MemoryError and str(error):
-        return Refusal(503, str(error), "out_of_memory", kind="server_error", headers={"Retry-After": "30"})
-    if type(error) in SAID_PLAINLY and questions == 1:
-        return Refusal(400, str(error), "invalid_value")
+        return ApiError(503, str(error), "out_of_memory", kind="server_error", headers={"Retry-After": "30"})
+    if type(error) in USER_ERRORS and questions == 1:
+        return ApiError(400, str(error), "invalid_value")
     return failure(error)

@@ -1,7 +1,7 @@
 """Several answers in one call of `generate`: each row chooses, ends and is read as if it were alone."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import llguidance.hf
 import numpy as np
@@ -9,13 +9,13 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
 
-from ov_mllama.serving.protocol import Question, Refusal
+from ov_mllama.serving.protocol import ApiError, Question
 
 GREEDY_BELOW = 1e-5  # a temperature: what is divided by less may be infinite
 CHAR_TOKENS = 8  # that may be one character: a byte each, and what a tokenizer may add; garbage is longer
 
 
-class Words:
+class Detokenizer:
     """Tokens -> text, as soon as nothing that may follow can change it.
 
     Only the last tokens are decoded, and only the text they add is searched: a token costs the same at any length.
@@ -24,7 +24,7 @@ class Words:
         stop: texts before which it ends.
     """
 
-    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, stop
         self.tokens: list[int] = []
         self.stopped = False
@@ -73,7 +73,7 @@ class Words:
         return text
 
 
-class Schemas:
+class GrammarCompiler:
     """Makes matchers of JSON schemas for a tokenizer (llguidance).
 
     Args:
@@ -88,7 +88,7 @@ class Schemas:
         """Follows an answer, token by token. For one thread at a time: the largest schemas take a second.
 
         Raises:
-            Refusal: the schema is none, or too complex.
+            ApiError: the schema is none, or too complex.
         """
         self._known = self._known or llguidance.hf.from_tokenizer(self._tokenizer, eos_token=self._ends)
         try:
@@ -104,13 +104,13 @@ class Schemas:
         return matcher
 
 
-def unfollowed(reason: str) -> Refusal:
+def unfollowed(reason: str) -> ApiError:
     """The refusal of a schema."""
     sentence = f"The schema cannot be followed: {reason[:300]}"
-    return Refusal(400, sentence, "invalid_json_schema", "response_format.json_schema")
+    return ApiError(400, sentence, "invalid_json_schema", "response_format.json_schema")
 
 
-class Row:
+class Sequence:
     """One answer under way.
 
     Args:
@@ -125,10 +125,10 @@ class Row:
 
     def __init__(self, question: Question, say: Callable[[str | None], None], matcher: LLMatcher | None, tokenizer):
         self.question, self.say, self.matcher = question, say, matcher
-        self.words = Words(tokenizer, question.stop)
+        self.words = Detokenizer(tokenizer, question.stop)
         self.cancelled = threading.Event()
         self.finish: str | None = None
-        self.error: Refusal | None = None
+        self.error: ApiError | None = None
         self.prompt_tokens = 0
         self._random = torch.Generator()
         if question.seed is None:
@@ -154,7 +154,7 @@ class Row:
             scores = TopPLogitsWarper(self.question.top_p)(None, scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
 
-    def take(self, token: int, ends: Sequence[int]) -> None:
+    def take(self, token: int, ends: list[int]) -> None:
         """The answer has a token more."""
         if self.finish:
             return
@@ -183,10 +183,10 @@ class Row:
         self.say(None)  # others of the batch may have minutes to go
 
 
-class Choice(LogitsProcessor):
+class Sampler(LogitsProcessor):
     """Leaves each row the one token that it chooses, for greedy `generate` to take."""
 
-    def __init__(self, rows: Sequence[Row]):
+    def __init__(self, rows: list[Sequence]):
         self.rows = rows
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -196,14 +196,14 @@ class Choice(LogitsProcessor):
         return chosen
 
 
-class Ends(StoppingCriteria):
+class StopCheck(StoppingCriteria):
     """Tells each row its token, and ends it when its answer does.
 
     Args:
         ends: tokens that end an answer.
     """
 
-    def __init__(self, rows: Sequence[Row], ends: Sequence[int]):
+    def __init__(self, rows: list[Sequence], ends: list[int]):
         self.rows, self.ends = rows, ends
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
