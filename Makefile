@@ -57,7 +57,7 @@ test: .venv/.dev
 	$(BIN)/python -m pytest -m alone
 
 quick: .venv/.dev
-	$(BIN)/python -m pytest tests/test_parity.py tests/test_sessions.py tests/test_house.py -k 'gqa-llama3 or sessions or house'
+	$(BIN)/python -m pytest tests/runtime/test_parity.py tests/runtime/test_sessions.py tests/test_house.py -k 'gqa-llama3 or sessions or house'
 
 torture: .venv/.dev
 	$(BIN)/python -m pytest -m torture --torture

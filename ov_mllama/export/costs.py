@@ -2,7 +2,7 @@
 
 Each formula for memory is a sum of what was seen to be held at once, each for seconds a measurement in proportion to
 weights: of random ones of the 11B's widths, on two cores of a virtual Intel Xeon with AVX-512 VNNI, without AMX.
-benchmarks/README.md has the measurements, tests/test_plan.py compares them.
+benchmarks/README.md has the measurements, tests/export/test_plan.py compares them.
 """
 
 from typing import NamedTuple

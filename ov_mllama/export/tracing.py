@@ -29,7 +29,7 @@ def trace(module: nn.Module, example: dict) -> ov.Model:
     """
     with torch.no_grad(), quiet(), traceable_16bit(module):
         # check_trace would run it twice more, to compare outputs that traceable_16bit makes meaningless; the graph is
-        # compared with transformers on shapes other than the example's instead (tests/test_parity.py)
+        # compared with transformers on shapes other than the example's instead (tests/runtime/test_parity.py)
         decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         return ov.convert_model(decoder, example_input=example)
 

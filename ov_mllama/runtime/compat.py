@@ -52,7 +52,7 @@ class ModuleCompatMixin:
             "OVMLlamaForConditionalGeneration(model_dir)."
         )
 
-    # ---- What GenerationMixin asks (tests/test_interface.py checks that it still does) ----
+    # ---- What GenerationMixin asks (tests/runtime/test_interface.py checks that it still does) ----
 
     def can_generate(self) -> bool:
         return True

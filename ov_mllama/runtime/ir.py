@@ -22,7 +22,7 @@ from .memory import free_disk, free_memory
 from .reference import Reference
 
 # Raise it whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded.
-# Say in CHANGELOG.md what that costs; tests/test_convert.py notices a graph that changed without it.
+# Say in CHANGELOG.md what that costs; tests/export/test_convert.py notices a graph that changed without it.
 CONVERTER_VERSION = "5"
 
 VISION_ENCODER_NAME = "openvino_vision_encoder.xml"

@@ -141,9 +141,9 @@ class OVLanguageModel:
         wrong numbers for right input, in silence, or writes where it must not: all requests share one graph, each of
         its nodes keeps the shapes it saw last and what it prepared for them, and then some have the new call's, the
         others the call's before. Inferences of other shapes put it right after most failures, yet after one that was
-        cancelled the process crashes in them every thirtieth time (tests/test_recovery.py). So nothing is cancelled
-        here, `Session.prefill` looks for `stop` between its chunks, and what has failed is compiled anew; the tokens of
-        all sessions are gone then. Ctrl-C is no failure: Python raises it when the inference has ended.
+        cancelled the process crashes in them every thirtieth time (tests/runtime/test_recovery.py). So nothing is
+        cancelled here, `Session.prefill` looks for `stop` between its chunks, and what has failed is compiled anew; the
+        tokens of all sessions are gone then. Ctrl-C is no failure: Python raises it when the inference has ended.
         """
         with self.turn:
             started = time.perf_counter()

@@ -294,7 +294,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
                 if not self._calls:
                     self.sessions.release()
 
-    # ---- What GenerationMixin calls (tests/test_interface.py checks that it still does) ----
+    # ---- What GenerationMixin calls (tests/runtime/test_interface.py checks that it still does) ----
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
         """After the prompt only text goes in: the cache holds the images. Tokens behind those that the processor saw,

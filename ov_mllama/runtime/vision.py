@@ -239,7 +239,7 @@ class OVImageEncoder:
             return image, False
 
     def memory_for(self, images: ImageInputs, keys: list[tuple[bytes, ...]]) -> float:
-        """Bytes of this machine for the largest that is not kept, while it is encoded (`costs.picture_memory`)."""
+        """Bytes of this machine for the largest that is not kept, while it is encoded (`memory.picture_memory`)."""
         if self._own_memory:
             return 0
         new = [mask for key, (_, _, mask) in different(images, keys).items() if key not in self.kept]

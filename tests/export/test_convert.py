@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import openvino as ov
@@ -296,7 +295,7 @@ def test_no_network(tmp_path, monkeypatch):
 
 # ---- The converter's version ----
 
-GRAPHS = Path(__file__).parent / "graphs.json"  # the graphs of CONVERTER_VERSION, by name of the file
+GRAPHS = ROOT / "tests/graphs.json"  # the graphs of CONVERTER_VERSION, by name of the file
 
 
 def graph_fingerprint(path) -> str:

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, MllamaForConditionalGeneration
 from conftest import DEMO, F32, demo_samples
 from demo_model.evaluate import ask, heldout_samples
 from demo_model.scenes import TASKS, digit_drawings, draw, random_scene
-from demo_model.train import SYSTEM, Scheduler, random_size, to_tiles
+from demo_model.train import SYSTEM, Batches, random_size, to_tiles
 from demo_model.train_draft import conversations, loss_of, make_draft
 from ov_mllama.runtime.prompts import prompts_about
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
@@ -84,7 +84,7 @@ def test_training_makes_the_tiles_that_the_processor_makes(processor):
 
 
 def test_the_draft_model_knows_how_answers_go_on(processor, demo):
-    batch = conversations(Scheduler(processor.tokenizer, processor, seed=98, held_out=True), 64)
+    batch = conversations(Batches(processor.tokenizer, processor, seed=98, held_out=True), 64)
     shipped = LlamaForCausalLM.from_pretrained(DEMO / "draft", dtype=torch.float32).eval()
     with torch.no_grad():
         untrained, trained = (
@@ -95,7 +95,7 @@ def test_the_draft_model_knows_how_answers_go_on(processor, demo):
 
 
 def test_training_writes_the_tokens_that_the_processor_writes(processor):
-    batches = Scheduler(processor.tokenizer, processor, seed=0)
+    batches = Batches(processor.tokenizer, processor, seed=0)
     system_turn = processor.tokenizer.encode("system", add_special_tokens=False)[0]
     ids = []
     while ids[2:3] != [system_turn]:  # one conversation in seven has a system turn

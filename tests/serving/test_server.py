@@ -12,7 +12,7 @@ import pytest
 from chat_page import SELF, WHO, path_of
 from conftest import DEMO, demo_samples
 from openai_client import KEY, about, alone, complete, picture, refusal, served, text, user
-from ov_mllama.serving.app import bound, create_app, mount_chat
+from ov_mllama.serving.app import bind_socket, create_app, mount_chat
 from ov_mllama.serving.scheduler import Scheduler
 
 pytestmark = pytest.mark.alone
@@ -255,11 +255,11 @@ def test_a_key_is_also_the_password_of_the_chat(slow_demo, processor):
 def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(server):
     port = int(server.rpartition(":")[2])
     with pytest.raises(OSError, match=f"{port} cannot be had .* --port"):
-        bound("127.0.0.1", port)
-    with bound("127.0.0.1", 0) as mine, pytest.raises(OSError, match="cannot be had"):
-        bound("127.0.0.1", mine.getsockname()[1])  # by a second server, while the first one loads
+        bind_socket("127.0.0.1", port)
+    with bind_socket("127.0.0.1", 0) as mine, pytest.raises(OSError, match="cannot be had"):
+        bind_socket("127.0.0.1", mine.getsockname()[1])  # by a second server, while the first one loads
     with pytest.raises(OSError, match="--port"):
-        bound("127.0.0.1", 99999)
+        bind_socket("127.0.0.1", 99999)
 
 
 def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(client, slow_demo, monkeypatch):
