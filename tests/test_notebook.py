@@ -20,7 +20,9 @@ from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME
 from tiny_mllama import make_llama
 
 NOTEBOOK = ROOT / "mllama-3.2.ipynb"
-ENGINE = tuple(f"ov_mllama.{path.stem}" for path in sorted((ROOT / "ov_mllama").glob("[a-z]*.py")))
+ENGINE = tuple(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "ov_mllama").glob("*/[a-z]*.py"))
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def committed():
 
 def apart(folder):
     """A folder with all that the notebook needs and nothing that it has made; the notebook itself."""
-    for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "serving", ROOT / "demo_model", ROOT / "docs"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "demo_model", ROOT / "docs"]:
         (folder / path.name).symlink_to(path)
     return nbformat.read(NOTEBOOK, as_version=4)
 
