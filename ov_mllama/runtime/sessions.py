@@ -24,8 +24,8 @@ class SessionPool:
         self._in_use: set[int] = set()
 
     def acquire(self, prompt: Prompt, rows: int = 0) -> Session:
-        """Return the session with the longest prefix of a prompt (`rows` are its image K/V); else an empty one; else, at the
-        limit, the least recently used one. It is in use until `release`."""
+        """Return the session with the longest prefix of a prompt, whose images have `rows` K/V rows; else an empty one;
+        else, at the limit, the least recently used one. It is in use until `release`."""
         idle = [session for session in self._sessions if id(session) not in self._in_use]
         session = max(idle, key=lambda session: session.reusable(prompt), default=None)
         if session and not session.reusable(prompt):
