@@ -54,13 +54,13 @@ build/slice/config.json: .venv/.run
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 1 -m alone
 
 quick: .venv/.dev
 	$(BIN)/python -m pytest tests/runtime/test_parity.py tests/runtime/test_sessions.py tests/test_house.py -k 'gqa-llama3 or sessions or house'
 
 torture: .venv/.dev
-	$(BIN)/python -m pytest -m torture --torture
+	$(BIN)/python -m pytest -m torture --torture --timeout 7200
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -113,9 +113,9 @@ TRIED, WRONG = Counter(), {}
 
 
 def pytest_configure():
-    """Gives each worker of pytest-xdist a core of its own: two with two threads each are slower than one."""
+    """Gives each of several xdist workers a core of its own: two with two threads each are slower than one."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker and hasattr(os, "sched_setaffinity"):
+    if worker and os.environ["PYTEST_XDIST_WORKER_COUNT"] != "1" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
@@ -124,9 +124,9 @@ def pytest_addoption(parser):
     parser.addoption("--torture", action="store_true", help="the long form of the tests marked torture")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def times(request):
-    """`times(short, long)`: how often to try, without and with --torture."""
+    """`times(short, long)`: how often to try, or what, without and with --torture."""
     return lambda short, long: long if request.config.getoption("--torture") else short
 
 

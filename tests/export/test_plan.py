@@ -35,8 +35,6 @@ from ov_mllama.runtime.speculative import OVDraftModel
 from ov_mllama.runtime.vision import ImageInputs, image_keys
 from tiny_mllama import make_llama
 
-pytestmark = pytest.mark.alone
-
 PLAIN = Settings()
 GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=None)
 MUCH = float("inf")

@@ -14,8 +14,6 @@ from ov_mllama.runtime.inference import Cancelled, acquire, run
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.prompts import prompt_tensors
 
-pytestmark = pytest.mark.alone
-
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 PICTURE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
@@ -130,9 +128,8 @@ def test_it_is_given_up_at_once(pair, model, held):
     ahead = Thread(model.encode_images, **picture_of(inputs), stop=stop)
     assert held.begun.wait(5)
     stop.set()
-    started = time.perf_counter()
     assert isinstance(ahead.result(), Cancelled)
-    assert time.perf_counter() - started < 1
+    assert not held.released.is_set()  # the inference was not waited for
     assert held.cancelled == 1
     assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
     assert model.stats.images_kept == 1

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import ov_mllama.export.compress
 from conftest import CASES, DEMO, F32
@@ -15,7 +15,7 @@ from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.settings import Settings
 from ov_mllama.runtime.prompts import prompts_about
 from ov_mllama.runtime.speculative import STEP, TOKENS, DraftLengthPolicy, OVDraftModel
-from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_llama
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
@@ -260,10 +260,9 @@ def test_the_large_model_alone_goes_on_as_before(pair, draft):
         assert model.generate(**inputs, **GREEDY, **kwargs).tolist() == expected.tolist()
 
 
-def test_the_demos_own_is_mostly_right(tmp_path):
+def test_the_demos_own_is_mostly_right(demo_model_f32, processor, tmp_path):
     """On held-out first questions, whose answers repeat nothing."""
-    model_dir, drafted, accepted = convert_mllama(DEMO, tmp_path / "demo"), 0, 0
-    model, processor = OVMLlamaForConditionalGeneration(model_dir, ov_config=F32), AutoProcessor.from_pretrained(DEMO)
+    model, drafted, accepted = demo_model_f32, 0, 0
     own = OVDraftModel(make_draft_model(DEMO / "draft", tmp_path / "draft"), ov_config=F32, drafts=3)
     for sample in heldout_samples(40):
         inputs = prompts_about(processor, [sample])
