@@ -186,6 +186,32 @@ def pair(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def idle_models():
+    """Models of `pair` that are as new."""
+    return []
+
+
+@pytest.fixture
+def fresh_model(pair, idle_models):
+    """A model of `pair` that has seen nothing yet. One serves many tests: it is loaded anew after a test that has set
+    something on it, or broken it."""
+    model = idle_models.pop() if idle_models else OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    before = attributes(model)
+    yield model
+    if attributes(model) == before:
+        model.forget()
+        model.stats = type(model.stats)()
+        idle_models.append(model)
+
+
+def attributes(model: OVMLlamaForConditionalGeneration) -> list[dict]:
+    """Return what a model and its parts hold, but for what each call sets."""
+    parts = model, model.sessions, model.language_model, model.image_encoder, model.image_encoder.kept
+    each_call = ("stats", "_watched")
+    return [{name: value for name, value in vars(part).items() if name not in each_call} for part in parts]
+
+
+@pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory):
     """A folder of this run, the same one in all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()

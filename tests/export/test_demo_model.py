@@ -11,6 +11,9 @@ from demo_model.evaluate import ask, heldout_samples
 from demo_model.scenes import TASKS, digit_drawings, draw, random_scene
 from demo_model.train import SYSTEM, Batches, random_size, to_tiles
 from demo_model.train_draft import conversations, loss_of, make_draft
+from notebook_figures import show_price_list
+from ov_mllama.export.quality import measure
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
 from ov_mllama.runtime.prompts import prompts_about
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
@@ -172,6 +175,7 @@ def test_a_follow_up_is_asked_behind_what_was_asked_before(processor):
     assert turns == [f"<|image|>{asked}", answered, sample["question"], ""]
 
 
+@pytest.mark.torture
 def test_held_out_questions(demo, exact_answers, processor, heldout):
     """f32 answers are PyTorch's, one by one; nine in ten are right (the model card's figure is of 2000 questions)."""
     expected = answers_to(demo, processor, heldout)
@@ -179,6 +183,7 @@ def test_held_out_questions(demo, exact_answers, processor, heldout):
     assert np.mean([answer == sample["answer"] for answer, sample in zip(exact_answers, heldout, strict=True)]) > 0.9
 
 
+@pytest.mark.torture
 def test_default_precision_is_as_good(default_model, exact_answers, processor, heldout):
     """bf16 with an 8-bit cache, on CPUs that have it: logits stay finite, and as many answers are right within 2 %."""
     inputs = processor(text=["<|image|>What?"], images=[[heldout[0]["image"]]], return_tensors="pt")
@@ -188,3 +193,17 @@ def test_default_precision_is_as_good(default_model, exact_answers, processor, h
         for answers in (exact_answers, answers_to(default_model, processor, heldout))
     ]
     assert right[1] >= right[0] - 0.02 * len(heldout)
+
+
+def test_price_list_holds_what_is_measured(demo_dir, capsys):
+    """Of the original and of the IRs in 16 bit; `price_list` does the same in a process for each."""
+    samples = heldout_samples(5)
+    original, reference = measure(DEMO, demo_dir, None, samples, None)
+    converted, _ = measure(DEMO, demo_dir, (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME), samples, reference)
+    assert (original["kl"], original["lost"], original["won"], original["questions"]) == (0, 0, 0, 5)
+    assert 0 < converted["kl"] < 0.01
+    assert converted["all"] == original["all"] - 20 * (converted["lost"] - converted["won"])
+    assert converted["next_token_ms"] > 0
+    assert converted["size_mb"] < 10
+    show_price_list([{"variant": "PyTorch f32", **original}, {"variant": "FP16", **converted}])
+    assert "Of 5 questions" in capsys.readouterr().out

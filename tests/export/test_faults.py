@@ -363,8 +363,8 @@ def test_numbers_that_overflow_are_said(pair, tmp_path, broken, what):
 
 
 @pytest.fixture
-def model(pair):
-    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+def model(fresh_model):
+    return fresh_model
 
 
 def test_threads_take_turns(pair, model, times, tally):

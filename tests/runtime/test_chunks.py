@@ -33,6 +33,7 @@ def expected(pair):
         return {length: pair.hf(torch.tensor(random_ids(length))).logits[0].numpy() for length in LENGTHS}
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_logits_to_keep_gives_as_many_right_logits(pair, expected, length, times):
     ends = {keep + near for keep in (1, PREFILL_TOKENS, length - PREFILL_TOKENS, length) for near in range(-3, 4)}
@@ -43,6 +44,7 @@ def test_every_logits_to_keep_gives_as_many_right_logits(pair, expected, length,
         np.testing.assert_allclose(logits[0], expected[length][-keep:], atol=1e-3)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("length", LENGTHS)
 def test_drafts_across_a_chunk_boundary_change_no_token(pair, draft, length, times):
     """Drafted tokens are checked together with the prompt, so that its last chunk may hold less than them."""
