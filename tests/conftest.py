@@ -206,7 +206,7 @@ def fresh_model(pair, idle_models):
 
 def attributes(model: OVMLlamaForConditionalGeneration) -> list[dict]:
     """Return what a model and its parts hold, but for what each call sets."""
-    parts = model, model.sessions, model.language_model, model.image_encoder, model.image_encoder.kept
+    parts = model, model.sessions, model.language_model, model.image_encoder, model.image_encoder.cache
     each_call = ("stats", "_watched")
     return [{name: value for name, value in vars(part).items() if name not in each_call} for part in parts]
 

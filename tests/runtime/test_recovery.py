@@ -254,7 +254,7 @@ os.environ["CI"] = "true"
 sys.path[:0] = sys.argv[1:3]
 import numpy as np, torch
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
-from ov_mllama import checks
+from ov_mllama.runtime import checks
 
 model = OVMLlamaForConditionalGeneration(sys.argv[3], ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}, warm_up=False)
 ids = torch.arange(65, 85)[None]
