@@ -53,14 +53,14 @@ build/slice/config.json: .venv/.run
 	$(BIN)/python -m benchmarks.make_checkpoint --out build/slice --text-layers 5 --vision-layers 4 --global-layers 1
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
-	$(BIN)/python -m pytest -m alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m 'not alone'
+	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m alone
 
 quick: .venv/.dev
 	$(BIN)/python -m pytest tests/runtime/test_parity.py tests/runtime/test_sessions.py tests/test_house.py -k 'gqa-llama3 or sessions or house'
 
 torture: .venv/.dev
-	$(BIN)/python -m pytest -m torture --torture
+	$(BIN)/python -m pytest -m torture --torture --timeout 7200 -o faulthandler_timeout=7260
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

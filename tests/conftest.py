@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from transformers import AutoProcessor, MllamaForConditionalGeneration
@@ -112,9 +113,9 @@ TRIED, WRONG = Counter(), {}
 
 
 def pytest_configure():
-    """Gives each worker of pytest-xdist a core of its own: two with two threads each are slower than one."""
+    """Gives each of several xdist workers a core of its own: two with two threads each are slower than one."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker and hasattr(os, "sched_setaffinity"):
+    if worker and os.environ["PYTEST_XDIST_WORKER_COUNT"] != "1" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
@@ -123,9 +124,9 @@ def pytest_addoption(parser):
     parser.addoption("--torture", action="store_true", help="the long form of the tests marked torture")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def times(request):
-    """`times(short, long)`: how often to try, without and with --torture."""
+    """`times(short, long)`: how often to try, or what, without and with --torture."""
     return lambda short, long: long if request.config.getoption("--torture") else short
 
 
@@ -185,6 +186,66 @@ def pair(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def idle_models():
+    """Models of `pair` that are as new."""
+    return []
+
+
+@pytest.fixture
+def fresh_model(pair, idle_models):
+    """A model of `pair` that has seen nothing yet. One serves many tests: it is loaded anew after a test that has set
+    something on it, or broken it."""
+    model = idle_models.pop() if idle_models else OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    before = attributes(model)
+    yield model
+    if attributes(model) == before:
+        model.forget()
+        model.stats = type(model.stats)()
+        idle_models.append(model)
+
+
+def attributes(model: OVMLlamaForConditionalGeneration) -> list[dict]:
+    """Return what a model and its parts hold, but for what each call sets."""
+    parts = model, model.sessions, model.language_model, model.image_encoder, model.image_encoder.cache
+    each_call = ("stats", "_watched")
+    return [{name: value for name, value in vars(part).items() if name not in each_call} for part in parts]
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder of this run, the same one in all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def demo_dir(shared_folder):
+    """The demo checkpoint, converted once per run. Nothing may be written into it: a test that breaks, compresses or
+    adds files takes a copy, or converts for itself."""
+    folder = shared_folder / "demo-ov"
+    with FileLock(shared_folder / "demo-ov.lock"):
+        if not (shared_folder / "demo-ov.done").exists():
+            convert_mllama(DEMO, folder)
+            (shared_folder / "demo-ov.done").touch()
+    files = files_in(folder)
+    yield folder
+    assert files_in(folder) == files, "a test wrote into the demo model that all tests share"
+
+
+def files_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the size and time of every file below a folder, without locks."""
+    stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.name != ".lock"}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())}
+
+
+@pytest.fixture(scope="session")
+def demo_model_f32(demo_dir):
+    """The demo model in f32, loaded once per worker. A test that counts what is computed, or that must not find what
+    another test has cached, calls `forget()` first; a test that changes the model's attributes takes `monkeypatch`."""
+    return OVMLlamaForConditionalGeneration(demo_dir, ov_config=F32)
+
+
+@pytest.fixture(scope="session")
 def processor():
     """The demo checkpoint's."""
     return AutoProcessor.from_pretrained(DEMO)
@@ -225,12 +286,20 @@ def says(monkeypatch):
     says.over = True
 
 
-@pytest.fixture(scope="module")
-def slow_demo(tmp_path_factory):
-    """The demo model in f32, which can be made as slow as the 11B."""
+@pytest.fixture(scope="session")
+def one_slow_demo(demo_dir):
+    """`slow_demo`, loaded once per worker."""
     from chat_page import Slow
 
-    return Slow(convert_mllama(DEMO, tmp_path_factory.mktemp("slow-demo") / "ov"), ov_config=F32)
+    return Slow(demo_dir, ov_config=F32)
+
+
+@pytest.fixture(scope="module")
+def slow_demo(one_slow_demo):
+    """The demo model in f32, which can be made as slow as the 11B; as new at the start of each file, and where a test
+    calls `as_new()`."""
+    one_slow_demo.as_new()
+    return one_slow_demo
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Checkpoints that are broken, incomplete or another's: refused before anything is written, never mixed in a folder."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from transformers import AutoProcessor
 
 from conftest import DEMO, F32
 from ov_mllama.export import checkpoint as checkpoints
+from ov_mllama.export import compress as compressing
 from ov_mllama.export import convert
 from ov_mllama.export.checkpoint import checkpoint_fingerprint
 from ov_mllama.export.compress import make_draft_model
@@ -331,6 +333,7 @@ def test_conversion_killed_at_any_step_leaves_one_checkpoint_whole(two, tmp_path
     irs = {path: ov.Core().read_model(second_dir / path) for path in IRS}
     monkeypatch.setattr(convert, "convert_vision_encoder", lambda *_: irs[VISION_ENCODER_NAME].clone())
     monkeypatch.setattr(convert, "convert_language_model", lambda *_: irs[LANGUAGE_MODEL_NAME].clone())
+    monkeypatch.setattr(convert, "load_checkpoint", functools.cache(convert.load_checkpoint))
     whole, step, outcomes = {checkpoint_fingerprint(first): files_of(first_dir)}, 0, []
     whole[checkpoint_fingerprint(second)] = files_of(second_dir)
     start = shutil.copytree(first_dir, tmp_path / "start")
@@ -368,6 +371,10 @@ def test_draft_model_killed_at_any_step_is_no_mixture(tmp_path, monkeypatch):
     for path in DRAFT.glob("tokenizer*"):
         shutil.copy(path, other)
     start, expected = make_draft_model(DRAFT, tmp_path / "start"), make_draft_model(other, tmp_path / "expected")
+    ir = ov.Core().read_model(expected / DRAFT_MODEL_NAME)
+    monkeypatch.setattr(compressing, "convert_language_model", lambda _: ir.clone())
+    monkeypatch.setattr(compressing, "compress_weights", lambda model, _: model)
+    monkeypatch.setattr(compressing, "load_checkpoint", functools.cache(compressing.load_checkpoint))
     step, ended = 0, False
     while not ended:
         step += 1

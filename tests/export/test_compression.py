@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import shutil
 import time
 from collections import Counter
 from functools import partial
@@ -22,7 +23,6 @@ from data_preprocessing import HUB_SET, PACKAGED, load_samples, prepare_dataset_
 from demo_model import SAMPLES
 from ov_mllama.export import calibration, costs
 from ov_mllama.export.compress import nncf_arguments
-from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.samples import calibration_samples
 from ov_mllama.export.settings import DEFAULT_SOURCES, GROUP_SIZES, INT4, INT8, Settings
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME, check_model_dir, ir_stamp
@@ -38,8 +38,16 @@ PLAIN = dict(group_size=64)  # for Settings: INT4, data-free
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("compression") / "ov")
+def model_dir(demo_dir, tmp_path_factory):
+    """A copy that is compressed in many ways, each once."""
+    return shutil.copytree(demo_dir, tmp_path_factory.mktemp("compression") / "ov")
+
+
+@pytest.fixture(scope="module")
+def vision_dir(demo_dir, tmp_path_factory):
+    """The demo without a language model in 16 bit."""
+    ignored = shutil.ignore_patterns("openvino_language_model.*")
+    return shutil.copytree(demo_dir, tmp_path_factory.mktemp("vision") / "ov", ignore=ignored)
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +141,10 @@ def test_existing_file_is_reused_and_force_rebuilds_it(model_dir, capsys):
 @pytest.mark.parametrize(
     "arguments", [{}, {"algo": "int8_asym"}, {"awq": True}, {"dataset_size": 4}, {"dataset_size": 4, "awq": True}]
 )
-def test_straight_from_the_checkpoint_is_the_same_file(model_dir, tmp_path, arguments):
+def test_straight_from_the_checkpoint_is_the_same_file(model_dir, vision_dir, arguments):
     expected = compress(model_dir, source=SAMPLES, **arguments)
-    convert_mllama(DEMO, tmp_path, language_model=False)
-    actual = compress(tmp_path, source=SAMPLES, checkpoint=DEMO, **arguments)
-    assert not (tmp_path / "openvino_language_model.xml").exists()
+    actual = compress(vision_dir, source=SAMPLES, checkpoint=DEMO, **arguments)
+    assert not (vision_dir / "openvino_language_model.xml").exists()
     assert actual.name == expected.name
     ours, theirs = (np.frombuffer(path.with_suffix(".bin").read_bytes(), np.uint8) for path in (actual, expected))
     # AWQ fits scales to statistics in NumPy: where arrays lie in memory may move one of them by its last bit (seen on
@@ -265,10 +272,10 @@ def test_disk_is_what_is_written(model_dir):
         assert written == pytest.approx(cost[0], rel=0.1)
 
 
-def test_nothing_to_compress(tmp_path):
-    convert_mllama(DEMO, tmp_path, language_model=False)
+def test_nothing_to_compress(vision_dir, tmp_path):
+    empty = shutil.copytree(vision_dir, tmp_path / "ov", ignore=shutil.ignore_patterns("llm_*"))
     with pytest.raises(FileNotFoundError, match="convert_mllama"):
-        compress(tmp_path)
+        compress(empty)
 
 
 def test_widgets_always_hold_settings_that_go_together(model_dir):

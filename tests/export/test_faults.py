@@ -34,7 +34,7 @@ from ov_mllama.runtime.shapes import MASKED
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint
 
-pytestmark = [pytest.mark.torture, pytest.mark.alone]
+pytestmark = pytest.mark.torture
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 IRS = (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME, *kills.SMALLER)
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -365,8 +365,8 @@ def test_numbers_that_overflow_are_said(pair, tmp_path, broken, what):
 
 
 @pytest.fixture
-def model(pair):
-    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+def model(fresh_model):
+    return fresh_model
 
 
 def test_threads_take_turns(pair, model, times, tally):

@@ -24,7 +24,7 @@ from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.plan import SYSTEM, Machine, by_memory, plan
 from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_here, prepare
 from ov_mllama.export.settings import Settings
-from ov_mllama.runtime import ir, memory
+from ov_mllama.runtime import devices, ir, memory
 from ov_mllama.runtime.checks import check_prompt_fits, image_arrays
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.runtime.kv_cache import Prompt
@@ -34,8 +34,6 @@ from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.speculative import OVDraftModel
 from ov_mllama.runtime.vision import ImageInputs, image_keys
 from tiny_mllama import make_llama
-
-pytestmark = pytest.mark.alone
 
 PLAIN = Settings()
 GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=None)
@@ -315,7 +313,7 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
         return freed - kept.nbytes
 
     for module in ("sessions", "vision", "checks"):
-        monkeypatch.setattr(f"ov_mllama.{module}.free_memory", free)
+        monkeypatch.setattr(f"ov_mllama.runtime.{module}.free_memory", free)
     monkeypatch.setattr("ov_mllama.runtime.sessions.check_prompt_fits", lambda *_: None)
     assert model.generate(**second, **GREEDY).tolist() == expected.tolist()
     assert len(held) == 1
@@ -338,10 +336,10 @@ def test_a_long_prompt_takes_the_memory_of_the_tokens_computed_at_once(config, m
 
 
 def test_a_graphics_card_has_memory_of_its_own(pair, monkeypatch):
-    devices = {"GPU.0": Type.INTEGRATED, "GPU.1": Type.DISCRETE}
-    stand_in = SimpleNamespace(get_property=lambda device, name: devices[device])
+    kinds = {"GPU.0": Type.INTEGRATED, "GPU.1": Type.DISCRETE}
+    stand_in = SimpleNamespace(get_property=lambda device, name: kinds[device])
     monkeypatch.setattr(devices.ov, "Core", lambda: stand_in)
-    assert [devices.has_own_memory(device) for device in devices] == [False, True]
+    assert [devices.has_own_memory(device) for device in kinds] == [False, True]
     monkeypatch.undo()
     assert not devices.has_own_memory("CPU")
     assert not devices.has_own_memory("AUTO")
