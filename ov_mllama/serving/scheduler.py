@@ -142,7 +142,8 @@ class Scheduler:
         """Return the tiles of a batch: more than the image cache holds would evict its first image before the last is
         encoded."""
         encoder = self.model.image_encoder
-        return min(MAX_BATCH_TILES, encoder.kept.room // encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile))
+        tile_bytes = encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile)
+        return min(MAX_BATCH_TILES, encoder.kept.max_bytes // tile_bytes)
 
     def close(self) -> None:
         """Stop the thread after the current batch."""
