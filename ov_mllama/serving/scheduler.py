@@ -143,7 +143,7 @@ class Scheduler:
         encoded."""
         encoder = self.model.image_encoder
         tile_bytes = encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile)
-        return min(MAX_BATCH_TILES, encoder.kept.max_bytes // tile_bytes)
+        return min(MAX_BATCH_TILES, encoder.cache.max_bytes // tile_bytes)
 
     def close(self) -> None:
         """Stop the thread after the current batch."""
