@@ -9,7 +9,7 @@ written atomically, so a run that was killed can be resumed. `pandas.read_parque
     question, answer
     finish: "stop", or "length" if the token limit was reached
     error: why there is no answer: not an image, or results that are not finite
-    model: name of the model's folder; language_model, vision_encoder: stamps of its two IRs; max_new_tokens: token limit
+    model: name of the model's folder; language_model, vision_encoder: stamps of its IRs; max_new_tokens: token limit
 
 With another model or IR all images are captioned again, and with a higher token limit those whose answers reached the
 lower one; the new answers are added as rows.
@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.export.prepare import default_folder, files_to_load, prepare, print_load_estimate
+from ov_mllama.runtime.errors import InputError, NumericalError
 from ov_mllama.runtime.images import SUFFIXES, open_picture
 from ov_mllama.runtime.ir import check_model_dir, exclusive_lock
 from ov_mllama.runtime.prompts import prompts_about
@@ -83,7 +84,7 @@ class Captioner:
             except (OSError, MemoryError) as error:  # another run may find the file, or more memory
                 reason = getattr(error.__cause__ or error, "strerror", None) or "too little memory"
                 skipped[row["id"]] = f"{row['path']} cannot be read ({reason})."
-            except ValueError as error:
+            except InputError as error:
                 row["error"] = printable(str(error))
             rows.append(row)
         skipped |= self.answer(samples)
@@ -100,7 +101,7 @@ class Captioner:
         results that are not finite. Returns why images were skipped, by id: too little memory even for one."""
         try:
             answers = self.answers(samples) if samples else []
-        except (MemoryError, FloatingPointError) as error:
+        except (MemoryError, NumericalError) as error:
             if len(samples) > 1:
                 return {key: reason for sample in samples for key, reason in self.answer([sample]).items()}
             row = samples[0]["row"]
@@ -145,7 +146,7 @@ def identity(model_dir: Path) -> dict[str, str]:
     """Return the columns that identify a model: name of its folder, and stamps of the IRs that are loaded.
 
     Raises:
-        FileNotFoundError, ValueError: see `check_model_dir`.
+        NotFoundError, InputError: see `check_model_dir`.
     """
     language, vision = files_to_load(model_dir)
     stamps = check_model_dir(model_dir, (language, vision))
@@ -180,11 +181,11 @@ def threads_per_worker(workers: int, threads: int | None) -> int | None:
     """Return the threads of each worker: `threads`, or its share of the cores; None (all) for a single one.
 
     Raises:
-        ValueError: if no machine has as many cores, as Ray would wait for one.
+        InputError: if no machine has as many cores, as Ray would wait for one.
     """
     limit = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes()))
     if threads and threads > limit:
-        raise ValueError(f"No machine here has {threads} cores for a process, only {limit}: give fewer --threads.")
+        raise InputError(f"No machine here has {threads} cores for a process, only {limit}: give fewer --threads.")
     return threads or (max(1, int(ray.cluster_resources()["CPU"]) // workers) if workers > 1 else None)
 
 
@@ -199,16 +200,16 @@ def finished_ids(out: Path, question: str, settings: dict | None = None) -> set[
     Args:
         settings: columns of `identity`, and "max_new_tokens"; None for any.
     Raises:
-        ValueError: if the folder holds other Parquet files.
+        InputError: if the folder holds other Parquet files.
     """
     done: set[str] = set()
     for part in out.glob("*.parquet"):
         try:
             table = pq.read_table(part, partitioning=None)
         except pa.ArrowException as error:
-            raise ValueError(f"{part} is not a file of captions: move it away, or choose another folder.") from error
+            raise InputError(f"{part} is not a file of captions: move it away, or choose another folder.") from error
         if not {"id", "question", "answer"} <= {*table.column_names}:
-            raise ValueError(f"{part} is not a file of captions: move it away, or choose another folder.")
+            raise InputError(f"{part} is not a file of captions: move it away, or choose another folder.")
         missing = [field for field in SCHEMA if field.name not in table.column_names]
         for field in missing:  # readers of the folder take the columns from any of its files
             table = table.append_column(field, pa.nulls(len(table), field.type))
@@ -248,7 +249,7 @@ def caption(
         threads: of each worker; None for its share of the cluster's cores.
     Raises:
         FileNotFoundError: if there are no images.
-        ValueError: if the folder of the results holds other files, or no machine has as many cores.
+        InputError: if the folder of the results holds other files, or no machine has as many cores.
         OSError: if images were skipped for lack of memory or could not be read (all others are captioned), or the
             results cannot be written.
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
+from ov_mllama.runtime.errors import InputError
 from ov_mllama.serving.protocol import ApiError, internal_error
 
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@/\\\s]+)(:\d*)?", re.ASCII | re.IGNORECASE)
@@ -126,7 +127,7 @@ def key_from(key: str | None, file: Path | None) -> str | None:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the key is empty or has more than one line.
+        InputError: if the key is empty or has more than one line.
     """
     source, text = "--key", key
     if text is None and file:
@@ -137,7 +138,7 @@ def key_from(key: str | None, file: Path | None) -> str | None:
         return None
     text = text.strip()
     if not text or len(text.splitlines()) > 1:
-        raise ValueError(f"{source} holds no key: give it one line, or leave it out.")
+        raise InputError(f"{source} holds no key: give it one line, or leave it out.")
     return text
 
 

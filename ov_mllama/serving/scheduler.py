@@ -6,8 +6,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-from ov_mllama.runtime.errors import InputError, NumericalError, OutOfMemoryError
-from ov_mllama.runtime.images import PictureError
+from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, OutOfMemoryError
 from ov_mllama.runtime.inference import Cancelled
 from ov_mllama.runtime.memory import trim_memory
 from ov_mllama.runtime.prompts import padded, prompt_inputs, prompt_text
@@ -127,9 +126,7 @@ class Scheduler:
         """Return a request's messages in the chat template."""
         try:
             return prompt_text(self.model, self.processor, request.messages, request.max_new_tokens)
-        except ValueError as error:
-            if not is_request_error(error):
-                raise
+        except InputError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
 
     def _computed_tiles(self, image) -> int:
@@ -266,7 +263,7 @@ class Scheduler:
             for image in pending.request.images:
                 images.append(image.decode(side))
             return prompt_inputs(self.processor, pending.prompt, images)
-        except PictureError as error:
+        except ImageError as error:
             self._finish(pending, ApiError(400, str(error), "invalid_image", image.param))
         except Exception as error:  # noqa: BLE001
             self._finish(pending, internal_error(error))
@@ -284,20 +281,11 @@ def encode_images(model, pending: PendingRequest, inputs: dict) -> bool:
     return True
 
 
-def is_request_error(error: Exception) -> bool:
-    """Return whether the model raised an error about its input. Messages of others must not reach clients, nor those
-    of other subclasses of ValueError, such as UnicodeDecodeError."""
-    return isinstance(error, InputError | NumericalError | PictureError) or type(error) in (
-        ValueError,
-        FloatingPointError,
-    )
-
-
 def api_error_for(error: Exception, batch_size: int) -> ApiError:
-    """Return the error for the clients of a batch."""
-    if (isinstance(error, OutOfMemoryError) or type(error) is MemoryError) and str(error):
+    """Return the error for the clients of a batch. Only messages about their input reach them: others name paths."""
+    if isinstance(error, OutOfMemoryError):
         return ApiError(503, str(error), "out_of_memory", error_type="server_error", headers={"Retry-After": "30"})
-    if is_request_error(error) and batch_size == 1:
+    if isinstance(error, InputError | NumericalError) and batch_size == 1:
         return ApiError(400, str(error), "invalid_value")
     return internal_error(error)
 
