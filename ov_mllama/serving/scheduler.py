@@ -212,7 +212,7 @@ class Scheduler:
     def _most_tiles(self) -> int:
         """Tiles of a batch: no more than the image cache holds, or its first is evicted before its last is encoded."""
         encoder = self.model.image_encoder
-        return min(TILES, encoder.kept.room // encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile))
+        return min(TILES, encoder.kept.max_bytes // encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile))
 
     def close(self) -> None:
         """Ends the thread, after the batch under way."""
