@@ -80,7 +80,7 @@ def main() -> None:
     processor, samples = AutoProcessor.from_pretrained(options.model_dir), list(heldout_samples(options.questions))
     exact = answers(model, processor, samples)
     model.forget()
-    model.image_encoder.kept = HalfKeptImages(model.image_encoder.kept.max_bytes)
+    model.image_encoder.cache = HalfKeptImages(model.image_encoder.cache.max_bytes)
     half = answers(model, processor, samples)
     print(f"{sum(a != b for a, b in zip(exact, half, strict=True))} of {len(samples)} answers differ")
 

@@ -47,7 +47,7 @@ def main() -> None:
     for name in ASKED:
         inputs = prompts_about(processor, [samples[name]])
         model.generate(**inputs, do_sample=False, max_new_tokens=4)
-        kept = (model.image_encoder.kept.nbytes + model.sessions.held_bytes) / 1e9
+        kept = (model.image_encoder.cache.nbytes + model.sessions.held_bytes) / 1e9
         note(f"after a picture of {int(inputs['aspect_ratio_mask'].sum())} tiles, {kept:.2f} GB of it kept")
     model.forget()
     note("all forgotten")

@@ -309,7 +309,7 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
     images = image_arrays(*(second[name] for name in ImageInputs._fields))
     needed = model.image_encoder.memory_for(images, image_keys(images))
     assert needed == costs.picture_memory(model.shapes, 3)  # two tiles, and one that stands for the empty ones
-    kept, held = model.image_encoder.kept, model.sessions
+    kept, held = model.image_encoder.cache, model.sessions
     assert kept.nbytes > 0 < held.held_bytes
     freed = needed - 1 + kept.nbytes
 
@@ -325,7 +325,7 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
     freed = needed - 1e5
     monkeypatch.setattr("ov_mllama.runtime.vision.free_memory", lambda: freed)
     model.forget()  # the session too, or it holds the image's K/V and none is encoded
-    with pytest.raises(MemoryError, match=r"A picture of 2 tiles takes .* too little: close other programs"):
+    with pytest.raises(MemoryError, match=r"Encoding a 2-tile image needs .* are available. Close other programs"):
         model.generate(**second, **GREEDY)
 
 
@@ -335,7 +335,7 @@ def test_a_long_prompt_takes_the_memory_of_the_tokens_computed_at_once(config, m
     monkeypatch.setattr("ov_mllama.runtime.checks.free_memory", lambda: needed)
     check_prompt_fits(config, prompt, 0, 0, 1e4)
     monkeypatch.setattr("ov_mllama.runtime.checks.free_memory", lambda: needed - 1)
-    with pytest.raises(MemoryError, match="A prompt of 4000 tokens takes"):
+    with pytest.raises(MemoryError, match="A prompt of 4000 tokens needs"):
         check_prompt_fits(config, prompt, 0, 0, 1e4)
 
 
