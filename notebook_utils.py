@@ -13,7 +13,6 @@ import platform
 import re
 from pathlib import Path
 
-import httpx
 import ipywidgets
 import nbformat
 import openvino as ov
@@ -24,7 +23,14 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 
+from ov_mllama import cli
+
 GB = 1e9
+
+
+def show_log() -> None:
+    """Show the package's log in the cells that run, once however often it is called."""
+    cli.show_log()
 
 
 def show_versions(*packages: str) -> None:
@@ -68,29 +74,6 @@ def show_plan(plan) -> None:
         f"Free: {plan.machine.memory / GB:.0f} GB of memory, {plan.machine.disk / GB:.0f} GB of disk.", *plan.shortfalls
     )
     display(Markdown(str(plan)))
-
-
-def download_file(url: str, filename: str | Path | None = None, directory: str | Path = ".") -> Path:
-    """Fetches a file over http(s), its certificate checked, whole or not at all; one that is there already is kept.
-
-    Args:
-        filename: default the last part of the address.
-    Returns:
-        its path.
-    Raises:
-        httpx.HTTPError: it could not be fetched.
-    """
-    path = Path(directory) / (filename or Path(httpx.URL(url).path).name)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response:
-            response.raise_for_status()
-            part = path.with_name(f".{path.name}.part")
-            with part.open("wb") as file:
-                for chunk in response.iter_bytes():
-                    file.write(chunk)
-        part.replace(path)
-    return path
 
 
 def device_widget(default: str = "CPU", exclude: tuple[str, ...] | list[str] = ()) -> ipywidgets.Dropdown:

@@ -331,7 +331,7 @@ class CalibrationSet(Iterable):
 
     @property
     def name(self) -> str:
-        """For the IR's stamp, such as "13 of demo_model/samples"."""
+        """For the IR's stamp, such as "13 of my/photographs"."""
         return "{} of {}".format(*self.available)
 
     @functools.cached_property

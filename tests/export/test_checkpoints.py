@@ -96,7 +96,7 @@ def test_compress_from_a_broken_checkpoint_is_refused(pair, copy, tmp_path, monk
     before = sorted(path.name for path in copy.iterdir())
     with pytest.raises(ValueError, match="another checkpoint.*convert_mllama"):
         compress(copy, checkpoint=broken, group_size=32)
-    monkeypatch.setattr(convert, "checkpoint_fingerprint", lambda _: checkpoint_fingerprint(pair.checkpoint))
+    monkeypatch.setattr(checkpoints, "checkpoint_fingerprint", lambda _: checkpoint_fingerprint(pair.checkpoint))
     with pytest.raises(ValueError, match="tensors are missing"):
         compress(copy, checkpoint=broken, group_size=32)
     assert sorted({path.name for path in copy.iterdir()} - {".lock"}) == sorted({*before} - {".lock"})
@@ -456,7 +456,7 @@ def test_checkpoint_of_the_hub_brings_its_golden_picture(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr(convert, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", snapshot_download)
     folder = convert_mllama("somebody/demo", tmp_path / "ov")
     assert (folder / "golden.png").is_file()
     with warnings.catch_warnings():

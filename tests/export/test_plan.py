@@ -114,13 +114,14 @@ def test_the_whole_90b_needs_a_machine_of_64_gb():
     assert costs.conversion_cost(whole).disk / 1e9 == pytest.approx(177, abs=2)
 
 
-def test_disk_of_16_bit_is_what_is_written(tmp_path, capsys):
+def test_disk_of_16_bit_is_what_is_written(tmp_path, caplog):
+    caplog.set_level("INFO")
     made = convert_mllama(DEMO, tmp_path / "ov")
     written = sum(
         (made / name).with_suffix(".bin").stat().st_size for name in (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)
     )
     assert costs.conversion_cost(AutoConfig.from_pretrained(made)).disk == pytest.approx(written, rel=0.15)
-    said = [int(size) for size in re.findall(r"Convert .*, (\d+) MB", capsys.readouterr().out)]
+    said = [int(size) for size in re.findall(r"writing \S+, (\d+) MB", caplog.text)]
     assert sum(said) == pytest.approx(written / 1e6, abs=1)
 
 
@@ -215,11 +216,13 @@ def test_no_step_asks_for_memory_that_the_plan_does_not_name(tmp_path, monkeypat
     assert newest(folder, VISION_ENCODER_NAME) == "openvino_vision_encoder_int8_wc.xml"
 
 
-def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, capsys):
+def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     assert plan_here(DEMO, tmp_path).write_16_bit  # the notebook, for which it is compared
     folder = prepare(DEMO, tmp_path / "ov", DEMO / "draft")
     assert not (folder / LANGUAGE_MODEL_NAME).exists()
-    assert "convert the vision encoder, 16 bit" in capsys.readouterr().out
+    assert "convert the vision encoder, 16 bit" in caplog.text
+    caplog.clear()
     names = newest(folder, LANGUAGE_MODEL_NAME), newest(folder, VISION_ENCODER_NAME)
     model = OVMLlamaForConditionalGeneration(folder, language_model_name=names[0], image_encoder_name=names[1])
     assert model.shapes.vocab_size == OVDraftModel(folder / DRAFT_FOLDER).vocab_size == 512
@@ -231,7 +234,7 @@ def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, capsy
         prepare(DEMO, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
     prepare(DEMO, folder, DEMO / "draft")
-    assert capsys.readouterr().out.count("done already") == 4
+    assert caplog.text.count("done already") == 4
     assert {name: ir.ir_stamp(folder / name) for name in names} == stamps
 
 
