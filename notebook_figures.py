@@ -6,7 +6,6 @@ It knows arrays and tables, nothing of files or models.
 
 import base64
 import io
-import math
 import textwrap
 from html import escape
 
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 
 def show_picture(picture, alt: str) -> None:
@@ -171,18 +171,12 @@ def conclusion(table: pd.DataFrame) -> str:
     others = table.iloc[1:]
     rare = 0.05 / len(others)
     counts = zip(others.index, others["lost"].tolist(), others["won"].tolist(), strict=True)
-    apart = [name for name, lost, won in counts if by_chance(lost, won) < rare]
+    apart = [name for name, lost, won in counts if lost + won and binomtest(lost, lost + won).pvalue < rare]
     words = f"Of {table['questions'].iloc[0]} questions, the variants answer up to {others['lost'].max()} wrong that "
     words += f"{table.index[0]} has right, and up to {others['won'].max()} the other way round. "
     if apart:
         return words + f"More than chance makes of {len(others)} variants: {', '.join(apart)}."
     return words + f"Chance alone may well make that of {len(others)} variants as good as it."
-
-
-def by_chance(lost: int, won: int) -> float:
-    """How often so uneven a share comes of heads and tails."""
-    throws, fewer = lost + won, min(lost, won)
-    return min(1.0, 2 * sum(math.comb(throws, count) for count in range(fewer + 1)) / 2**throws)
 
 
 def show_references(layers: int, indices: list[int], reads: str) -> None:

@@ -8,14 +8,11 @@ import ast
 import base64
 import copy
 import importlib.metadata
-import logging
 import mimetypes
 import platform
 import re
-import sys
 from pathlib import Path
 
-import httpx
 import ipywidgets
 import nbformat
 import openvino as ov
@@ -26,15 +23,14 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 
+from ov_mllama import cli
+
 GB = 1e9
 
 
 def show_log() -> None:
-    """Show the log of `ov_mllama` below cells: what is done, what is waited for."""
-    logger = logging.getLogger("ov_mllama")
-    logger.setLevel(logging.INFO)
-    if not logger.handlers:  # the cell may run again
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+    """Show the package's log in the cells that run, once however often it is called."""
+    cli.show_log()
 
 
 def show_versions(*packages: str) -> None:
@@ -78,29 +74,6 @@ def show_plan(plan) -> None:
         f"Free: {plan.machine.memory / GB:.0f} GB of memory, {plan.machine.disk / GB:.0f} GB of disk.", *plan.shortfalls
     )
     display(Markdown(str(plan)))
-
-
-def download_file(url: str, filename: str | Path | None = None, directory: str | Path = ".") -> Path:
-    """Fetches a file over http(s), its certificate checked, whole or not at all; one that is there already is kept.
-
-    Args:
-        filename: default the last part of the address.
-    Returns:
-        its path.
-    Raises:
-        httpx.HTTPError: it could not be fetched.
-    """
-    path = Path(directory) / (filename or Path(httpx.URL(url).path).name)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response:
-            response.raise_for_status()
-            part = path.with_name(f".{path.name}.part")
-            with part.open("wb") as file:
-                for chunk in response.iter_bytes():
-                    file.write(chunk)
-        part.replace(path)
-    return path
 
 
 def device_widget(default: str = "CPU", exclude: tuple[str, ...] | list[str] = ()) -> ipywidgets.Dropdown:

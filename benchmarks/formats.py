@@ -83,7 +83,7 @@ def main() -> None:
             print(f"KV cache {precision}: {taken[-1]:.1f} ms", flush=True)
     result = {**provenance("benchmarks.formats"), "bandwidth_gb_s": speed, "formats": {}}
     for name, file in files.items():
-        in_8 = costs.SCALES * costs.weights(config).embedding  # one of its rows is read
+        in_8 = costs.INT8_BYTES_PER_WEIGHT * costs.weights(config).embedding  # one of its rows is read
         embedding = {"16 bit": 2 * costs.weights(config).embedding, list(FORMATS)[-1]: 0.55 * in_8}.get(name, in_8)
         size, taken = (model_dir / file).with_suffix(".bin").stat().st_size - embedding, median(rounds[name])
         share = size / 1e6 / taken / speed

@@ -23,25 +23,44 @@ def shutdown_promptly(server) -> None:
     logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
 
 
-def configure_console(verbose: bool = False) -> None:
-    """Show the package's log on stderr, and replace characters that the console's encoding lacks, such as a Windows
-    code page's, instead of failing."""
+class StdoutHandler(logging.Handler):
+    """Log messages as lines of `sys.stdout` as it is at that moment: notebooks and tests replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write and flush one line."""
+        sys.stdout.write(self.format(record) + "\n")
+        sys.stdout.flush()
+
+
+def show_log(level: int = logging.INFO) -> StdoutHandler:
+    """Show the package's log on stdout, and return the handler that does; there is never more than one."""
+    handler = next((each for each in logger.handlers if isinstance(each, StdoutHandler)), None) or StdoutHandler()
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    return handler
+
+
+def configure_console() -> None:
+    """Show other packages' warnings on stderr, and replace characters that the console's encoding lacks, such as a
+    Windows code page's, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    stderr = logging.StreamHandler()
+    stderr.addFilter(lambda record: not record.name.startswith(logger.name))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[stderr])
 
 
 @contextlib.contextmanager
 def exit_on_user_error(verbose: bool = False) -> Iterator[None]:
-    """Exit with the error's message alone if a command fails for a reason that its user can mend, and silently on
-    Ctrl-C.
+    """Show the log on stdout, and exit with the error's message alone if a command fails for a reason that its user can
+    fix, silently on Ctrl-C.
 
     Args:
         verbose: log the traceback too.
     """
-    configure_console(verbose)
+    configure_console()
+    handler = show_log(logging.DEBUG if verbose else logging.INFO)
     try:
         yield
     except ModuleNotFoundError as error:
@@ -54,3 +73,5 @@ def exit_on_user_error(verbose: bool = False) -> Iterator[None]:
         sys.exit(f"❌ {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        logger.removeHandler(handler)

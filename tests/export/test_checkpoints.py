@@ -63,7 +63,7 @@ def reshaped(tensors: dict) -> dict:
 
 # ---- Tensors without a place ----------------------------------------------------------------------------------------
 
-LEFT_OVER = r"\d+ of \d+ tensors are missing, such as .*; \d+ are left over, such as {}.*"
+LEFT_OVER = r"\d+ of \d+ tensors are missing, such as .*; \d+ are unexpected, such as {}.*"
 BROKEN = {
     "adapter prefix": (renamed(lambda name: f"base_model.model.{name}"), LEFT_OVER.format("base_model") + "adapter"),
     "DDP prefix": (renamed(lambda name: f"module.{name}"), LEFT_OVER.format("module") + "remove 'module.'"),
@@ -73,10 +73,10 @@ BROKEN = {
     "no cross-attention": (without("cross_attn"), r"\d+ of \d+ tensors are missing, such as .*cross_attn"),
     "no vision": (without("vision_model"), r"\d+ of \d+ tensors are missing, such as .*vision_model"),
     "one layer less": (without("layers.2."), "tensors are missing"),
-    "one tensor more": (lambda tensors: tensors | {"extra.weight": torch.zeros(2)}, "1 are left over.*extra.weight"),
+    "one tensor more": (lambda tensors: tensors | {"extra.weight": torch.zeros(2)}, "1 are unexpected.*extra.weight"),
     "unmerged adapter": (
         lambda tensors: tensors | {"model.x.q_proj.lora_A.weight": torch.zeros(2)},
-        "1 are left over.*merge_and_unload",
+        "1 are unexpected.*merge_and_unload",
     ),
     "other shape": (reshaped, r"1 have another shape, such as .*lm_head.weight: \[\d+, 64\] instead of \[\d+, 64\]"),
 }
@@ -98,7 +98,7 @@ def test_compress_from_a_broken_checkpoint_is_refused(pair, copy, tmp_path, monk
     before = sorted(path.name for path in copy.iterdir())
     with pytest.raises(ValueError, match="another checkpoint.*convert_mllama"):
         compress(copy, checkpoint=broken, group_size=32)
-    monkeypatch.setattr(convert, "checkpoint_fingerprint", lambda _: checkpoint_fingerprint(pair.checkpoint))
+    monkeypatch.setattr(checkpoints, "checkpoint_fingerprint", lambda _: checkpoint_fingerprint(pair.checkpoint))
     with pytest.raises(ValueError, match="tensors are missing"):
         compress(copy, checkpoint=broken, group_size=32)
     assert sorted({path.name for path in copy.iterdir()} - {".lock"}) == sorted({*before} - {".lock"})
@@ -160,8 +160,8 @@ SHARD = "model-00002-of-00002.safetensors"
 FILES = {
     "pointer": (lambda path: path.write_bytes(POINTER + b"size 12345\n"), "Git LFS pointer.*`git lfs pull`"),
     "web page": (lambda path: path.write_bytes(b"<!DOCTYPE html><html>Log in</html>"), "web page"),
-    "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "cut short.*download it again"),
-    "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "cut short.*download it again"),
+    "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "truncated.*download it again"),
+    "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "truncated.*download it again"),
     "header cut": (lambda path: os.truncate(path, 100), "no safetensors file.*download it again"),
     "empty": (lambda path: os.truncate(path, 0), "no safetensors file.*download it again"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "no safetensors file.*download it again"),
@@ -463,7 +463,7 @@ def test_checkpoint_of_the_hub_brings_its_golden_picture(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr(convert, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", snapshot_download)
     folder = convert_mllama("somebody/demo", tmp_path / "ov")
     assert (folder / "golden.png").is_file()
     with warnings.catch_warnings():

@@ -147,7 +147,7 @@ def test_two_processes_write_into_one_folder(pair, finished, tmp_path, times, ta
 
 
 def test_the_second_waits_for_the_first(tmp_path, caplog):
-    caplog.set_level("INFO", "ov_mllama")
+    caplog.set_level("INFO")
 
     def second():
         with ir.exclusive_lock(tmp_path):
@@ -267,7 +267,7 @@ def small_disk(folder, kilobytes: int):
 
 def test_a_disk_that_fills(pair, finished, tmp_path, times, tally, monkeypatch):
     monkeypatch.setattr(convert, "check_disk_and_memory", lambda *_: None)  # or nothing would be written at all
-    monkeypatch.setattr("ov_mllama.export.compress.check_disk_and_memory", lambda *_: None)
+    monkeypatch.setattr("ov_mllama.export.build.check_disk_and_memory", lambda *_: None)
     needed = sum(path.stat().st_size for path in finished[0].iterdir()) // 1024
     sizes = np.linspace(8, needed, times(3, 10), endpoint=False).astype(int).tolist()
     wrong = []

@@ -98,7 +98,7 @@ def test_an_encoder_with_other_names_is_refused(model):
 
 def test_no_room_for_calibration_data(model, samples, monkeypatch, tmp_path):
     monkeypatch.setattr(piecewise.tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115
-    with pytest.raises(OSError, match="No space left.*fewer pictures"):
+    with pytest.raises(OSError, match="No space left.*fewer images"):
         piecewise.quantize_in_pieces(model, samples[:1], lambda piece, _: piece, tmp_path)
 
 

@@ -176,10 +176,11 @@ def test_nothing_but_a_picture_is_no_text_to_go_on_with(pair, draft_dir):
     assert pair.ov.generate(**inputs, **GREEDY, assistant_model=draft).tolist() == expected.tolist()
 
 
-def test_other_settings_make_another(checkpoint, tmp_path, capsys):
+def test_other_settings_make_another(checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO")
     for settings in (Settings(), Settings(ratio=0.5), Settings(ratio=0.5)):
         make_draft_model(checkpoint, tmp_path / "draft", settings)
-    assert capsys.readouterr().out.count("already exists") == 1
+    assert caplog.text.count("already exists") == 1
     with pytest.raises(ValueError, match="without data"):
         make_draft_model(checkpoint, tmp_path / "draft", Settings(dataset_size=2, sm="max_activation_variance"))
 
@@ -246,11 +247,12 @@ def test_only_a_llama_is_taken(pair, checkpoint, tmp_path):
         OVDraftModel(pair.model_dir)
 
 
-def test_it_is_made_once(draft_dir, checkpoint, capsys):
+def test_it_is_made_once(draft_dir, checkpoint, caplog):
+    caplog.set_level("INFO")
     before = (draft_dir / "openvino_draft_model.bin").stat()
     make_draft_model(checkpoint, draft_dir)
     assert (draft_dir / "openvino_draft_model.bin").stat().st_mtime_ns == before.st_mtime_ns
-    assert "already exists" in capsys.readouterr().out
+    assert "already exists" in caplog.text
 
 
 def test_the_large_model_alone_goes_on_as_before(pair, draft):
