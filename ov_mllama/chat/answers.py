@@ -265,7 +265,7 @@ class Prefetcher:
 
     @contextlib.contextmanager
     def hold(self, images: Collection[Path]) -> Iterator[None]:
-        """Keep awaiting those of a question's images that are awaited, while it is in the queue and its box empty."""
+        """Hold those of a question's images that are awaited until the block ends: its text box is empty meanwhile."""
         question = object()
         self.prefetch(question, [image for image in images if self.is_awaited(image)])
         try:
