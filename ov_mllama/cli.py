@@ -1,8 +1,9 @@
-"""Errors without a traceback, a console of any encoding, prompt shutdown: what the commands share."""
+"""Shared by the commands: errors without a traceback, consoles of any encoding, prompt shutdown."""
 
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 
 from ov_mllama.runtime.errors import UserError
@@ -10,15 +11,15 @@ from ov_mllama.runtime.errors import UserError
 logger = logging.getLogger("ov_mllama")
 
 SHUTDOWN_TIMEOUT_S = 1
-EXTRAS = {  # packages that an extra of `pip install` brings
+EXTRAS = {  # package -> extra that installs it
     **dict.fromkeys(("gradio", "starlette", "platformdirs"), "chat"),
     **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic", "pyarrow"), "serve"),
 }
 
 
 def shutdown_promptly(server) -> None:
-    """Make a `uvicorn.Server` cancel what is running once it is told to exit. By default it waits for every open page
-    and for every answer to end, minutes on the 11B. Errors that come of the cancellation are not logged."""
+    """Make a `uvicorn.Server` cancel running requests on exit. By default it waits for open pages and for answers,
+    minutes on the 11B. Errors caused by the cancellation are not logged."""
     server.config.timeout_graceful_shutdown = SHUTDOWN_TIMEOUT_S
     logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
 
@@ -40,12 +41,14 @@ def show_log(level: int = logging.INFO) -> StdoutHandler:
     return handler
 
 
-def configure_console() -> None:
-    """Show other packages' warnings on stderr, and replace characters that the console's encoding lacks, such as a
-    Windows code page's, instead of failing."""
+def configure_console(verbose: bool = False) -> None:
+    """Show other packages' log and one-line warnings on stderr, and replace characters that the console's encoding
+    lacks, such as a Windows code page."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if not verbose:
+        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     stderr = logging.StreamHandler()
     stderr.addFilter(lambda record: not record.name.startswith(logger.name))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[stderr])
@@ -53,13 +56,12 @@ def configure_console() -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error(verbose: bool = False) -> Iterator[None]:
-    """Show the log on stdout, and exit with the error's message alone if a command fails for a reason that its user can
-    fix, silently on Ctrl-C.
+    """Show the log on stdout. Exit with the message alone after an error that the user can fix, and silently on Ctrl-C.
 
     Args:
         verbose: log the traceback too.
     """
-    configure_console()
+    configure_console(verbose)
     handler = show_log(logging.DEBUG if verbose else logging.INFO)
     try:
         yield
@@ -68,7 +70,7 @@ def exit_on_user_error(verbose: bool = False) -> Iterator[None]:
         if extra is None:
             raise
         sys.exit(f"❌ {error.name} is not installed: pip install 'ov-mllama[{extra}]'")
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         logger.debug("Raised here:", exc_info=True)
         sys.exit(f"❌ {error}")
     except KeyboardInterrupt:

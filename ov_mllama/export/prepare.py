@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import secrets
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -30,9 +32,24 @@ logger = logging.getLogger(__name__)
 
 
 def default_folder(checkpoint: str | Path) -> Path:
-    """Return the folder for a checkpoint's IRs: models/<its name>, or <its name>-ov where that is the checkpoint."""
-    folder = Path("models") / Path(checkpoint).name
-    return folder.with_name(f"{folder.name}-ov") if folder.resolve() == Path(checkpoint).resolve() else folder
+    """Return the folder for a checkpoint's IRs: models/<its name>, in the user's cache if the current folder is
+    read-only; <its name>-ov if that is the checkpoint itself."""
+    models, name = Path("models"), Path(checkpoint).name
+    if not (models / name).is_dir() and not is_writable(models if models.is_dir() else models.parent):
+        models = Path(os.environ.get("LOCALAPPDATA") or Path.home() / ".cache", "ov-mllama", "models")
+    folder = models / name
+    return folder.with_name(f"{name}-ov") if folder.resolve() == Path(checkpoint).resolve() else folder
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether a folder can be created in a folder; by trying, because `os.access` ignores ACLs on Windows."""
+    probe = folder / f".{secrets.token_hex(8)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def plan_here(

@@ -127,10 +127,10 @@ class Client:
 
     def shown(self, session="") -> str:
         """All that the page shows, as text."""
-        return json.dumps(self.call("show", "", session=session))
+        return json.dumps(self.call("refresh", "", session=session))
 
     def titles(self) -> list:
-        return self.call("show", "")[4].get("choices", [])
+        return self.call("refresh", "")[4].get("choices", [])
 
     def ask(self, text: str, *files) -> "Client":
         """Asks, and waits until the answer, "Yes.", is there."""
@@ -140,7 +140,7 @@ class Client:
 
     def pictures(self) -> list[str]:
         """Paths of the pictures that are shown."""
-        return re.findall(r'"path": "([^"]+)"', json.dumps(self.call("show", "")[2]))
+        return re.findall(r'"path": "([^"]+)"', json.dumps(self.call("refresh", "")[2]))
 
 
 def png(image=SAMPLE["image"]) -> bytes:
@@ -198,7 +198,7 @@ FORGED = ["string", "dots", "null", "link", "another's", "meta path", "no meta p
 FORGED += ["meta folder link", "meta another's", "meta file url", "meta folder", "meta relative", "meta empty"]
 
 
-@pytest.mark.parametrize("endpoint", ["ask", "being_written", "api_chat"])
+@pytest.mark.parametrize("endpoint", ["ask", "on_typing", "api_chat"])
 @pytest.mark.parametrize("kind", FORGED)
 def test_question_takes_uploads_only(demo, url, folder, model, secret, says, kind, endpoint):
     model.as_new()
@@ -207,7 +207,7 @@ def test_question_takes_uploads_only(demo, url, folder, model, secret, says, kin
     file = forged(kind, secret, client)
     before = stored(folder)
     looks = len(model.looks)
-    wishes = [] if endpoint == "being_written" else WISHES
+    wishes = [] if endpoint == "on_typing" else WISHES
     outputs = client.call(endpoint, {"text": "hi", "files": [file]}, *wishes)
     assert not outputs
     assert stored(folder) == before
@@ -344,10 +344,10 @@ def test_token_is_in_a_cookie_that_no_script_reads(demo, url):
 
 def assert_nothing_of(victim: Client, stranger: Client, question: str) -> None:
     """A stranger who knows session, conversation and picture of a page gets and changes nothing."""
-    (key, *_), pictures = [victim.call("show", "")[5]], victim.pictures()
-    before = victim.call("show", "")[2:]
+    (key, *_), pictures = [victim.call("refresh", "")[5]], victim.pictures()
+    before = victim.call("refresh", "")[2:]
     for session in (victim.session, stranger.session):
-        stranger.call("news", "opened", key, "", session=session)
+        stranger.call("poll", "opened", key, "", session=session)
         for name, data in (
             ("reopen", [key]),
             ("stop", []),
@@ -369,7 +369,7 @@ def assert_nothing_of(victim: Client, stranger: Client, question: str) -> None:
         assert not stranger.http.get("gradio_api/deep_link", params={"session_hash": session}).is_success
     for picture in pictures:
         assert stranger.file(picture).status_code == 404
-    wait_until(lambda: victim.call("show", "")[2:5] == before[:3])
+    wait_until(lambda: victim.call("refresh", "")[2:5] == before[:3])
 
 
 def asked(client: Client, question: str) -> Client:
@@ -386,7 +386,7 @@ def test_session_of_another_browser_gives_nothing(demo, url, says):
     assert_nothing_of(victim, Client(demo, url).open(), "My own question")
     without = Client(demo, url)
     without.http.cookies.clear()
-    assert without.call("show", "", session=victim.session) is None
+    assert without.call("refresh", "", session=victim.session) is None
 
 
 @pytest.mark.parametrize("claim", ["user alice", "user:alice", "browser:user:alice", "alice", "x" * 64])
@@ -395,11 +395,11 @@ def test_owner_is_no_value_that_a_browser_sends(make, demo, url, says, claim):
     users = make()
     with launched(users, auth=[("alice", "a")]) as other:
         alice = asked(Client(users, other, login=("alice", "a")).open(), "Asked by Alice")
-        key = alice.call("show", "")[5]
+        key = alice.call("refresh", "")[5]
         stranger = Client(demo, url).open(claim, chat=key)
         stranger.http.cookies.set("ov_mllama", claim)
         stranger.open(claim, chat=key)
-        stranger.call("news", claim, key, "")
+        stranger.call("poll", claim, key, "")
         assert "Asked by Alice" not in stranger.shown()
 
 
@@ -676,7 +676,7 @@ def test_no_text_makes_the_browser_fetch_anything(page, says, elsewhere, monkeyp
 
 def test_policy_stops_what_the_text_rules_miss(page, says, elsewhere, monkeypatch):
     address, asked_for = elsewhere
-    monkeypatch.setattr("ov_mllama.chat.shown.loads_nothing", lambda text: text)
+    monkeypatch.setattr("ov_mllama.chat.render.block_loading", lambda text: text)
     says.text = f"{lures(address)}\n\n{secrets.token_hex(4)} The end"
     page.ask("What?")
     page.expect_answers("The end", "1 s")
