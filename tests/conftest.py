@@ -292,9 +292,34 @@ def server(slow_demo, processor):
 @pytest.fixture
 def client(server, slow_demo):
     """OpenAI's, of `server`, whose model is as new."""
-    import openai
-
-    from openai_client import KEY
+    from openai_client import openai_client
 
     slow_demo.as_new()
-    return openai.OpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0)
+    return openai_client(server)
+
+
+# ---- TESTS-B: programs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Where programs of tests are forked from."""
+    from programs import Nursery
+
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def start(nursery, tmp_path):
+    """`start(code, *arguments, **environment)`: a program, killed at the end of the test."""
+    programs = []
+
+    def start(code: str, *arguments, **environment):
+        programs.append(nursery.start(tmp_path, code, *arguments, **environment))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.kill()

@@ -11,7 +11,7 @@ import pytest
 
 from chat_page import SELF, WHO, wait_until
 from conftest import demo_samples
-from openai_client import KEY, about, alone, complete, picture, text, user
+from openai_client import HTTP, KEY, about, alone, complete, picture, text, user
 from ov_mllama.runtime.prompts import prompt_text
 
 pytestmark = pytest.mark.alone
@@ -107,7 +107,7 @@ def test_others_are_served_while_a_long_text_is_read(client, server, monkeypatch
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(complete, client, user(text(WHO)))
         assert reading.wait(2)
-        assert httpx.get(f"{server}/health", timeout=1).is_success
+        assert HTTP.get(f"{server}/health", timeout=1).is_success
         assert asked.result().choices[0].message.content == SELF
 
 
