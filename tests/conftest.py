@@ -277,15 +277,20 @@ def slow_demo(one_slow_demo):
 
 
 @pytest.fixture(scope="module")
-def server(slow_demo, processor):
+def scheduler(slow_demo, processor):
+    """What answers the requests of `server`."""
+    from ov_mllama.serving.scheduler import Scheduler
+
+    return Scheduler(slow_demo, processor, size=4, max_queue=6)
+
+
+@pytest.fixture(scope="module")
+def server(scheduler):
     """The address of the OpenAI-compatible server, answered by `slow_demo`."""
     from openai_client import KEY, served
     from ov_mllama.serving.app import create_app
-    from ov_mllama.serving.scheduler import Scheduler
 
-    with served(
-        create_app(Scheduler(slow_demo, processor, size=4, max_queue=6), "demo", KEY, max_bytes=2_000_000)
-    ) as url:
+    with served(create_app(scheduler, "demo", KEY, max_bytes=2_000_000)) as url:
         yield url
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from chat_page import path_of
 from conftest import demo_samples
-from openai_client import openai_client, (
+from openai_client import (
     KEY,
     complete,
+    openai_client,
     refusal,
     served,
     text,

@@ -52,14 +52,16 @@ def test_unreadable_header_is_refused_at_once(client, slow_demo, data, code, mon
     assert error.param == "messages[0].content[0].image_url"
 
 
-def test_image_broken_behind_its_header_fails_alone(client, slow_demo, processor):
+def test_image_broken_behind_its_header_fails_alone(client, scheduler, slow_demo):
     whole = photograph(300, 200)
-    slow_demo.as_new(step_s=0.05)
+    slow_demo.as_new(step_s=60)
     asked = [about(SAMPLES[0]), user(encoded(whole[: len(whole) // 2]), text("?")), about(SAMPLES[2])]
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(complete, client, user(text(WHO)))
         wait_until(lambda: is_busy(slow_demo))
         one, broken, other = [pool.submit(complete, client, messages) for messages in asked]
+        wait_until(lambda: len(scheduler._waiting) == 3)
+        slow_demo.step_s = 0
         first.result()
         assert isinstance(broken.exception(), openai.BadRequestError)
         assert broken.exception().param == "messages[0].content[0].image_url"
@@ -163,7 +165,7 @@ ASK_BOTH = [
 @pytest.mark.parametrize("samples", [(), (SAMPLES[0],)])
 def test_batch_of_a_tokenizer_that_pads_right_is_answered_as_alone(slow_demo, processor, right, samples):
     expected = [alone(slow_demo, processor, words, *samples) for words in ASK_BOTH]
-    slow_demo.as_new(step_s=0.05)
+    slow_demo.as_new(step_s=60)
     sizes, generate = [], slow_demo.generate
 
     def counted(**inputs):
@@ -172,11 +174,14 @@ def test_batch_of_a_tokenizer_that_pads_right_is_answered_as_alone(slow_demo, pr
 
     slow_demo.generate = counted
     try:
-        with small_server(slow_demo, right) as (url, _), ThreadPoolExecutor(3) as pool:
+        with small_server(slow_demo, right) as (url, batches), ThreadPoolExecutor(3) as pool:
             first = pool.submit(post, url, ASKED)
             wait_until(lambda: is_busy(slow_demo))
             bodies = [{"model": "demo", "messages": user(*map(picture, samples), text(words))} for words in ASK_BOTH]
-            answers = [each.result().json() for each in [pool.submit(post, url, body) for body in bodies]]
+            asked = [pool.submit(post, url, body) for body in bodies]
+            wait_until(lambda: len(batches._waiting) == len(asked))
+            slow_demo.step_s = 0
+            answers = [each.result().json() for each in asked]
             assert first.result().is_success
     finally:
         del slow_demo.generate

@@ -36,12 +36,15 @@ def test_waiting_images_are_held_encoded(slow_demo, processor, monkeypatch):
 
 
 def test_full_queue_of_bytes_is_told_429(slow_demo, processor):
-    slow_demo.as_new(step_s=0.2)
+    slow_demo.as_new(step_s=60)
     data = photograph(800, 600)
     messages = {"model": "demo", "messages": user(encoded(data), text("?")), "max_tokens": 3}
     with small_server(slow_demo, processor, queue_bytes=4 * len(data)) as (url, batches), ThreadPoolExecutor(9) as pool:
         batches._took_s = 7.4
-        answers = [each.result() for each in [pool.submit(post, url, messages) for _ in range(8)]]
+        asked = [pool.submit(post, url, messages) for _ in range(8)]
+        wait_until(lambda: sum(each.done() for each in asked) + len(batches._places) == 8)
+        slow_demo.step_s = 0
+        answers = [each.result() for each in asked]
         refused = [answer for answer in answers if answer.status_code == 429]
         assert refused
         assert sum(answer.is_success for answer in answers) == 8 - len(refused) >= 2

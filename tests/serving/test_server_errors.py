@@ -109,15 +109,20 @@ def test_no_error_ends_the_answering_thread(client, server, slow_demo, where, er
     assert complete(client, user(text(WHO))).choices[0].message.content == SELF
 
 
-def test_error_between_batches_is_of_the_first_that_waits_only(client, slow_demo, monkeypatch):
+def test_error_between_batches_is_of_the_first_that_waits_only(client, scheduler, slow_demo, monkeypatch):
     failing = [1]
     most = Scheduler._most_tiles
     monkeypatch.setattr(Scheduler, "_most_tiles", lambda self: 1 / 0 if failing and failing.pop() else most(self))
-    slow_demo.step_s = 0.1
-    with ThreadPoolExecutor(3) as pool:
+    slow_demo.step_s = 60
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(complete, client, user(text(WHO)))
+        wait_until(lambda: is_busy(slow_demo))
         asked = [pool.submit(complete, client, user(text(WHO))) for _ in range(3)]
-        errors = [each.exception() for each in asked]
-    assert sum(error is None for error in errors) >= 2
+        wait_until(lambda: len(scheduler._waiting) == 3)
+        slow_demo.step_s = 0
+        errors = [each.exception() for each in [first, *asked]]
+    assert not failing
+    assert sum(error is None for error in errors) == 3
 
 
 def test_error_of_all_kinds_in_a_batch_ends_its_requests(client, slow_demo, monkeypatch):
