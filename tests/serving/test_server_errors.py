@@ -9,7 +9,19 @@ import openai
 import pytest
 
 from chat_page import SELF, WHO, wait_until
-from openai_client import ASKED, BEARER, HTTP, complete, is_openai_error, post, raises, small_server, text, user
+from openai_client import (
+    ASKED,
+    BEARER,
+    HTTP,
+    complete,
+    is_busy,
+    is_openai_error,
+    post,
+    raises,
+    small_server,
+    text,
+    user,
+)
 from ov_mllama.serving.scheduler import Scheduler
 
 SECRET = "sesame of the inside"
