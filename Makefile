@@ -76,7 +76,7 @@ clean:
 
 .venv/.torch: .venv/bin/python
 ifneq ($(TORCH_INDEX),)
-	$(PIP) --extra-index-url $(TORCH_INDEX) $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.txt)
+	$(PIP) --extra-index-url $(TORCH_INDEX) $$(grep -ohE '^(torch|torchvision)==[0-9.]+' requirements.txt requirements-dev.txt)
 endif
 	touch $@
 
