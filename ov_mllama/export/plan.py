@@ -255,7 +255,7 @@ def by_memory(config: MllamaConfig, settings: Settings, sizes: Iterable[int] = (
         rows.append(
             (f"{size} GB", first, gigabytes(making), gigabytes(answering), gigabytes(made.disk), ", ".join(also) or "–")
         )
-    header = ("memory of the machine", "what runs", "to make it", "to answer", "disk, all in all", "there is room for")
+    header = ("machine", "default setup", "peak RAM to convert", "peak RAM to run", "disk, total", "also fits")
     return markdown(header, rows)
 
 
