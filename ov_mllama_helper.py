@@ -5,7 +5,7 @@
   `ov_mllama/runtime/ir.py`.
 - `OVMLlamaForConditionalGeneration`: `ov_mllama/runtime/model.py`, transformers' side of it. The images are encoded by
   `OVImageEncoder` in `ov_mllama/runtime/vision.py`, tokens are computed by `OVLanguageModel` and its sessions in
-  `ov_mllama/runtime/language.py`, `ov_mllama/runtime/kv_cache.py` keeps the books of their KV caches.
+  `ov_mllama/runtime/language.py`, `ov_mllama/runtime/kv_cache.py` is the bookkeeping of their KV caches.
 - `GenerationStats`: `ov_mllama/runtime/stats.py`.
 
 In a program that only runs a converted model, import from `ov_mllama.runtime.model`: this file loads the converter too.

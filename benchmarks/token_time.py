@@ -58,11 +58,11 @@ def steps(model, inputs, count: int):
 def read_bytes(config, rows: int, in_bf16: bool) -> dict[str, float]:
     """Bytes that a token reads of each part of a model with INT4 weights, its head in INT8."""
     size, text = costs.weights(config), config.text_config
-    in_4_bit = costs.SCALES * (1 - costs.INT4_SAVING)
+    in_4_bit = costs.INT8_BYTES_PER_WEIGHT * (1 - costs.INT4_SAVING)
     head_dim = text.hidden_size // text.num_attention_heads
     layers = len(text.cross_attention_layers)
     return {
-        "head": costs.SCALES * size.head,
+        "head": costs.INT8_BYTES_PER_WEIGHT * size.head,
         "MLPs' weights": in_4_bit * 3 * size.mlp,
         "attention's weights": in_4_bit * size.attention,
         "attention over the picture": (2 if in_bf16 else 4) * 2 * layers * rows * text.num_key_value_heads * head_dim,

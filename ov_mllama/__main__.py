@@ -24,6 +24,7 @@ from ov_mllama.export.prepare import (
 from ov_mllama.export.samples import calibration_samples
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.devices import check_device
+from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.reference import NAMES
@@ -117,7 +118,7 @@ def users_from(auth: list[str] | None, file: Path | None) -> list[tuple[str, str
         file: of lines NAME:PASSWORD.
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if a line has no name or no password, or the file has no line.
+        InputError: if a line has no name or no password, or the file has no line.
     """
     if auth:
         print("❗ All users of this machine see --auth in its list of processes: use --auth-file.")
@@ -127,7 +128,7 @@ def users_from(auth: list[str] | None, file: Path | None) -> list[tuple[str, str
     lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     users = [tuple(part.strip() for part in line.split(":", 1)) for line in lines]
     if not users or not all(len(user) == 2 and all(user) for user in users):
-        raise ValueError(f"{file} holds no users: give it lines NAME:PASSWORD.")
+        raise InputError(f"{file} holds no users: give it lines NAME:PASSWORD.")
     return [(name, password) for name, password in users]
 
 

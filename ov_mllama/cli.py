@@ -5,6 +5,8 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from ov_mllama.runtime.errors import UserError
+
 logger = logging.getLogger("ov_mllama")
 
 SHUTDOWN_TIMEOUT_S = 1
@@ -47,7 +49,7 @@ def exit_on_user_error(verbose: bool = False) -> Iterator[None]:
         if extra is None:
             raise
         sys.exit(f"❌ {error.name} is not installed: pip install 'ov-mllama[{extra}]'")
-    except (OSError, ValueError, MemoryError) as error:
+    except (UserError, OSError) as error:
         logger.debug("Raised here:", exc_info=True)
         sys.exit(f"❌ {error}")
     except KeyboardInterrupt:

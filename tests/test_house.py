@@ -28,7 +28,7 @@ FLOORS = {
     "export": {"runtime", "export"},
     "chat": {"runtime", "chat", "cli"},
     "serving": {"runtime", "export", "chat", "serving", "cli"},
-    "cli": set(),
+    "cli": {"runtime"},
     "__main__": {"runtime", "export", "chat", "serving", "cli"},
     "__init__": {"deprecated"},
     "deprecated": set(),

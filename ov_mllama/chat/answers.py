@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.runtime.errors import InputError, UserError
 from ov_mllama.runtime.inference import Cancelled, Progress
 from ov_mllama.runtime.prompts import (
     FifoLock,
@@ -26,7 +27,6 @@ from ov_mllama.runtime.prompts import (
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 2.0  # of an answer under way
-USER_ERRORS = (ValueError, MemoryError, FloatingPointError)  # the model's refusals are sentences already
 
 
 class GenerationSettings(NamedTuple):
@@ -62,7 +62,7 @@ def to_messages(turns: Sequence[Turn], system: str = "") -> tuple[list[dict], li
     """
     *before, question = turns
     if not question.pictures and not question.question.strip():
-        raise ValueError("There is no question yet: write one, or add a picture.")
+        raise InputError("There is no question yet: write one, or add a picture.")
     messages = [message("system", system)] if system.strip() else []
     for turn in before:
         if turn.answer:
@@ -204,7 +204,7 @@ class Chat:
         except asyncio.CancelledError:
             turn.state = STOPPED
             raise
-        except USER_ERRORS as error:
+        except UserError as error:
             turn.state, turn.note = FAILED, str(error)
         except Exception as error:  # whatever it is, the page says it and stays usable; the log has the rest
             logger.exception("A question could not be answered")

@@ -1,4 +1,4 @@
-"""Run a converted model: images and tokens in, tokens out. Start reading at `model.py`.
+"""Inference with a converted model; start reading at `model.py`. May be copied alone.
 
-Needs numpy, torch, transformers, openvino, Pillow and psutil; this folder may be copied alone.
+Needs numpy, torch, transformers, openvino, Pillow, psutil, httpx and filelock.
 """

@@ -1,37 +1,38 @@
-"""What scripts written for transformers' class do with a model besides calling it: done, or refused with a sentence."""
+"""`ModuleCompatMixin`: the `nn.Module` and `PreTrainedModel` methods that apply, clear errors for the rest."""
+
+from .errors import InputError
 
 WEIGHTS = "the weights are inside OpenVINO's compiled model; load the checkpoint with transformers for them."
 PRECISION = "set the precision when loading, ov_config={'INFERENCE_PRECISION_HINT': 'bf16'}."
-NOT_HERE = {
+UNAVAILABLE = {
     **dict.fromkeys(("parameters", "named_parameters", "state_dict", "num_parameters", "named_modules"), WEIGHTS),
     **dict.fromkeys(("get_input_embeddings", "get_output_embeddings", "resize_token_embeddings"), WEIGHTS),
     **dict.fromkeys(("float", "half", "bfloat16"), PRECISION),
-    "cuda": "load it with device='GPU' for an Intel GPU; others OpenVINO does not use.",
-    "train": "a converted model only answers; train the checkpoint with transformers, then convert it.",
-    "save_pretrained": "it is saved already: copy the folder that convert_mllama wrote.",
+    "cuda": "load with device='GPU' for an Intel GPU; OpenVINO supports no other.",
+    "train": "OpenVINO runs inference only; train the checkpoint with transformers, then convert it.",
+    "save_pretrained": "the model is on disk already; copy the folder that convert_mllama wrote.",
 }
 
 
 class ModuleCompatMixin:
-    """The little of `nn.Module` and `PreTrainedModel` that a compiled model can be asked for."""
+    """The methods of `nn.Module` and `PreTrainedModel` that apply to a compiled model."""
 
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
 
     def eval(self):
-        """Itself: it always is."""
         return self
 
     def to(self, *args, **kwargs):
-        """Itself, for `.to("cpu")` and `.to(torch.float32)`. Inputs may have any type in either case.
+        """Return self for "cpu" and torch.float32: inputs may have any type.
 
         Raises:
-            ValueError: another device or precision; both are chosen when the model is loaded.
+            InputError: for another device or precision; both are set at loading.
         """
-        for wanted in (*args, *kwargs.values()):
-            if str(wanted) not in ("cpu", "torch.float32", "None", "True", "False"):
-                raise ValueError(
-                    f"The model cannot be moved to {wanted}: load it with OVMLlamaForConditionalGeneration(model_dir, "
+        for target in (*args, *kwargs.values()):
+            if str(target) not in ("cpu", "torch.float32", "None", "True", "False"):
+                raise InputError(
+                    f"The model cannot be moved to {target}: load it with OVMLlamaForConditionalGeneration(model_dir, "
                     "device='GPU', ov_config={'INFERENCE_PRECISION_HINT': 'bf16'}). Inputs and logits stay on the CPU."
                 )
         return self
@@ -39,20 +40,20 @@ class ModuleCompatMixin:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         raise TypeError(
-            "A checkpoint is converted first: convert_mllama(model_id, model_dir), then "
-            "OVMLlamaForConditionalGeneration(model_dir)."
+            "from_pretrained is not supported: convert the checkpoint with convert_mllama(model_id, model_dir), then "
+            "load OVMLlamaForConditionalGeneration(model_dir)."
         )
 
     def __getattr__(self, name: str):
-        raise AttributeError(f"'{type(self).__name__}' has no '{name}': {NOT_HERE.get(name, 'check its spelling.')}")
+        raise AttributeError(f"'{type(self).__name__}' has no '{name}': {UNAVAILABLE.get(name, 'check its spelling.')}")
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
-            "This model lives in OpenVINO's memory and can be neither copied nor pickled: load it once more with "
+            "A compiled model can be neither copied nor pickled: load another one with "
             "OVMLlamaForConditionalGeneration(model_dir)."
         )
 
-    # ---- What GenerationMixin asks (tests/runtime/test_interface.py checks that it still does) ----
+    # ---- Called by GenerationMixin (tests/runtime/test_interface.py checks that they still are) ----
 
     def can_generate(self) -> bool:
         return True

@@ -1,8 +1,7 @@
-"""What an IR is computed in on this device, and why: the CPU's instructions and the IR's stamp decide, nothing else.
+"""Inference precision of each IR on this device, from the CPU's instructions and the IR's stamp.
 
-Where nothing is known to be better, OpenVINO's own choice stands: bf16 where the CPU has it, else f32. The measurements
-behind the exceptions: `python -m benchmarks.precision`; benchmarks/README.md, "Precision". What somebody gives as
-`ov_config` goes before all of them.
+By default OpenVINO's own: bf16 where the CPU has it, else f32. Exceptions are measured by
+`python -m benchmarks.precision` (benchmarks/README.md, "Precision"); a given `ov_config` overrides them.
 """
 
 import os
@@ -15,16 +14,18 @@ import openvino as ov
 import psutil
 import torch
 
+from .errors import InputError
+
 
 @dataclass(frozen=True)
 class Cpu:
-    """What of a CPU decides how fast it multiplies.
+    """Matrix instructions of a CPU.
 
     Attributes:
-        amx: tiles (Xeons from 2023 on), for products of 8 bit and of bf16.
-        bf16: vectors of bf16. On AMD's CPUs (Zen 4) faster than f32, on an Intel Xeon without AMX slower.
+        amx: tiles (Xeons from 2023 on), for products in 8 bit and bf16.
+        bf16: vectors of bf16; faster than f32 on AMD (Zen 4), slower on an Intel Xeon without AMX.
         vnni: vectors of 8 bit.
-        amd, arm: whose it is or of which kind, if not Intel's.
+        amd, arm: the kind, if not Intel's.
     """
 
     amx: bool = False
@@ -35,7 +36,7 @@ class Cpu:
 
     @classmethod
     def here(cls) -> "Cpu":
-        """This machine's, as far as oneDNN may use it (its variable ONEDNN_MAX_CPU_ISA can forbid AMX)."""
+        """Detect this machine's, as far as oneDNN may use it (ONEDNN_MAX_CPU_ISA can exclude AMX)."""
         has, core = torch.cpu.get_capabilities(), ov.Core()
         name = core.get_property("CPU", "FULL_DEVICE_NAME")
         return cls(
@@ -48,12 +49,12 @@ class Cpu:
 
 
 class Chosen(NamedTuple):
-    """What to compute in.
+    """The result of `choose`.
 
     Attributes:
         properties: for `ov.Core.compile_model`.
-        reason: a sentence for people.
-        bf16: whether that is bf16, on a CPU that has it: what it reads can then be rounded beforehand.
+        reason: for display.
+        bf16: whether a CPU computes in bf16, so that inputs may be rounded beforehand.
     """
 
     properties: dict
@@ -62,80 +63,66 @@ class Chosen(NamedTuple):
 
 
 PRECISION, GROUP = "INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE"
-# Numbers of an activation that share a scale where weights share one by the row: more were slower in the vision encoder
-# and less close, fewer slower in both models. Where weights have groups, it must be theirs.
+# Activations per scale where weights have a scale per row: larger groups were slower in the vision encoder and less
+# exact, smaller ones slower in both models. Where weights have groups, theirs is required.
 ROW_GROUP = 128
 
 
 def choose(
     part: str, stamp: dict[str, str], device: str = "CPU", ov_config: dict | None = None, cpu: Cpu | None = None
 ) -> Chosen:
-    """What one of the two IRs is computed in.
+    """Choose the precision of an IR.
 
     Args:
         part: "vision" or "language".
-        stamp: of the IR (`ir.ir_stamp`): `format` and `group_size` decide.
-        device: only for a CPU anything is chosen. ("AUTO" is left alone: which device it takes is known only when the
-            model is compiled.)
-        ov_config: OpenVINO properties that go before those chosen.
+        stamp: of the IR (`ir.ir_stamp`): `format` and `group_size` count.
+        device: on other devices than a CPU, "AUTO" included, OpenVINO's defaults apply.
+        ov_config: OpenVINO properties that override the choice.
         cpu: default `Cpu.here()`.
     """
     given = dict(ov_config or {})
     if device.split(".")[0] != "CPU":
-        return Chosen(given, f"as {device} has it")
-    if str(given.get("EXECUTION_MODE_HINT")).endswith("ACCURACY"):  # what is chosen here would undo it
-        return Chosen(given, "all in f32, for EXECUTION_MODE_HINT is ACCURACY")
+        return Chosen(given, f"{device}'s default")
+    if str(given.get("EXECUTION_MODE_HINT")).endswith("ACCURACY"):  # any choice would undo it
+        return Chosen(given, "all in f32, as EXECUTION_MODE_HINT is ACCURACY")
     cpu, weights = cpu or Cpu.here(), stamp.get("format", "16 bit")
-    precision, why = language_precision(weights, cpu) if part == "language" else vision_precision(cpu)
+    precision, why = None, "OpenVINO's choice for this CPU"
+    # generating is bound by memory bandwidth, encoding an image by arithmetic
+    if part == "language" and weights.startswith("int") and cpu.amx:
+        precision, why = "f32", "with AMX, a token takes half to three quarters of bf16's time"
+    if part == "vision" and cpu.bf16 and not (cpu.amx or cpu.amd or cpu.arm):
+        precision, why = "f32", "without AMX, an Intel CPU is slower in bf16"
     properties: dict = {PRECISION: precision} if precision else {}
     reason = f"{weights} weights, in {precision or ('bf16' if cpu.bf16 else 'f32')}: {why}"
     by_row = part == "vision" or stamp.get("group_size") == "-1"
-    group = ROW_GROUP if by_row else int(stamp.get("group_size", 0))  # 0: compressed before the stamp said it
+    group = ROW_GROUP if by_row else int(stamp.get("group_size", 0))  # 0: compressed before stamps had it
     # weights that are only stored in 8 or 4 bits; a static "int8" has its activations' scales in the graph
     if weights.endswith("sym") and cpu.vnni and group:
         properties[GROUP] = group
-        reason += f"; {group} numbers of an activation share a scale" + ", as weights do" * (not by_row)
+        reason += f"; {group} activations share a scale" + ", as weights do" * (not by_row)
     overridden = [f"{name}={given[name]}" for name in properties if name in given]
-    reason += f" (but as given, {', '.join(overridden)})" * bool(overridden)
+    reason += f" (overridden by {', '.join(overridden)})" * bool(overridden)
     properties |= given
     computed = str(properties.get(PRECISION, "bf16"))  # text, or OpenVINO's Type
     return Chosen(properties, reason, cpu.bf16 and ("bf16" in computed or "bfloat16" in computed))
 
 
-def language_precision(weights: str, cpu: Cpu) -> tuple[str | None, str]:
-    """Precision, None for OpenVINO's own choice, and why. A token waits for the weights to be read."""
-    if weights.startswith("int") and cpu.amx:
-        return "f32", "with AMX, a token takes half to three quarters of bf16's time"
-    return None, "OpenVINO's choice for this CPU"
-
-
-def vision_precision(cpu: Cpu) -> tuple[str | None, str]:
-    """Precision, None for OpenVINO's own choice, and why. A picture waits for products only."""
-    if cpu.bf16 and not (cpu.amx or cpu.amd or cpu.arm):
-        return "f32", "without AMX, an Intel CPU is slower in bf16"
-    return None, "OpenVINO's choice for this CPU"
-
-
 def cores() -> int:
-    """Physical cores that this process may run on; OpenVINO takes as many threads."""
+    """Return the physical cores that this process may use, OpenVINO's number of threads."""
     physical = psutil.cpu_count(logical=False) or 1
     return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that OpenVINO does not find here; what is made of several ("AUTO:GPU,CPU") it looks at itself.
-
-    Raises:
-        ValueError: with those that it finds.
-    """
+    """Raise an InputError for a device that OpenVINO does not find; combinations ("AUTO:GPU,CPU") it checks itself."""
     found = [*ov.Core().available_devices, "AUTO"]
     if ":" not in device and device.split(".")[0] not in {name.split(".")[0] for name in found}:
-        raise ValueError(f"There is no device {device} here, only {', '.join(found)}.")
+        raise InputError(f"There is no device {device} here: choose one of {', '.join(found)}.")
 
 
 def has_own_memory(device: str) -> bool:
-    """Whether an OpenVINO device computes in memory of its own, as a graphics card does: the machine's free memory then
-    says nothing about what fits. ("AUTO" does not tell.)"""
+    """Return whether a device has memory of its own, as a graphics card, so that the machine's free memory does not
+    limit it. ("AUTO" does not tell.)"""
     try:
         return ov.Core().get_property(device, "DEVICE_TYPE") == ov.properties.device.Type.DISCRETE
     except RuntimeError:

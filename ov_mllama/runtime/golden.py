@@ -1,4 +1,4 @@
-"""Does this device answer as PyTorch did? A checkpoint may bring one question with its right answer."""
+"""Golden answer: one question whose correct answer a checkpoint may bring, to verify a device with."""
 
 import json
 import warnings
@@ -11,14 +11,13 @@ from .reference import NAMES
 
 
 def check_golden_answer(model, model_dir: Path, device: str) -> None:
-    """Warns where this device answers otherwise than PyTorch did, as some drivers make models do
-    (openvino_notebooks#2900). The demo checkpoint brings such an answer: load it first on a device you do not know.
-    A model that follows another reference than the answer is not asked.
+    """Warn if this device answers otherwise than PyTorch did, as with some drivers (openvino_notebooks#2900). Skipped
+    for a model that follows another reference than the answer.
 
     Args:
-        model: an `OVMLlamaForConditionalGeneration`; its conversations and statistics are not put back.
-        model_dir: its folder, with golden.json: {"question", "picture", "answer"}, and "reference", which the answer
-            follows, default "transformers".
+        model: an `OVMLlamaForConditionalGeneration`; its sessions and statistics change.
+        model_dir: its folder, with golden.json: {"question", "picture", "answer"}, and "reference" of the answer,
+            default "transformers".
         device: its name, for the warning.
     """
     golden = json.loads((model_dir / "golden.json").read_text(encoding="utf-8"))
@@ -27,13 +26,13 @@ def check_golden_answer(model, model_dir: Path, device: str) -> None:
     processor = AutoProcessor.from_pretrained(model_dir, backend="pil")
     content = [{"type": "image"}, {"type": "text", "text": golden["question"]}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    with Image.open(model_dir / golden["picture"]) as picture:
-        inputs = processor(text=prompt, images=[picture], add_special_tokens=False, return_tensors="pt")
+    with Image.open(model_dir / golden["picture"]) as image:
+        inputs = processor(text=prompt, images=[image], add_special_tokens=False, return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     if answer != golden["answer"]:
         warnings.warn(
-            f"On {device} this model answers '{answer}' where transformers answers '{golden['answer']}'. Use "
-            "device='CPU', or ov_config={'INFERENCE_PRECISION_HINT': 'f32'}, or another driver.",
+            f"On {device} this model answers '{answer}'; transformers answers '{golden['answer']}'. Use device='CPU', "
+            "ov_config={'INFERENCE_PRECISION_HINT': 'f32'}, or another driver.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Encoded images: how long they are kept, and how a batch's are joined."""
+"""LRU cache of encoded images, their concatenation for a batch, and the times that encoding took."""
 
 import contextlib
 import threading
@@ -13,11 +13,11 @@ from .shapes import MllamaShapes, rows_axis
 
 
 class EncodedImage(NamedTuple):
-    """One image, as it is kept.
+    """One encoded image.
 
     Attributes:
-        key_values: by port name, of the tiles that were computed.
-        tile_counts: i64 [tiles], how many of the image's tiles each of them stands for.
+        key_values: by port name, of the computed tiles.
+        tile_counts: i64 [tiles], number of the image's tiles that each of them represents.
     """
 
     key_values: dict[str, np.ndarray]
@@ -29,44 +29,37 @@ class EncodedImage(NamedTuple):
 
 
 class ImageCache:
-    """Encoded images, as many as there is room for; the one used longest ago goes first. For several threads.
-
-    Args:
-        room: bytes for all of them.
-    """
+    """Thread-safe LRU cache of encoded images, by key (`image_keys`)."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def get(self, key: bytes) -> EncodedImage | None:
-        """An image by its key (`image_keys`), which is now the one used last."""
-        with self._turn:
+        with self._lock:
             if key in self._images:
                 self._images.move_to_end(key)
             return self._images.get(key)
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether an image is kept; it is not used by being asked about."""
-        with self._turn:
+        with self._lock:
             return key in self._images
 
     def put(self, key: bytes, image: EncodedImage) -> None:
-        """Keeps an image; it goes at once if it is larger than all the room."""
-        with self._turn:
+        """Add an image and evict others; one beyond the budget is evicted itself."""
+        with self._lock:
             self._images[key] = image
             while self._images and self._nbytes() > self.max_bytes:
                 self._images.popitem(last=False)
 
     def clear(self) -> None:
-        with self._turn:
+        with self._lock:
             self._images.clear()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take."""
-        with self._turn:
+        with self._lock:
             return self._nbytes()
 
     def _nbytes(self) -> int:
@@ -74,7 +67,7 @@ class ImageCache:
 
 
 def join_images(batch: list[list[EncodedImage]], shapes: MllamaShapes) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Images of each row of a batch -> `key_values` and `stands_for` of `Encoded`."""
+    """Concatenate the images of each row of a batch: `key_values` and `stands_for` of `Encoded`."""
     lengths = [sum(len(image.tile_counts) for image in row) for row in batch]
     columns, patches = max(lengths), shapes.patches_per_tile
     stands_for = np.zeros((len(batch), columns, len(batch[0]) * shapes.max_num_tiles), bool)
@@ -97,44 +90,44 @@ def join_images(batch: list[list[EncodedImage]], shapes: MllamaShapes) -> tuple[
 
 
 def join(arrays: list[np.ndarray], axis: int) -> np.ndarray:
-    """Concatenated, or the only one itself: K/V of an image are too large to copy for nothing."""
+    """Concatenate arrays; a single one is not copied, as an image's K/V are large."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
 
 
 class EncodingTimes:
-    """When the picture under way began, and how long earlier ones took."""
+    """Time estimates for encoding, from the images before."""
 
     def __init__(self):
-        self._took: dict[int, float] = {}  # seconds of the last picture of so many computed tiles
-        self._under_way: tuple[bytes, int, float] | None = None
+        self._took: dict[int, float] = {}  # seconds of the last image, by computed tiles
+        self._current: tuple[bytes, int, float] | None = None
 
     @contextlib.contextmanager
     def timing(self, key: bytes, tiles: int) -> Iterator[None]:
-        """A picture is encoded inside; one that fails or is given up tells nothing of how long others take.
+        """Time the encoding of an image, which happens inside; failed and cancelled ones do not count.
 
         Args:
             key: the image's, see `image_keys`.
-            tiles: that are computed of it.
+            tiles: number of computed tiles.
         """
         started = time.perf_counter()
-        self._under_way = key, tiles, started
+        self._current = key, tiles, started
         try:
             yield
             self._took[tiles] = time.perf_counter() - started
         finally:
-            self._under_way = None
+            self._current = None
 
     def left_s(self, key: bytes, tiles: int) -> float | None:
-        """Seconds until a picture is encoded, with what is left of another one under way; None before the first."""
-        under_way, whole = self._under_way, self._expected_s(tiles)
-        if under_way is None or whole is None:
-            return whole
-        other, its_tiles, since = under_way
+        """Return the seconds until an image is encoded, the rest of a current one included; None before the first."""
+        current, expected = self._current, self._expected_s(tiles)
+        if current is None or expected is None:
+            return expected
+        other, its_tiles, since = current
         left = max(0.0, (self._expected_s(its_tiles) or 0.0) - (time.perf_counter() - since))
-        return left if other == key else left + whole
+        return left if other == key else left + expected
 
     def _expected_s(self, tiles: int) -> float | None:
-        """As the last picture of as many tiles took, else the one nearest to it, tile for tile."""
+        """Scale the time of the last image with the nearest number of tiles."""
         took = dict(self._took)  # another thread may add to it
         if not took:
             return None

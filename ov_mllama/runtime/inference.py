@@ -1,4 +1,4 @@
-"""One inference, and how to give it up before it is done."""
+"""One inference and its cancellation."""
 
 import contextlib
 import threading
@@ -10,21 +10,21 @@ import openvino as ov
 import torch
 from transformers import StoppingCriteria
 
-POLL_S = 0.05  # how soon after `stop` is set something is given up
+POLL_S = 0.05  # between two looks at a stop event
 
 
 class Cancelled(RuntimeError):
-    """What was under way has been given up, as it was asked to be."""
+    """A computation that ended early because its stop event was set."""
 
 
 def check_stop(stop) -> None:
-    """Raises `Cancelled` once the event is set; None never is."""
+    """Raise `Cancelled` once the event is set; None never is."""
     if stop and stop.is_set():
-        raise Cancelled("Stopped, as it was asked to be.")
+        raise Cancelled("Cancelled: the stop event is set.")
 
 
 class StopOnEvent(StoppingCriteria):
-    """Ends `generate` after the token during which the event was set."""
+    """Stopping criterion of `generate`: a set event."""
 
     def __init__(self, event: threading.Event):
         self.event = event
@@ -34,12 +34,12 @@ class StopOnEvent(StoppingCriteria):
 
 
 def run(request: ov.InferRequest, inputs: dict[str, np.ndarray], stop=None) -> None:
-    """`request.infer`, but given up between two layers when `stop` is set or the interpreter is interrupted.
+    """Run `request.infer`, cancelled between two layers when `stop` is set or the interpreter is interrupted.
 
     Args:
         stop: `threading.Event`, or anything with its `is_set`.
     Raises:
-        Cancelled: `stop` was set.
+        Cancelled: if `stop` was set.
     """
     check_stop(stop)
     try:
@@ -55,10 +55,10 @@ def run(request: ov.InferRequest, inputs: dict[str, np.ndarray], stop=None) -> N
 
 @contextlib.contextmanager
 def acquire(lock, stop=None):
-    """The lock (`threading.Lock` or `RLock`), held; waiting for it can be given up.
+    """Hold a lock (`threading.Lock` or `RLock`); waiting for it can be cancelled.
 
     Raises:
-        Cancelled: `stop` was set before or meanwhile.
+        Cancelled: if `stop` was set before or meanwhile.
     """
     acquired = False
     try:
@@ -72,19 +72,19 @@ def acquire(lock, stop=None):
 
 
 class Progress:
-    """What a prompt waits for, in plain words: `str(progress)` from any thread, at any time."""
+    """The stage that a prompt is in, for display: `str(progress)` from any thread, at any time."""
 
     def __init__(self):
         self.enter("Waiting")
 
     def enter(self, stage: str, left_s: Callable[[], float | None] = lambda: None) -> None:
-        """A stage begins.
+        """Begin a stage.
 
         Args:
-            stage: what is done now, as "Reading 310 tokens".
-            left_s: tells the seconds that it will still take, or None where nobody knows.
+            stage: such as "Reading 310 tokens".
+            left_s: returns the seconds left, or None if unknown.
         """
-        self._now = stage, time.perf_counter(), left_s  # one assignment: who reads sees all of it or nothing
+        self._now = stage, time.perf_counter(), left_s  # one assignment, hence atomic
 
     def __str__(self) -> str:
         stage, since, left_s = self._now

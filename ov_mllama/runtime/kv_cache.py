@@ -1,4 +1,4 @@
-"""The bookkeeping of one conversation's KV cache: which columns of a session's state count, and whose they are."""
+"""Bookkeeping of a session's KV cache: the slots of its state that hold tokens, and of which prompt."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -7,20 +7,21 @@ from typing import Any
 import numpy as np
 
 from .cross_attention import CrossAttention
+from .errors import InputError
 from .stats import GenerationStats
 
 
 @dataclass
 class Prompt:
-    """What a prompt is, as far as another may begin like it.
+    """A prompt, and what makes another one share its prefix.
 
     Attributes:
         input_ids: i64 [batch, query].
         attention_mask: i64 [batch, query]; None for all ones.
         position_ids: i64 [batch, query]; None for consecutive ones.
-        seen: bool [batch, query, images * tiles], the tiles that each token may see. Without images: none.
-        image_keys: what tells the images of each row from others, see `vision.image_keys`.
-        logits_to_keep: how many of the last positions get logits.
+        seen: bool [batch, query, images * tiles], the tiles that each token sees; empty without images.
+        image_keys: of each row, see `vision.image_keys`.
+        logits_to_keep: number of last positions that get logits.
     """
 
     input_ids: np.ndarray
@@ -37,7 +38,7 @@ class Prompt:
 
     @property
     def prefix_cacheable(self) -> bool:
-        """One row, nothing padded, positions that count up: whatever begins alike is alike."""
+        """Whether another prompt may share a prefix: one row, unpadded, consecutive positions."""
         consecutive = self.position_ids is None or np.array_equal(
             self.position_ids[0], np.arange(self.input_ids.shape[1])
         )
@@ -46,27 +47,27 @@ class Prompt:
 
 
 class OVCache:
-    """What `generate` may know of the KV cache, which itself never leaves the language IR.
+    """Handle of a KV cache for `generate`; the cache itself stays in the state of the language IR.
 
-    Nothing is ever cut out of the state: columns that no longer count (rejected drafts, an earlier end of the
-    conversation) stay, hidden by a 0 in the attention mask.
+    The state only grows: slots of removed tokens (rejected drafts, another end of the conversation) stay, hidden by a 0
+    in the attention mask.
 
     Attributes:
         session: the `language.Session` whose state holds the tokens; None before the prompt.
-        positions: slot in the state of each token that counts.
+        positions: slot of each token in the state.
         num_slots: slots in the state, hidden ones included.
-        tokens: ids of the tokens that count; None for a prompt that cannot be a prefix (`Prompt.prefix_cacheable`).
+        tokens: token ids; None for a prompt that cannot be a prefix (`Prompt.prefix_cacheable`).
         batch: rows of the prompt.
-        seen: bool [tokens of the prompt, images * tiles], the tiles that each may see; later ones see as the last.
+        seen: bool [tokens of the prompt, images * tiles], the tiles that each sees; later ones see as the last.
         last_seen: bool [batch, 1, images * tiles], the tiles that each row's later tokens see.
-        image_keys: what tells the images of each row of the prompt from others.
+        image_keys: of the prompt.
         beam_idx: i32 [batch], the state row that each row continues; None for its own.
-        cross_attention: the images as the tokens after the prompt read them.
-        drafting: assisted decoding guesses tokens, see `activate_past_recording`.
+        cross_attention: image K/V for the tokens after the prompt.
+        drafting: assisted decoding is on, see `activate_past_recording`.
         stats: `GenerationStats` of the prompt and the tokens since.
     """
 
-    is_compileable = False  # generate asks: this is nothing for torch.compile
+    is_compileable = False  # by torch.compile
 
     def __init__(self, session=None):
         self.session: Any = session
@@ -82,46 +83,43 @@ class OVCache:
         self.drafting = False
         self.stats = GenerationStats()
 
-    # ---- What transformers calls ----
+    # ---- Called by transformers ----
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return len(self.positions)
 
     def reorder_cache(self, beam_idx) -> None:
-        """Between two steps of beam search: i64 tensor [batch], the row that each row goes on with."""
+        """Select the row that each row continues, i64 tensor [batch], between two steps of beam search."""
         self._take_rows(beam_idx.numpy())
 
     def activate_past_recording(self) -> None:
-        """Assisted decoding calls it before its first step. The state keeps every column anyway, but from now on all
-        tokens of a step whose logits are asked for, except the first, are drafts."""
+        """Begin assisted decoding: of each step's tokens with logits, all but the first are drafts."""
         self.drafting = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens, given as a negative number as for transformers' caches; 0 takes none."""
+        """Remove the last tokens, given as a negative number as for transformers' caches."""
         if tokens_to_remove > 0:
-            raise ValueError("crop takes back tokens: give their number as a negative one.")
+            raise InputError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one.")
         self.truncate(max(len(self.positions) + tokens_to_remove, 0))
         self.stats.rejected_tokens -= tokens_to_remove
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times, one beside the other."""
         self._take_rows(np.arange(self.batch).repeat(repeats))
 
     def batch_select_indices(self, indices) -> None:
-        """Only these rows, i64 tensor [new batch]."""
         self._take_rows(np.arange(self.batch)[indices.numpy()])
 
     def _take_rows(self, rows: np.ndarray) -> None:
         self.beam_idx = (rows if self.beam_idx is None else self.beam_idx[rows]).astype(np.int32)
         keys, seen = [self.image_keys[row] for row in rows], self.last_seen[rows]
-        # a beam never leaves its prompt: then the images, large as they are, stay where they are
+        # beams of one prompt share its images, which are large and not copied
         moved = keys != self.image_keys or not np.array_equal(seen, self.last_seen)
         if moved and self.cross_attention is not None:
             self.cross_attention = self.cross_attention.rows(rows)
         self.batch, self.tokens, self.image_keys, self.last_seen = len(rows), None, keys, seen
 
     def __len__(self) -> int:
-        """Layers with something in them, as transformers' caches count; `get_seq_length` counts tokens."""
+        """Return the number of layers, as transformers' caches do; 0 when empty."""
         shapes = self.session.model.shapes if self.session and self.positions else None
         return len(shapes.self_layers) + len(shapes.cross_layers) if shapes else 0
 
@@ -130,20 +128,20 @@ class OVCache:
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
-            "This cache stays in OpenVINO's memory and can be neither copied nor pickled, and it need not be: call "
-            "generate again with the whole text, and its beginning is found in the KV cache."
+            "A KV cache in OpenVINO's memory can be neither copied nor pickled: call generate again with the whole "
+            "text, whose prefix is found in the KV cache."
         )
 
-    # ---- What a session calls ----
+    # ---- Called by a session ----
 
     def truncate(self, tokens: int) -> None:
-        """Hides all but the first `tokens`."""
-        if self.tokens is not None:  # first: what is reused goes by them, even if this is interrupted here
+        """Hide all but the first `tokens`."""
+        if self.tokens is not None:  # first: prefixes go by them, even if interrupted here
             del self.tokens[tokens:]
         del self.positions[tokens:]
 
     def append(self, input_ids: np.ndarray) -> None:
-        """Notes i64 [batch, query] as tokens that are now in the state."""
+        """Record tokens, i64 [batch, query], that are now in the state."""
         self.positions.extend(range(self.num_slots, self.num_slots + input_ids.shape[1]))
         self.num_slots += input_ids.shape[1]
         if self.tokens is not None and len(input_ids) == 1:
@@ -152,20 +150,20 @@ class OVCache:
             self.tokens = None
 
     def hide(self, attention_mask: np.ndarray) -> np.ndarray:
-        """A mask over the tokens that count and the new ones -> over all columns of the state and the new ones."""
+        """Extend an attention mask over the tokens by a 0 for each hidden slot."""
         if self.num_slots == len(self.positions):
             return attention_mask
         new = attention_mask.shape[1] - len(self.positions)
-        every_column = np.zeros((len(attention_mask), self.num_slots + new), np.int64)
-        every_column[:, [*self.positions, *range(self.num_slots, self.num_slots + new)]] = attention_mask
-        return every_column
+        by_slot = np.zeros((len(attention_mask), self.num_slots + new), np.int64)
+        by_slot[:, [*self.positions, *range(self.num_slots, self.num_slots + new)]] = attention_mask
+        return by_slot
 
     def common_prefix(self, prompt: Prompt, row_mask: bool = False) -> int:
-        """How many tokens of a new prompt begin this one; at least those whose logits are asked for do not.
+        """Return the length of the prefix that a new prompt shares, its tokens with logits excluded.
 
         Args:
-            row_mask: a token depends only on the images that it and those before it see, so the images need to be the
-                same only from where one is seen; without, from the first token on (`reference.Reference`).
+            row_mask: tokens that see no image depend on none, so images matter only where one is seen; else from the
+                first token on (`reference.Reference`).
         """
         if self.tokens is None or not prompt.prefix_cacheable:
             return 0
@@ -181,13 +179,13 @@ class OVCache:
 def see_alike(
     seen: np.ndarray, keys: tuple[bytes, ...], others_seen: np.ndarray, others_keys: tuple[bytes, ...]
 ) -> np.ndarray:
-    """Tokens of two prompts that see the same tiles of the same images, or no image: bool [tokens].
+    """Mark tokens of two prompts that see the same tiles of the same images, or no image: bool [tokens].
 
     Args:
         seen, others_seen: bool [tokens, images * tiles]; keys, others_keys: of the images, in order.
     """
     pairs = zip(keys, others_keys, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    tiles = shared and shared * (seen.shape[1] // len(keys))  # of the images that both begin with
+    tiles = shared and shared * (seen.shape[1] // len(keys))  # of the common first images
     same = (seen[:, :tiles] == others_seen[:, :tiles]).all(-1)
     return same & ~seen[:, tiles:].any(-1) & ~others_seen[:, tiles:].any(-1)

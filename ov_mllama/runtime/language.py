@@ -1,8 +1,6 @@
-"""The language IR: compiled once, run by as many sessions as there are conversations, each with its own KV cache.
+"""Language model: one compiled IR, and sessions that each have a KV cache of their own.
 
-    prompt, encoded images -> Session.prefill -> logits -> Session.decode -> logits -> ...
-
-This file knows tensors and state. What `generate` wants of a model is in `model.py`.
+prompt, encoded images -> Session.prefill -> logits -> Session.decode -> logits -> ...
 """
 
 import threading
@@ -13,30 +11,23 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from .cross_attention import (
-    CrossAttention,
-    DeviceTensors,
-    no_images,
-    read_in_bf16,
-    to_ov_tensor,
-    visible_kv,
-)
+from .cross_attention import CrossAttention, DeviceTensors, no_images, read_in_bf16, to_ov_tensor, visible_kv
 from .devices import choose
+from .errors import InputError
 from .inference import Progress, check_stop
 from .ir import ir_stamp
 from .kv_cache import OVCache, Prompt
 from .shapes import MllamaShapes
 from .vision import Encoded, check_finite
 
-# Tokens of a prompt computed at once, all rows together: the longest that a person who stops it waits, 2.8 s with the
-# 11B on two cores. It costs a tenth of the time of long prompts, steps of 64 would a fifth, of 32 two fifths
-# (benchmarks/README.md).
+# Tokens of a prefill step, all rows together: a cancellation waits for it, 2.8 s with the 11B on two cores. It adds a
+# tenth to the time of long prompts; 64 tokens would add a fifth, 32 two fifths (benchmarks/README.md).
 PREFILL_TOKENS = 128
-GONE = "There is nothing to go on with, or it was lost when a step failed: begin with prefill."
+NO_SEQUENCE = "No active sequence (none started, or a step failed): call `prefill` first."
 
 
 def prefill_step(batch: int) -> int:
-    """Tokens of each row that are computed at once, see PREFILL_TOKENS."""
+    """Return the tokens per row of a prefill step."""
     return max(1, PREFILL_TOKENS // batch)
 
 
@@ -49,16 +40,16 @@ def language_inputs(
     past: int = 0,
     logits_to_keep: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Everything that one inference of the language IR takes, by port name.
+    """Return all inputs of the language IR, by port name.
 
     Args:
         input_ids: i64 [batch, query].
-        cross_attention: None for a plain Llama only, whose IR takes no images.
+        cross_attention: None for a plain Llama, whose IR takes no images.
         attention_mask: i64 [batch, past + query]; default all ones.
         position_ids: i64 [batch, query]; default consecutive after `past`.
         beam_idx: i32 [batch], state row that each row continues; default its own.
-        past: columns that the state holds already.
-        logits_to_keep: how many of the last positions get logits.
+        past: slots in the state.
+        logits_to_keep: number of last positions that get logits.
     """
     batch, query = input_ids.shape
     if attention_mask is None:
@@ -66,7 +57,7 @@ def language_inputs(
     if position_ids is None:
         position_ids = np.arange(past, past + query)[None].repeat(batch, 0)
     inputs = {
-        # copied: OpenVINO goes on using their memory after the call, and a request that is made later may write there
+        # copied: OpenVINO uses their memory after the call, and a later request may write there
         "input_ids": np.array(input_ids, np.int64),
         "attention_mask": np.array(attention_mask, np.int64),
         "position_ids": np.array(np.broadcast_to(position_ids, (batch, query)), np.int64),
@@ -80,18 +71,18 @@ def language_inputs(
 
 
 class OVLanguageModel:
-    """Compiled weights, without a conversation; `session()` begins one.
+    """Compiled weights, shared by sessions.
 
     Args:
         path: of the IR.
         shapes: of the checkpoint; without cross-attention layers the model is a plain Llama.
         device, ov_config: as for `OVMLlamaForConditionalGeneration`.
-        stamp: the IR's, if it was read already: it decides what the model is computed in.
-        device_memory: keep the K/V that a session reads in a GPU's own memory, see `DeviceTensors`.
+        stamp: the IR's, if read already.
+        device_memory: put the K/V that a session reads into a GPU's memory, see `DeviceTensors`.
 
     Attributes:
-        chosen: what it is computed in on this device, and why (`devices.choose`).
-        reads_bf16: whether it takes images' K/V in bf16.
+        chosen: precision and its reason (`devices.choose`).
+        reads_bf16: whether the inputs for image K/V are bf16.
         row_mask: tokens that see no image do not depend on any (`reference.Reference`).
     """
 
@@ -118,32 +109,30 @@ class OVLanguageModel:
 
     @property
     def compiled(self) -> ov.CompiledModel:
-        """The weights as the device wants them; compiled anew after an inference that failed, see `infer`."""
+        """The compiled model, compiled again after a failed inference (see `infer`)."""
         if self._compiled is None:
             model, device, properties = self._ir
             if self.reads_bf16:
                 model = read_in_bf16(ov.Core().read_model(model), self.shapes.cross_kv_names)
             self._compiled = ov.Core().compile_model(model, device, properties)
-            # asked now: beside an inference the plugin lets this question wait for its end, and all of Python with it
+            # read now: during an inference this call would block, and Python with it
             self._cache_bits = kv_cache_bits(self._compiled)
         return self._compiled
 
     def session(self) -> "Session":
-        """A conversation with an empty KV cache. The compiled weights are shared with all others."""
+        """Create a session with an empty KV cache."""
         session = Session(self)
         self._sessions.add(session)
         return session
 
     def infer(self, request: ov.InferRequest, inputs: dict[str, np.ndarray]) -> float:
-        """One step of a session, never ended half way. Returns its seconds; outputs are in the request until its next.
+        """Run one step of a session and return its seconds; it is never cancelled, and if it fails, all sessions are
+        reset and the model is compiled again.
 
-        An inference that fails or is cancelled half way leaves OpenVINO's CPU plugin (2026.4) in a state that gives
-        wrong numbers for right input, in silence, or writes where it must not: all requests share one graph, each of
-        its nodes keeps the shapes it saw last and what it prepared for them, and then some have the new call's, the
-        others the call's before. Inferences of other shapes put it right after most failures, yet after one that was
-        cancelled the process crashes in them every thirtieth time (tests/runtime/test_recovery.py). So nothing is
-        cancelled here, `Session.prefill` looks for `stop` between its chunks, and what has failed is compiled anew; the
-        tokens of all sessions are gone then. Ctrl-C is no failure: Python raises it when the inference has ended.
+        A failed or cancelled inference corrupts OpenVINO's CPU plugin (2026.4): all requests share one graph, whose
+        nodes then hold shapes and buffers of two different calls, and give wrong numbers silently or crash the process,
+        even after inferences of other shapes (tests/runtime/test_recovery.py). `Session.prefill` therefore checks
+        `stop` between chunks only. Ctrl-C is no failure: Python raises it after the inference.
         """
         with self.turn:
             started = time.perf_counter()
@@ -157,35 +146,35 @@ class OVLanguageModel:
             return time.perf_counter() - started
 
     def warm_up(self) -> float:
-        """Runs once, because a CPU repacks compressed weights at the first inference. Returns the seconds it took."""
+        """Run once, as CPUs repack compressed weights at the first inference, and return its seconds."""
         view = no_images(self.shapes) if self.shapes.cross_layers else None
         view = view.in_bf16() if view and self.reads_bf16 else view
         return self.infer(self.compiled.create_infer_request(), language_inputs(np.zeros((1, 1), np.int64), view))
 
     @property
-    def column_bytes(self) -> float:
-        """Bytes that one token of one row takes in a session's KV cache."""
+    def token_bytes(self) -> float:
+        """Bytes of one token of one row in a KV cache."""
         return 2 * len(self.shapes.self_layers) * self.shapes.num_kv_heads * self.shapes.head_dim * self._cache_bits / 8
 
 
 def kv_cache_bits(compiled: ov.CompiledModel) -> int:
-    """Of a number in the KV cache; 32 where the device does not say."""
+    """Return the bits per number in the KV cache; 32 if the device does not tell."""
     if "KV_CACHE_PRECISION" in compiled.get_property("SUPPORTED_PROPERTIES"):
         return compiled.get_property("KV_CACHE_PRECISION").bitwidth
     return 32
 
 
 class Session:
-    """One conversation: an infer request whose state is its KV cache.
+    """One sequence (or batch): an infer request whose state is the KV cache.
 
     Attributes:
-        cache: whose tokens are in the state; None before the first prompt, and after a step that failed.
+        cache: bookkeeping of the tokens in the state; None before the first prompt and after a failed step.
     """
 
     def __init__(self, model: OVLanguageModel):
         self.model = model
         self.cache: OVCache | None = None
-        self._request: ov.InferRequest | None = None  # made when it is needed
+        self._request: ov.InferRequest | None = None  # created lazily
         self._device_tensors = DeviceTensors(model.context) if model.context else None
 
     def prefill(
@@ -196,17 +185,17 @@ class Session:
         stop: threading.Event | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """Begins a prompt and computes what of it the KV cache does not hold already.
+        """Compute a prompt, except for its prefix in the KV cache.
 
         Args:
-            encoded: the prompt's images; None for text only, and where `holds_images`.
-            cache: an empty one to fill; default a new one. It is `self.cache` from now on.
-            stop: cancels after the `PREFILL_TOKENS` under way; those before stay in the KV cache.
-            progress: told how many tokens are left.
+            encoded: the prompt's images; None for text only, and if `holds_images`.
+            cache: an empty one to fill, which becomes `self.cache`; default a new one.
+            stop: cancels after the current `PREFILL_TOKENS`; those computed stay in the KV cache.
+            progress: updated with the number of tokens left.
         Returns:
             logits f32 [batch, prompt.logits_to_keep, vocab].
         Raises:
-            Cancelled: `stop` was set.
+            Cancelled: if `stop` was set.
         """
         cache = OVCache() if cache is None else cache
         reused, previous, self.cache = self.reusable(prompt), self.cache, None
@@ -231,7 +220,7 @@ class Session:
             view = previous.cross_attention
         else:
             if previous:
-                previous.cross_attention = None  # 0.1 GB for each tile of the 11B: not both at once
+                previous.cross_attention = None  # 0.1 GB per tile of the 11B: not both at once
             view = self._view(encoded, cache.last_seen)
         cache.cross_attention = view
         if not (rest == cache.last_seen).all():
@@ -241,7 +230,7 @@ class Session:
     def _in_chunks(
         self, cache: OVCache, prompt: Prompt, reused: int, view: CrossAttention | None, stop, progress: Progress
     ) -> np.ndarray:
-        """A prompt's tokens after the `reused` ones, so many at a time that a person who stops it does not wait."""
+        """Compute a prompt's tokens after the `reused` ones, `prefill_step` at a time so that it can be cancelled."""
         batch, length = prompt.input_ids.shape
         step = prefill_step(batch)
         logits, seconds = [], 0.0
@@ -249,17 +238,17 @@ class Session:
             check_stop(stop)
             progress.enter(f"Reading {length - start} tokens")
             chunk = slice(start, min(start + step, length))
-            alike = (prompt.seen[:, chunk] == cache.last_seen).all()
-            read = cache.cross_attention if alike else view and view.tokens(slice(start - reused, chunk.stop - reused))
+            same = (prompt.seen[:, chunk] == cache.last_seen).all()
+            read = cache.cross_attention if same else view and view.tokens(slice(start - reused, chunk.stop - reused))
             mask = None if prompt.attention_mask is None else prompt.attention_mask[:, : chunk.stop]
             positions = None if prompt.position_ids is None else prompt.position_ids[:, chunk]
-            wanted = min(prompt.logits_to_keep - (length - chunk.stop), chunk.stop - start)  # of this chunk
-            rows, took = self._compute(cache, prompt.input_ids[:, chunk], read, mask, positions, max(wanted, 1))
+            needed = min(prompt.logits_to_keep - (length - chunk.stop), chunk.stop - start)  # of this chunk
+            rows, took = self._compute(cache, prompt.input_ids[:, chunk], read, mask, positions, max(needed, 1))
             seconds += took
-            if wanted > 0:
+            if needed > 0:
                 logits.append(rows)
         cache.stats.count_step(seconds)
-        progress.enter("Writing")  # a word is whole with the token after it
+        progress.enter("Writing")
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
 
     def decode(
@@ -269,35 +258,35 @@ class Session:
         position_ids: np.ndarray | None = None,
         logits_to_keep: int = 1,
     ) -> np.ndarray:
-        """Logits f32 [batch, logits_to_keep, vocab] for tokens that follow those in the KV cache.
+        """Return logits f32 [batch, logits_to_keep, vocab] of tokens that follow those in the KV cache.
 
         Args:
             input_ids: i64 [batch, query].
-            attention_mask: i64 [batch, past + query], default all ones; past counts tokens, hidden columns not.
+            attention_mask: i64 [batch, past + query], default all ones; past counts tokens, not hidden slots.
             position_ids: i64 [batch, query], default consecutive.
         Raises:
-            ValueError: nothing has been begun, or the step before failed.
+            InputError: if there is no active sequence.
         """
         cache = self.cache
         if cache is None:
-            raise ValueError(GONE)
+            raise InputError(NO_SEQUENCE)
         past = len(cache.positions)
         in_order = position_ids is None or np.array_equal(position_ids[0], np.arange(past, past + input_ids.shape[1]))
         if not in_order or (attention_mask is not None and not attention_mask.all()):
-            cache.tokens = None  # what was computed so is nobody else's beginning
+            cache.tokens = None  # no prefix for other prompts
         view = cache.cross_attention
         logits, seconds = self._compute(cache, input_ids, view, attention_mask, position_ids, logits_to_keep)
         cache.stats.count_step(seconds)
         return logits
 
     def reusable(self, prompt: Prompt) -> int:
-        """How many tokens of a prompt need not be computed. Not less than half of the state: most of it would be
-        hidden columns, and each step reads them all."""
+        """Return the length of a prompt's prefix in the state; 0 if shorter than half of it, as each step also reads
+        the hidden slots."""
         shared = self.cache.common_prefix(prompt, self.model.row_mask) if self.cache else 0
         return shared if 2 * shared >= self.cache_size else 0
 
     def holds_images(self, prompt: Prompt) -> bool:
-        """Whether the K/V of a prompt's images are here as its new tokens read them, so that they need no encoding."""
+        """Return whether the session has the image K/V for a prompt's new tokens, so that none is encoded."""
         cache, reused = self.cache, self.reusable(prompt)
         if not cache or not reused or prompt.image_keys != cache.image_keys:
             return False
@@ -305,21 +294,21 @@ class Session:
 
     @property
     def cache_size(self) -> int:
-        """Columns in the state, of all rows."""
+        """Slots in the state, of all rows."""
         return self.cache.num_slots * self.cache.batch if self.cache else 0
 
     @property
     def held_bytes(self) -> float:
-        """Bytes of the KV cache and, with the 11B often more, of what is read of the images."""
+        """Bytes of the KV cache and of the image K/V, which are often more."""
         if self.cache is None:
             return 0
         view = self.cache.cross_attention if self.cache.last_seen.shape[-1] else None
         size = 2 if self.model.reads_bf16 else 4
         images = sum(size * int(np.prod(array.shape)) for array in view.key_values.values()) if view else 0
-        return self.model.column_bytes * self.cache_size + images
+        return self.model.token_bytes * self.cache_size + images
 
     def reset(self) -> None:
-        """Forgets the conversation, and gives its memory back: a request holds its last inputs, images among them."""
+        """Drop the sequence and the request, which holds the memory of its last inputs."""
         self.cache = self._request = None
 
     def _view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
@@ -333,10 +322,10 @@ class Session:
     def _compute(
         self, cache: OVCache, input_ids, view, attention_mask, position_ids, logits_to_keep
     ) -> tuple[np.ndarray, float]:
-        """One step: tokens into the state and into `cache`, logits and seconds out.
+        """Add tokens to the state and to `cache`; return their logits and the seconds.
 
         Raises:
-            ValueError: the tokens before are gone.
+            InputError: if there is no active sequence.
         """
         past = len(cache.positions)
         if attention_mask is None:
@@ -346,11 +335,11 @@ class Session:
         )
         with self.model.turn:
             if past and self._request is None:
-                raise ValueError(GONE)
+                raise InputError(NO_SEQUENCE)
             request = self._request = self._request or self.model.compiled.create_infer_request()
-            self.cache = None  # a step that fails or is interrupted leaves a state that nothing may build on
+            self.cache = None  # until the step succeeds
             seconds = self.model.infer(request, inputs)
-            # copied, because the next step's logits go into the same memory
+            # copied: the next step writes into the same memory
             logits = request.get_tensor("logits").data.copy()
             check_finite(logits, "logits")
             cache.append(input_ids)

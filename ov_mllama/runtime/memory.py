@@ -1,4 +1,4 @@
-"""What this machine has: free memory and disk, cores, and what its CPU multiplies with. The only file that looks."""
+"""Free memory and disk of this machine, and estimates of the memory that images and prompts take."""
 
 import ctypes
 import math
@@ -12,34 +12,33 @@ from transformers import MllamaConfig
 
 from .shapes import MllamaShapes
 
-# Bytes at the peak of encoding an image, by row of its tiles and channel of the tower
+# Peak bytes of encoding an image, per row of its tiles and channel of the tower
 VISION_ROW_BYTES = 270
-# Bytes of a prompt step: by token and intermediate channel; by pair of tokens (causal mask, attention of one layer); by
-# token, head and image row
+# Bytes of a prompt step: per token and intermediate channel; per pair of tokens (causal mask, attention of one layer);
+# per token, head and image row
 MLP_BYTES, SCORE_BYTES, IMAGE_SCORE_BYTES = 28, 48, 16
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def existing(folder: str | Path) -> Path:
-    """A folder, or the nearest above it that is there."""
+    """Return a folder, or its nearest parent that exists."""
     return next(path for path in [Path(folder), *Path(folder).resolve().parents] if path.is_dir())
 
 
 def free_disk(folder: str | Path) -> float:
-    """Bytes that are free on the disk of a folder, or of what will hold it."""
+    """Return the free bytes on the disk of a folder that may not exist yet."""
     return shutil.disk_usage(existing(folder)).free
 
 
 def free_memory() -> float:
-    """Bytes of memory that this process can still get: of the machine or, if that is less, of the control group that it
-    is confined to, as in a container (`docker run --memory`), which the machine's own figure does not know."""
+    """Return the bytes that this process can still allocate: of the machine or, if less, of its control group, as in a
+    container (`docker run --memory`)."""
     return min(psutil.virtual_memory().available, group_memory())
 
 
 def trim_memory() -> None:
-    """Freed memory goes back to the system. glibc keeps what was allocated in pieces of up to 32 MB for later: after a
-    few pictures with the 11B 2.4 GB, which no other program gets, nor does `free_memory` count them. (malloc_trim(3);
-    elsewhere nothing is done.)"""
+    """Return freed memory to the system (malloc_trim(3), on Linux). glibc caches allocations of up to 32 MB: 2.4 GB
+    after a few images with the 11B, which `free_memory` does not count."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim:
@@ -47,8 +46,8 @@ def trim_memory() -> None:
 
 
 def group_memory(groups: Path = CGROUPS, own: Path = OWN_CGROUP) -> float:
-    """Bytes left in the tightest control group (cgroup v2) around this process, cached files not counted; infinite
-    without one.
+    """Return the bytes left in the tightest control group (cgroup v2) of this process, cached files not counted;
+    infinity without one.
 
     Args:
         groups, own: Linux's files; given by tests.
@@ -61,7 +60,7 @@ def group_memory(groups: Path = CGROUPS, own: Path = OWN_CGROUP) -> float:
 
 
 def left_in(folder: Path) -> float:
-    """Bytes left in one control group, as `group_memory`."""
+    """Return the bytes left in one control group."""
     limit = folder / "memory.max"
     if not limit.is_file() or not limit.read_text(encoding="utf-8").strip().isdigit():  # "max"
         return math.inf
@@ -71,20 +70,16 @@ def left_in(folder: Path) -> float:
 
 
 def picture_memory(shapes: MllamaShapes, tiles: int) -> float:
-    """Bytes that a picture takes while it is encoded, its K/V among them.
-
-    Args:
-        tiles: of it that are computed.
-    """
+    """Return the peak bytes of encoding an image of so many computed tiles, its K/V included."""
     rows = tiles * shapes.patches_per_tile
     return VISION_ROW_BYTES * rows * shapes.vision_size + shapes.cross_kv_bytes(rows)
 
 
 def prompt_memory(config: MllamaConfig, batch: int, tokens: int, new: int, rows: int) -> float:
-    """Bytes that one step of a prompt takes while it is computed.
+    """Return the peak bytes of one prefill step.
 
     Args:
-        tokens: of the whole prompt; `new` of them are computed in this step.
+        tokens: of the prompt; `new` of them are computed in this step.
         rows: K/V rows of its images.
     """
     text = getattr(config, "text_config", config)

@@ -1,9 +1,6 @@
-"""The two IRs as one model that behaves like transformers' `MllamaForConditionalGeneration`.
+"""Llama 3.2 Vision with the interface of transformers' `MllamaForConditionalGeneration`.
 
-    processor's tensors -> vision.py -> cross-attention K/V -> language.py -> logits -> generate
-
-This file knows what transformers asks of a model, and nothing else: the images are `vision.py`'s, the KV cache is
-`language.py`'s, what may be asked is `checks.py`'s, and how the IRs came to be is `convert.py`'s.
+processor's tensors -> vision.py -> cross-attention K/V -> language.py -> logits -> generate
 """
 
 import contextlib
@@ -36,21 +33,16 @@ from .checks import (
 )
 from .compat import ModuleCompatMixin
 from .cross_attention import tiles_seen
+from .errors import InputError
 from .golden import check_golden_answer
 from .inference import Progress, StopOnEvent, acquire
-from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, generation_config, named
+from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name, generation_config
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
 from .reference import Reference
 from .sessions import SessionPool, evict_for
 from .shapes import MllamaShapes
-from .speculative import (
-    InVocabularyDrafts,
-    InVocabularyProcessor,
-    ModelDrafts,
-    OVDraftModel,
-    in_vocabulary,
-)
+from .speculative import InVocabularyDrafts, InVocabularyProcessor, ModelDrafts, OVDraftModel, in_vocabulary
 from .stats import GenerationStats
 from .vision import ImageInputs, OVImageEncoder, image_keys
 
@@ -58,49 +50,44 @@ logger = logging.getLogger(__name__)
 
 
 class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
-    """Llama 3.2 Vision on OpenVINO, used as transformers' class is: `model.generate(**processor(...))`.
+    """Llama 3.2 Vision on OpenVINO, used as transformers' class: `model.generate(**processor(...))`.
 
-    A prompt that begins as an earlier conversation did, about the same images, is computed from where they part; any
-    other begins a new one. Calls of the model itself, without `past_key_values`, all use `session`. Threads take turns:
-    a call of `generate` waits for the one before to end.
+    `generate` reuses the longest prefix that a prompt shares with a session, images included, and serves one thread at
+    a time. Calls of the model itself without `past_key_values` share `session`.
 
     Args:
         model_dir: folder written by `convert_mllama`.
         device: OpenVINO device of both IRs: "CPU", "GPU", "AUTO", ...
-        ov_config: OpenVINO properties for both, before what `devices.choose` takes for this CPU and each IR
-            (`chosen` of `image_encoder` and of `language_model` tells it, and why). A CPU keeps the KV cache in 8 bit.
-            {"EXECUTION_MODE_HINT": "ACCURACY"} computes and keeps all in f32, and then gives
-            transformers' tokens (INFERENCE_PRECISION_HINT alone leaves the cache in 8 bit).
-        language_model_name, image_encoder_name: file names in `model_dir`, to choose compressed variants; default the
-            16-bit ones.
-        slice_lm_head: compute only the logits that are asked for (the last position's, when generating). False computes
-            all of them and returns the same.
-        warm_up: run the language model once: the CPU plugin repacks the weights then, 26 s for the 11B's INT4 ones.
-        check_golden: ask the checkpoint's golden question, if it brought one, and warn where this device answers
-            otherwise than transformers did.
-        image_cache_bytes: memory for encoded images, see `OVImageEncoder`.
-        kv_cache_bytes: memory for sessions, see `SessionPool`. A token of the 11B takes 66 KB in 8 bit, 0.26 MB in
-            f32; what is read of an image, 0.1 GB for each of its tiles.
-        use_remote_tensors: on a GPU, keep the images' K/V in its memory (`DeviceTensors`; not verified on hardware).
-        dynamic_shape: there for the published notebook's sake: shapes always follow the inputs.
+        ov_config: OpenVINO properties for both, which override `devices.choose` (see `chosen` of `image_encoder` and
+            `language_model`). On a CPU the KV cache is in 8 bit; {"EXECUTION_MODE_HINT": "ACCURACY"} makes everything
+            f32, with transformers' tokens (INFERENCE_PRECISION_HINT alone leaves the cache in 8 bit).
+        language_model_name, image_encoder_name: file names in `model_dir`, such as compressed IRs; default the 16-bit
+            ones.
+        slice_lm_head: compute only the logits that are returned; False computes all, for the same results.
+        warm_up: run the language model once, as the CPU plugin repacks the weights then, 26 s for the 11B's INT4 ones.
+        check_golden: verify the device by the checkpoint's golden question, if any, see `check_golden_answer`.
+        image_cache_bytes: budget for encoded images, see `OVImageEncoder`.
+        kv_cache_bytes: budget for sessions, see `SessionPool`. The 11B takes 66 KB per token in 8 bit, 0.26 MB in f32,
+            and 0.1 GB per tile of an image.
+        use_remote_tensors: on a GPU, keep image K/V in its memory (`DeviceTensors`; not verified on hardware).
+        dynamic_shape: ignored, for compatibility: shapes are always dynamic.
 
     Attributes:
-        session: of the calls without `past_key_values` (`generate` takes one of its own).
-        turn: the lock that a thread holds while it computes; whoever takes it may decide then whether to begin at all.
-        reference: that its IRs follow, see `reference.Reference`.
-        about: its name, the formats of its weights and its device, for people.
+        session: of calls without `past_key_values`; `generate` uses others.
+        turn: lock that is held while a thread computes.
+        reference: of its IRs, see `reference.Reference`.
+        about: name, weight formats and device, for display.
         stats: `GenerationStats` of the last prompt and the tokens since.
 
     Raises:
-        FileNotFoundError: the folder lacks an IR or the config.
-        ValueError: an IR is incomplete or made by another converter version, or the two are of different checkpoints.
+        NotFoundError, InputError: as `check_model_dir`.
     """
 
     # Read by GenerationMixin (transformers 5.23, generation/utils.py)
     main_input_name = "input_ids"
     base_model_prefix = "model"
-    _is_stateful = False  # True would rule out beam search; OVCache tells generate about the state instead
-    device = torch.device("cpu")  # of inputs and logits, whichever device computes
+    _is_stateful = False  # True excludes beam search; OVCache represents the state instead
+    device = torch.device("cpu")  # of inputs and logits
     dtype = torch.float32
 
     def __init__(
@@ -127,8 +114,8 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         self.slice_lm_head = slice_lm_head
         self.stats = GenerationStats()
         self.turn = threading.RLock()
-        self._watched: tuple = None, Progress()  # stop and progress of the call of generate under way
-        self._calls = 0  # under way in the thread whose turn it is: generate calls the model
+        self._watched: tuple = None, Progress()  # stop and progress of the current call of generate
+        self._calls = 0  # depth in the current thread: generate calls the model
 
         started = time.perf_counter()
         self.image_encoder = OVImageEncoder(
@@ -139,7 +126,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         )
         check_ports(self.shapes, self.image_encoder, self.language_model.compiled, model_dir)
         self.session, self.sessions = self.language_model.session(), SessionPool(self.language_model, kv_cache_bytes)
-        self.about = named(model_dir, stamps[language], stamps[vision], device)
+        self.about = display_name(model_dir, stamps[language], stamps[vision], device)
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:
             self._warm_up_s = self.language_model.warm_up()
@@ -151,7 +138,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
 
     @property
     def vision_encoder_infer_time(self) -> list[float]:
-        """Seconds for each different image of the last prompt, about 0 for cached ones; empty for text only."""
+        """Seconds for each different image of the last prompt, about 0 for cached ones."""
         return self.stats.image_s
 
     @property
@@ -160,15 +147,19 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         return [self.stats.prefill_s, *self.stats.step_s] if self.stats.prefill_s else []
 
     def forget(self) -> None:
-        """Drops all conversations and images kept: the next prompt is computed from its first token."""
+        """Drop all sessions and cached images."""
         with self.turn:
             self.session.reset()
             self.sessions.forget()
             self.image_encoder.forget()
 
     def generate(self, *args, stop: threading.Event | None = None, progress: Progress | None = None, **kwargs):
-        """`GenerationMixin.generate`, one thread at a time. Once `stop` is set, the answer ends with the token under
-        way; before the first one `Cancelled` is raised (`inference.py`). `progress` is told what is done."""
+        """Run `GenerationMixin.generate`, one thread at a time.
+
+        Args:
+            stop: once set, the answer ends after the current token; before the first one, `Cancelled` is raised.
+            progress: updated with the current stage.
+        """
         if stop:
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), StopOnEvent(stop)]
         with self._in_turn(stop):
@@ -179,19 +170,10 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
                 self._watched = None, Progress()
 
     def encode_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, stop=None) -> list[float]:
-        """Encodes images ahead of the question about them and keeps them, as far as `image_cache_bytes` goes. A prompt
-        that comes meanwhile waits for the image under way, its own or not, and goes before the next one; it does not
-        encode its own again. This takes no turn: other prompts are answered meanwhile.
+        """Prefetch images into the cache, see `OVImageEncoder.prefetch`; it does not take `turn`.
 
         Args:
             pixel_values, aspect_ratio_ids, aspect_ratio_mask: from the processor, as for `forward`.
-            stop: `threading.Event`; once it is set, the image under way is given up between two layers, unless a prompt
-                waits for it.
-        Returns:
-            seconds for each different image, next to nothing for those that were kept.
-        Raises:
-            Cancelled: `stop` was set (`ov_mllama.runtime.inference`); images that were done are kept.
-            ValueError, TypeError: as for `forward`.
         """
         tensors = (pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         images = images_alone(*tensors, self.image_encoder.pixels_shape, self.config)
@@ -215,7 +197,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits for new tokens: a whole prompt, or what follows the tokens in `past_key_values`.
+        """Compute logits of a prompt, or of tokens that follow those in `past_key_values`.
 
         Args, in transformers' order:
             input_ids: i64 [batch, query].
@@ -223,31 +205,30 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
                 `aspect_ratio_mask` [batch, images, tiles] and `cross_attention_mask` [batch, query, images, tiles]: all
                 from the processor, and only with a prompt. Later tokens see what the prompt's last one does.
             attention_mask, position_ids: i64 [batch, past + query], default ones; [batch, query], default consecutive.
-            past_key_values: from the output of the step before; None or a new one starts anew.
-            labels: i64 [batch, query], for the `loss` of predicting each from what is before it; -100 counts nowhere.
-            use_cache: False returns no `past_key_values`; default as the config says.
-            logits_to_keep: how many of the last positions get logits, 0 for all; or a tensor of the positions.
-            kwargs: `return_dict=False` for a tuple. `cross_attention_states`, `inputs_embeds`, `output_attentions` and
-                `output_hidden_states` are there for transformers' sake and refused if they ask for anything.
+            past_key_values: from the output of the step before; None or a new one for a prompt.
+            labels: i64 [batch, query], for the `loss`; -100 is ignored.
+            use_cache: False returns no `past_key_values`; default the config's.
+            logits_to_keep: number of last positions that get logits, 0 for all; or a tensor of positions.
+            kwargs: `return_dict=False` for a tuple; arguments for internals are rejected, see `checks.UNSUPPORTED`.
         Returns:
-            `logits` f32 [batch, kept, vocab], `past_key_values`, and `loss` if there are `labels`.
+            `logits` f32 [batch, positions, vocab], `past_key_values`, and `loss` if there are `labels`.
         Raises:
-            ValueError, TypeError: inputs that cannot be answered, see `checks.py`; each sentence names the fix.
-            MemoryError, FloatingPointError: too long a prompt for this machine; logits that are not finite.
+            InputError, TypeError: for invalid inputs, see `checks.py`.
+            OutOfMemoryError, NumericalError: if the prompt does not fit; if logits are not finite.
         """
         check_arguments({"cross_attention_states": cross_attention_states, "inputs_embeds": inputs_embeds, **kwargs})
         check_cache(past_key_values, self.language_model)
         ids, mask, positions = token_arrays(input_ids, attention_mask, position_ids)
         seen = as_array("cross_attention_mask", cross_attention_mask)
         images = image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask)
-        query, wanted = ids.shape[1], logits_to_keep
-        last = min(wanted, query) if isinstance(wanted, int) and wanted > 0 and self.slice_lm_head else query
+        query, some = ids.shape[1], isinstance(logits_to_keep, int) and logits_to_keep > 0
+        last = min(logits_to_keep, query) if some and self.slice_lm_head else query
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         with self._in_turn():
             cache = OVCache(self.session) if past_key_values is None else past_key_values
             session = check_continuation(cache, ids, images, seen) if cache.positions else None
             check_tokens(ids, mask, positions, len(cache.positions), self.shapes)
-            drafts = wanted - 1 if cache.drafting and isinstance(wanted, int) and wanted > 0 else 0
+            drafts = logits_to_keep - 1 if cache.drafting and some else 0
             if session:
                 self.sessions.use(session)
                 logits = session.decode(ids, mask, positions, last)
@@ -256,35 +237,35 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
                     self.session.reset()
                 logits = self._begin(cache, images, Prompt(ids, mask, positions, logits_to_keep=last), drafts)
             cache.stats.drafted_tokens += drafts
-        logits = slice_logits_to_keep(torch.from_numpy(logits), wanted)
+        logits = slice_logits_to_keep(torch.from_numpy(logits), logits_to_keep)
         loss = None if labels is None else ForCausalLMLoss(logits, labels, self.shapes.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
     def _begin(self, cache: OVCache, images: ImageInputs | None, prompt: Prompt, drafts: int) -> np.ndarray:
-        """Logits of a prompt, whose last `drafts` tokens are drafts, in the cache's session or that of its prefix."""
+        """Compute a prompt, whose last `drafts` tokens are drafts, in the cache's session or one with its prefix."""
         if images:
             check_images(images, prompt.input_ids.shape, self.image_encoder.pixels_shape, self.config)
             prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
             prompt.image_keys = image_keys(images)
         rows = self.image_encoder.rows_read(images, prompt.seen, self.language_model.row_mask) if images else 0
         warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
-        session = cache.session or self.sessions.take(prompt, rows)
+        session = cache.session or self.sessions.acquire(prompt, rows)
         images = None if session.holds_images(prompt) else images
         evict_for(prompt, session, self.sessions, self.image_encoder, self.config, rows, images)
         encoded = self.image_encoder.encode(images, prompt.image_keys, *self._watched) if images else None
-        held = len({key for row in prompt.image_keys for key in row})  # in the session, where none is encoded
+        held = len({key for row in prompt.image_keys for key in row})  # in the session, if none is encoded
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
             warm_up_s=self._warm_up_s,
             image_s=encoded.image_s if encoded else [0.0] * held,
-            images_kept=encoded.kept if encoded else held,
+            images_cached=encoded.cached if encoded else held,
             prompt_tokens=prompt.input_ids.shape[1] - drafts,
         )
         return session.prefill(prompt, encoded, cache, *self._watched)
 
     @contextlib.contextmanager
     def _in_turn(self, stop=None):
-        """One thread at a time; when its outermost call ends, conversations that there is no room for are dropped."""
+        """Hold `turn`; the outermost call of a thread evicts sessions beyond the budget when it ends."""
         with acquire(self.turn, stop):
             self._calls += 1
             try:
@@ -294,11 +275,10 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
                 if not self._calls:
                     self.sessions.release()
 
-    # ---- What GenerationMixin calls (tests/runtime/test_interface.py checks that it still does) ----
+    # ---- Called by GenerationMixin (tests/runtime/test_interface.py checks that it still does) ----
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
-        """After the prompt only text goes in: the cache holds the images. Tokens behind those that the processor saw,
-        as when an answer is continued by hand, see the tiles that its last one does."""
+        """Drop the images after the prompt; extend the mask to tokens after the processor's."""
         if use_cache and not is_first_iteration:
             for name in ImageInputs._fields:
                 kwargs.pop(name, None)
@@ -313,9 +293,9 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         check_cache(model_kwargs.get("past_key_values"), self.language_model)
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation='{generation_config.cache_implementation}' cannot be served: the KV cache stays "
-                "inside OpenVINO and grows as needed. Leave it out."
+            raise InputError(
+                f"cache_implementation='{generation_config.cache_implementation}' is not supported, as the KV cache is "
+                "inside OpenVINO. Leave it out."
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = OVCache()
@@ -323,7 +303,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             model_kwargs["past_key_values"].activate_past_recording()
 
     def _get_candidate_generator(self, model_kwargs, assistant_model=None, **kwargs) -> CandidateGenerator:
-        """Drafts come from text alone: an assistant model knows no images."""
+        """Return a draft source, which gets no images."""
         if isinstance(assistant_model, OVDraftModel):
             return ModelDrafts(assistant_model, self.shapes.vocab_size, kwargs["generation_config"], self)
         text_kwargs = {name: value for name, value in model_kwargs.items() if name not in ImageInputs._fields}
@@ -331,7 +311,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         return InVocabularyDrafts(drafts, self.shapes.vocab_size, back_off=assistant_model is None)
 
     def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> LogitsProcessorList:
-        """Those of transformers that look up logits by the prompt's ids do not see `<|image|>`; all others do."""
+        """Hide `<|image|>`, which has no logit, from processors that index logits by the prompt's ids."""
         if encoder_input_ids is not None and encoder_input_ids.ndim == 2:
             encoder_input_ids = in_vocabulary(encoder_input_ids, self.shapes.vocab_size)
         processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)

@@ -1,8 +1,4 @@
-"""Messages -> the model's tensors -> its words: what chat, server and captions share.
-
-Special tokens in what people write are made harmless, the context's length is checked before pictures are opened, and
-words come as they are found, until somebody stops them.
-"""
+"""Prompts and answers of chat, server and captions: messages to tensors, and streaming of the generated text."""
 
 import asyncio
 import contextlib
@@ -14,27 +10,28 @@ from collections.abc import AsyncGenerator
 import torch
 from transformers.generation.streamers import AsyncTextIteratorStreamer
 
+from .errors import InputError
 from .images import at_detail, open_picture
 from .inference import POLL_S, Cancelled, Progress, acquire
 
-STOP_WITHIN_S = 0.5  # a person who stopped an answer is not kept longer, see `stream_words`
+STOP_WITHIN_S = 0.5  # longest wait for the current step after a stop, see `stream_words`
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None}
 
 
 def escape_special_tokens(text: str) -> str:
-    """Text that any tokenizer takes and in which nothing is a special token, nor becomes one behind another text: a
-    zero-width space keeps "<|eot_id|>" readable and harmless. Halves of characters (lone surrogates) become U+FFFD."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return re.sub(r"(^|<)\|", "\\1\u200b|", whole)
+    """Break special tokens such as "<|eot_id|>", also across a join of texts, by a zero-width space; replace lone
+    surrogates by U+FFFD."""
+    valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return re.sub(r"(^|<)\|", "\\1\u200b|", valid)
 
 
 def prompts_about(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch of prompts, each the "question" about the "image" of a sample, padded on the left. What was asked and
-    answered "before", (question, answer) pairs, goes first in those that have it."""
+    """Return a left-padded batch of prompts: the "question" of each sample about its "image", after the (question,
+    answer) pairs "before", if any."""
     text: list[str] = []
     for sample in samples:
-        said = [*(words for pair in sample.get("before", ()) for words in pair), sample["question"]]
-        contents = [[{"type": "text", "text": words}] for words in said]
+        texts = [*(part for pair in sample.get("before", ()) for part in pair), sample["question"]]
+        contents = [[{"type": "text", "text": part}] for part in texts]
         contents[0] = [{"type": "image"}, *contents[0]]
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
@@ -44,18 +41,14 @@ def prompts_about(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def prompt_inputs(processor, text: str, images: list) -> dict[str, torch.Tensor]:
-    """The processor's tensors of one prompt, as the chat template writes it, and its images."""
+    """Return the processor's tensors of one prompt, a text of the chat template, and its images."""
     nested = [images] if images else None
     return dict(processor(text=[text], images=nested, add_special_tokens=False, return_tensors="pt"))
 
 
 def padded(prompts: list[dict[str, torch.Tensor]], pad_token: int | None) -> dict[str, torch.Tensor]:
-    """Prompts of as many images each (`prompt_inputs`) as one batch, padded on the left, so that all answers begin in
-    the same column. Tokenizers that were saved for training pad on the right, and their setting is all threads'.
-
-    Args:
-        pad_token: any will do where there is None, nothing looks at it.
-    """
+    """Join prompts (`prompt_inputs`) with equally many images into a left-padded batch. (A tokenizer's padding side is
+    shared by all threads, and may be right.)"""
     fill = {"input_ids": pad_token or 0, "attention_mask": 0, "cross_attention_mask": 0}
     length = max(prompt["input_ids"].shape[1] for prompt in prompts)
     batch = {}
@@ -69,34 +62,34 @@ def padded(prompts: list[dict[str, torch.Tensor]], pad_token: int | None) -> dic
 
 
 def prompt_text(model, processor, messages: list[dict], max_new_tokens: int) -> str:
-    """A conversation as the chat template writes it, up to where the answer begins.
+    """Apply the chat template, with the generation prompt.
 
     Args:
         messages, max_new_tokens: as for `prompt_tensors`.
     Raises:
-        ValueError: more text than the model's context holds.
+        InputError: if it exceeds the model's context.
     """
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
     context = model.config.text_config.max_position_embeddings
     if length + max_new_tokens > context:
-        raise ValueError(
-            f"The conversation has {length} tokens, and with {max_new_tokens} for the answer that is more than the "
-            f"{context} this model can hold: start a new one, or ask for a shorter answer."
+        raise InputError(
+            f"The conversation has {length} tokens, which with {max_new_tokens} for the answer exceed the model's "
+            f"context of {context}: start a new one, or request a shorter answer."
         )
     return text
 
 
 def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_new_tokens: int, detail: str = "high"):
-    """The processor's tensors for a conversation, and what is to be said of its pictures.
+    """Return the processor's tensors for a conversation, and remarks on its images (`open_picture`).
 
     Args:
-        messages: for the chat template; their texts are `escape_special_tokens` already.
-        pictures: whatever `open_picture` takes, in the template's order.
-        max_new_tokens: room to leave for the answer.
+        messages: for the chat template; texts after `escape_special_tokens`.
+        pictures: for `open_picture`, in the template's order.
+        max_new_tokens: of the answer, which the context must hold too.
         detail: "high" or "low", see `images.at_detail`.
     Raises:
-        ValueError: a picture that cannot be used, an unknown `detail`, or more text than the model's context holds.
+        InputError: for an invalid image or `detail`, or if the text exceeds the model's context.
     """
     text = prompt_text(model, processor, messages, max_new_tokens)
     opened = [open_picture(picture) for picture in pictures]
@@ -107,76 +100,63 @@ def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_n
 
 
 def picture_tensors(model, processor, picture, detail: str = "high") -> dict[str, torch.Tensor]:
-    """For `encode_images`: a picture's tensors exactly as `prompt_tensors` makes them, so that it is known again.
-
-    Args:
-        picture, detail: as for `prompt_tensors`.
-    Raises:
-        ValueError: a picture that cannot be used.
-    """
+    """Return an image's tensors for `encode_images`, equal to those of `prompt_tensors`."""
     image = at_detail(open_picture(picture), detail, model.config.vision_config.image_size)
     inputs = processor(text=processor.image_token, images=[image], add_special_tokens=False, return_tensors="pt")
     return {name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
 
 
 def sampling(temperature: float, top_p: float) -> dict:
-    """For `generate`; a temperature of 0 takes the likeliest token (greedy)."""
+    """Return arguments of `generate`; a temperature of 0 is greedy."""
     return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
 
 
 def hit_token_limit(
     output: torch.Tensor, prompt_tokens: int, max_new_tokens: int, eos_token_id: int | list[int]
 ) -> bool:
-    """Whether an answer ended only because of its limit.
-
-    Args:
-        output: what `generate` returned, i64 [1, prompt and answer].
-        eos_token_id: the token, or tokens, that end an answer.
-    """
+    """Return whether an answer, in `output` of `generate`, i64 [1, prompt and answer], ended by the token limit."""
     answer = output[0, prompt_tokens:]
     ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
     return len(answer) >= max_new_tokens and int(answer[-1]) not in ends
 
 
 class FifoLock:
-    """Questions that are answered one at a time, in the order in which they came."""
+    """Asynchronous lock with a first-in-first-out queue."""
 
     def __init__(self):
-        self._questions: list[object] = []  # the one that is answered first
+        self._queue: list[object] = []  # the holder first
 
     @contextlib.asynccontextmanager
     async def turn(self, progress: Progress) -> AsyncGenerator[None]:
-        """Waits until it is a new question's turn, which ends with the block; `progress` is told how many go before."""
-        question, said = object(), 0
-        self._questions.append(question)
+        """Hold the lock within the block; `progress` is updated with the queue's length."""
+        ticket, shown = object(), 0
+        self._queue.append(ticket)
         try:
-            while before := self._questions.index(question):
-                if before != said:
+            while before := self._queue.index(ticket):
+                if before != shown:
                     others = f"{before} other conversations’ answers" if before > 1 else "another conversation’s answer"
                     progress.enter(f"Waiting for {others}")
-                    said = before
+                    shown = before
                 await asyncio.sleep(POLL_S)
             yield
         finally:
-            self._questions.remove(question)
+            self._queue.remove(ticket)
 
 
 async def stream_words(
-    model, processor, note=lambda stats, cut: None, progress: Progress | None = None, **arguments
+    model, processor, on_complete=lambda stats, hit_limit: None, progress: Progress | None = None, **arguments
 ) -> AsyncGenerator[str]:
-    """The words of `generate` as they come, from a thread.
+    """Stream the text of `generate`, which runs in a thread.
 
-    Closing it stops the generation within a token, a long prompt within `PREFILL_TOKENS`, a picture between two layers,
-    or what was not its turn yet. It does not wait for the end of a step that takes longer than `STOP_WITHIN_S`, as of a
-    long prompt: until then it is the model's turn that is waited for.
+    Closing the stream cancels the wait for the model, an image between two layers, a prompt within `PREFILL_TOKENS`, an
+    answer within a token. A step that takes longer than `STOP_WITHIN_S` ends in the background, with the model locked.
 
     Args:
         model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate` (`stop` and `progress` too),
             `turn` and `generation_config`.
-        note: called after a whole answer, while it still is this one's turn, with the model's statistics and whether
-            the limit has cut it.
-        progress: told what is waited for.
-        arguments: of `generate`, `max_new_tokens` among them.
+        on_complete: called after a complete answer, holding `turn`, with the statistics and `hit_token_limit`.
+        progress: updated with the current stage.
+        arguments: of `generate`, `max_new_tokens` included.
     """
     stop = threading.Event()
     progress = progress or Progress()
@@ -188,21 +168,19 @@ async def stream_words(
             with contextlib.suppress(Cancelled), acquire(model.turn, stop):
                 progress.enter("Beginning")
                 output = model.generate(**arguments, streamer=streamer, stop=stop, progress=progress)
-                if stop.is_set():  # and who has stopped it may be gone: the step under way took longer
+                if stop.is_set():
                     return
-                ends = model.generation_config.eos_token_id
-                note(
-                    model.stats,
-                    hit_token_limit(output, arguments["input_ids"].shape[1], arguments["max_new_tokens"], ends),
-                )
+                length, limit = arguments["input_ids"].shape[1], arguments["max_new_tokens"]
+                hit_limit = hit_token_limit(output, length, limit, model.generation_config.eos_token_id)
+                on_complete(model.stats, hit_limit)
         finally:
-            streamer.end()  # a second time after a whole answer, which the loop below does not see
+            streamer.end()  # again after a complete answer, which the loop below does not see
 
     generating = asyncio.create_task(asyncio.to_thread(generate))
     try:
         async for piece in streamer:
             yield piece
-        await generating  # raises what generate raised
+        await generating  # raises its error
     finally:
         stop.set()
         await asyncio.wait([generating], timeout=STOP_WITHIN_S)

@@ -1,13 +1,15 @@
 """Two conventions of Mllama: Meta's reference code, on which the weights were trained, and today's transformers.
 
-They differ in two things, measured in docs/upstream.md. Which one a checkpoint was made for follows from the version of
-transformers that wrote its config.json: Meta's own says 4.45.0.dev0.
+docs/upstream.md measures their two differences. The version of transformers in a checkpoint's config.json tells which
+one it was made for: Meta's own have 4.45.0.dev0.
 """
 
 import json
 import re
 from pathlib import Path
 from typing import NamedTuple
+
+from .errors import InputError
 
 
 class Reference(NamedTuple):
@@ -16,7 +18,7 @@ class Reference(NamedTuple):
     Attributes:
         vision_layers: states of the vision layers `intermediate_layers_indices` that the projector reads, their
             "inputs" or their "outputs".
-        row_mask: "on": cross-attention layers leave tokens that see no image alone; "off": they skip the MLP only.
+        row_mask: "on": cross-attention layers skip tokens that see no image; "off": only the MLP does.
     """
 
     vision_layers: str
@@ -24,11 +26,7 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, stamp: dict[str, str]) -> "Reference":
-        """That of an IR's stamp.
-
-        Raises:
-            KeyError: the stamp is a draft model's, which follows none.
-        """
+        """Return the reference in an IR's stamp; KeyError for a draft model's, which follows none."""
         return cls(*(stamp[key] for key in cls._fields))
 
 
@@ -39,19 +37,19 @@ NAMES = {"meta": META, "transformers": TRANSFORMERS}
 
 
 def reference_of(source: Path, name: str = "auto") -> tuple[Reference, str]:
-    """The convention to convert a checkpoint in, and why, for people.
+    """Return the reference to convert a checkpoint with, and the reason, for display.
 
     Args:
-        source: folder of the checkpoint, whose config.json says which transformers wrote it.
-        name: "meta", "transformers", or "auto": Meta's for 4.45.0.dev0; the layers' inputs for other versions before
+        source: folder of the checkpoint.
+        name: "meta", "transformers", or "auto": Meta's for version 4.45.0.dev0; the layers' inputs for others before
             4.55; else transformers'. Meta's weights saved again by a later version need "meta".
     Raises:
-        ValueError: another name.
+        InputError: for another name.
     """
     if name in NAMES:
-        return NAMES[name], "as asked for"
+        return NAMES[name], "as given"
     if name != "auto":
-        raise ValueError(f"reference='{name}' is none of auto, {', '.join(NAMES)}.")
+        raise InputError(f"reference='{name}' is unknown: choose one of auto, {', '.join(NAMES)}.")
     version = json.loads((source / "config.json").read_text(encoding="utf-8")).get("transformers_version")
     why = f"config.json was written by transformers {version}" if version else "config.json names no transformers"
     if version == "4.45.0.dev0":
@@ -63,7 +61,7 @@ def reference_of(source: Path, name: str = "auto") -> tuple[Reference, str]:
 
 
 def described(reference: Reference) -> str:
-    """A convention in words, such as "Meta's: the projector reads inputs of vision layers, ..."."""
+    """Describe a reference in words, such as "Meta's: the projector reads inputs of vision layers, ..."."""
     whose = {META: "Meta's", TRANSFORMERS: "transformers'"}.get(reference, "transformers' before 4.55")
-    alone = "are left alone" if reference.row_mask == "on" else "attend to every tile"
-    return f"{whose}, the projector reads {reference.vision_layers} of vision layers, tokens before an image {alone}"
+    text = "are left alone" if reference.row_mask == "on" else "attend to every tile"
+    return f"{whose}, the projector reads {reference.vision_layers} of vision layers, tokens before an image {text}"

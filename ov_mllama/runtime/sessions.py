@@ -1,4 +1,4 @@
-"""The conversations that a model keeps, and what goes when there is no room for all."""
+"""Session pool: the sessions whose KV caches a model holds, and their eviction."""
 
 from transformers import MllamaConfig
 
@@ -10,23 +10,22 @@ from .vision import ImageInputs, OVImageEncoder
 
 
 class SessionPool:
-    """The conversations that a model keeps: as many as there is room for, the one used last at the end.
+    """Sessions within a memory budget, in LRU order; the last one used stays, whatever it takes.
 
     Args:
-        cache_bytes: room for all of them together, KV caches and what they read of their images; the oldest goes first.
-            The one used last stays, whatever it takes.
+        cache_bytes: budget for all KV caches and the image K/V that they read.
     """
 
-    MAX_SESSIONS = 8  # however small they are: each is asked how a new prompt begins
+    MAX_SESSIONS = 8  # however small: `acquire` compares a prompt with each
 
     def __init__(self, model: OVLanguageModel, cache_bytes: int):
         self.model, self.cache_bytes = model, cache_bytes
         self._sessions: list[Session] = []
         self._in_use: set[int] = set()
 
-    def take(self, prompt: Prompt, rows: int = 0) -> Session:
-        """The session whose conversation a prompt continues; else an empty one; else, where there is no room for one
-        more, that which was used longest ago. It is in use until `release`.
+    def acquire(self, prompt: Prompt, rows: int = 0) -> Session:
+        """Return the session with the longest prefix of a prompt; else an empty one; else, at the limit, the least
+        recently used one. It is in use until `release`.
 
         Args:
             rows: K/V rows of the prompt's images.
@@ -34,9 +33,9 @@ class SessionPool:
         idle = [session for session in self._sessions if id(session) not in self._in_use]
         session = max(idle, key=lambda session: session.reusable(prompt), default=None)
         if session and not session.reusable(prompt):
-            # a batch's conversation (tokens None) cannot be gone on with by another prompt
+            # a batch (tokens None) is no prefix of another prompt
             empty = (session for session in idle if not session.cache or session.cache.tokens is None)
-            session = next(empty, None if self._has_room(prompt, rows) else idle[0])
+            session = next(empty, None if self._fits(prompt, rows) else idle[0])
         if session is None:
             session = self.model.session()
             self._sessions.append(session)
@@ -44,34 +43,31 @@ class SessionPool:
         return session
 
     def use(self, session: Session) -> None:
-        """A session is gone on with: it is used last, and in use until `release`."""
+        """Mark a session as the most recently used, and as in use until `release`."""
         if session in self._sessions:
             self._sessions.remove(session)
             self._sessions.append(session)
             self._in_use.add(id(session))
 
-    def _has_room(self, prompt: Prompt, rows: int) -> bool:
-        wanted = self.model.column_bytes * prompt.input_ids.size + self.model.shapes.cross_kv_bytes(rows)
-        return len(self._sessions) < self.MAX_SESSIONS and self.held_bytes + wanted <= self.cache_bytes
+    def _fits(self, prompt: Prompt, rows: int) -> bool:
+        needed = self.model.token_bytes * prompt.input_ids.size + self.model.shapes.cross_kv_bytes(rows)
+        return len(self._sessions) < self.MAX_SESSIONS and self.held_bytes + needed <= self.cache_bytes
 
     def release(self) -> None:
-        """Nothing is in use any more; what there is no room for goes, the oldest first."""
+        """Mark all sessions as idle, and evict down to the budget."""
         self._in_use.clear()
-        while len(self._sessions) > 1 and (
-            len(self._sessions) > self.MAX_SESSIONS or self.held_bytes > self.cache_bytes
-        ):
+        while len(self) > 1 and (len(self) > self.MAX_SESSIONS or self.held_bytes > self.cache_bytes):
             self._sessions.pop(0).reset()
 
     @property
     def held_bytes(self) -> float:
-        """Bytes of all conversations."""
         return sum(session.held_bytes for session in self._sessions)
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def forget(self) -> None:
-        """Drops all conversations but those in use."""
+        """Drop all idle sessions."""
         for session in [session for session in self._sessions if id(session) not in self._in_use]:
             self._sessions.remove(session)
             session.reset()
@@ -87,24 +83,24 @@ def evict_for(
     rows: int,
     images: ImageInputs | None = None,
 ) -> None:
-    """Before a prompt's images are encoded: what its session held goes, if it is of no use to the prompt, and where
-    memory is short all that is only kept.
+    """Free memory before a prompt's images are encoded: reset its session if none of it is reused and, where memory is
+    short, drop idle sessions and cached images.
 
     Args:
-        images: those of the prompt, where the session does not hold them.
+        images: those of the prompt, unless the session holds them.
     Raises:
-        ValueError, MemoryError: as `check_prompt_fits`.
+        InputError, OutOfMemoryError: as `check_prompt_fits`.
     """
     reused = session.reusable(prompt)
     if not reused:
         session.reset()
     picture_bytes = encoder.memory_for(images, prompt.image_keys) if images else 0
-    asked = config, prompt, reused, rows, session.model.column_bytes
+    needs = config, prompt, reused, rows, session.model.token_bytes
     try:
-        check_prompt_fits(*asked)
+        check_prompt_fits(*needs)
         if free_memory() < picture_bytes:
-            sessions.forget()  # of the images that are kept, the encoder sees to it
+            sessions.forget()  # the encoder evicts its own
     except MemoryError:
         sessions.forget()
         encoder.forget()
-        check_prompt_fits(*asked)
+        check_prompt_fits(*needs)

@@ -1,30 +1,29 @@
-"""Every number and tensor name that graphs, converter, runtime and tests share. The layout of cross-attention keys and
-values is decided here and nowhere else. No torch: whoever only runs a converted model reads it too."""
+"""Shapes and tensor names shared by converter and runtime, and the layout of cross-attention keys and values."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-# Additive mask value. It and its sum with a score are finite in float16 too, so that no precision turns a masked row
-# into NaN ("!!!!" answers, openvino_notebooks#2442); exp() of it is exactly zero in every precision.
+# Additive mask value: finite in float16 even when added to a score, so that no masked row becomes NaN ("!!!!" answers,
+# openvino_notebooks#2442); its exp() is 0 in every precision.
 MASKED = float(np.finfo(np.float16).min) / 2
 
 
 @dataclass(frozen=True)
 class MllamaShapes:
-    """What the two IRs look like, read from the checkpoint's config.
+    """Shapes of the two IRs, from the checkpoint's config.
 
     Attributes:
         max_num_tiles: tiles of an image, real or padding.
-        canvas_tiles: of them, those of the canvas that each aspect ratio id stands for; id 0 is no image.
+        canvas_tiles: tiles of the canvas, by aspect ratio id; id 0 is no image.
         tile_size: pixels along a tile's edge.
         vision_size: channels of the vision tower.
         patches_per_tile: K/V rows of one tile: its patches and the class token (1601 for 560/14 pixels).
         num_heads, num_kv_heads, head_dim: of the language model's attention.
         self_layers, cross_layers: indices of its self- and cross-attention layers.
-        vocab_size: columns of the logits. `<|image|>` has an embedding but no logit: its id may equal `vocab_size`.
-        embeddings: rows of the embedding table; every id below has one.
-        max_positions: tokens that the context holds.
+        vocab_size: columns of the logits; `<|image|>`, which has none, may have this id.
+        embeddings: rows of the embedding table.
+        max_positions: context length in tokens.
     """
 
     max_num_tiles: int
@@ -43,7 +42,7 @@ class MllamaShapes:
 
     @classmethod
     def from_config(cls, config) -> "MllamaShapes":
-        """Of a transformers `MllamaConfig`; of a `LlamaConfig` too, which is one without images and cross-attention."""
+        """Read a transformers `MllamaConfig`, or a `LlamaConfig`, which has no cross-attention layers."""
         text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
         layers = range(text.num_hidden_layers)
         cross_layers = tuple(i for i in layers if i in getattr(text, "cross_attention_layers", ()))
@@ -70,16 +69,16 @@ class MllamaShapes:
         return [f"cross_attn_key_values.{i}.{part}" for i in self.cross_layers for part in ("key", "value")]
 
     def cross_kv_shape(self, name: str, batch: int, rows: int) -> tuple[int, ...]:
-        """Keys are transposed, ready for a plain `query @ key`; rows come in the order of images and their tiles."""
+        """Return a shape; keys are transposed for `query @ key`, rows in the order of images and their tiles."""
         shape = [batch, self.num_kv_heads, self.head_dim, self.head_dim]
         shape[rows_axis(name)] = rows
         return tuple(shape)
 
     def cross_kv_bytes(self, rows: int) -> int:
-        """Of so many rows of an image, in f32."""
+        """Return the bytes of so many rows of an image, in f32."""
         return 4 * 2 * len(self.cross_layers) * self.num_kv_heads * self.head_dim * rows
 
-    # ---- The text's KV cache: state of the language IR, [batch, kv heads, columns, head_dim] ----
+    # ---- The text's KV cache: state of the language IR, [batch, kv heads, slots, head_dim] ----
 
     @property
     def past_names(self) -> list[str]:
@@ -90,9 +89,9 @@ class MllamaShapes:
         return [f"present.{i}.{part}" for i in self.self_layers for part in ("key", "value")]
 
 
-EXTRA_EMBEDDINGS = 8  # MllamaTextModel's embedding table has so many rows beyond vocab_size, `<|image|>` the first
+EXTRA_EMBEDDINGS = 8  # embeddings of MllamaTextModel beyond vocab_size, `<|image|>` the first
 
 
 def rows_axis(name: str) -> int:
-    """Which axis of a cross-attention key or value counts the image's rows."""
+    """Return the rows' axis of a cross-attention key or value."""
     return 3 if name.endswith(".key") else 2

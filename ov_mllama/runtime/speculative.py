@@ -1,10 +1,9 @@
-"""A draft model: a small Llama with the same tokenizer, whose guesses the large model checks several at a time.
+"""Speculative decoding (https://arxiv.org/abs/2211.17192) with a draft model: a small Llama with the same tokenizer.
 
-    text so far -> OVDraftModel -> a few guessed tokens -> one step of the large model -> those that are right, and one
+    text so far -> OVDraftModel -> draft tokens -> one step of the target model -> accepted tokens, and one more
 
-What it guesses changes no greedy answer in f32, only how many tokens come of a step (speculative decoding,
-https://arxiv.org/abs/2211.17192); at other precisions a step of several tokens may round otherwise than steps of one.
-It knows text only: the picture is the large model's to look at.
+Greedy answers in f32 do not change; at other precisions a step of several tokens may round otherwise than steps of one.
+The draft model sees text only.
 """
 
 import time
@@ -21,16 +20,16 @@ from .kv_cache import Prompt
 from .language import OVLanguageModel
 from .shapes import MllamaShapes
 
-# A step of so many tokens beside a step of one: the 11B in INT4, `step_ms` in benchmarks/results/11b-without-amx.json
+# Relative time of a step by its tokens: the 11B in INT4, `step_ms` in benchmarks/results/11b-without-amx.json
 TOKENS, STEP = (1, 2, 4, 8, 16), (1.0, 1.23, 1.41, 1.65, 2.19)
 
 
 class DraftLengthPolicy:
-    """How many tokens to draft next: as many as pay, by what was right of late and what a draft costs.
+    """Draft length with the highest expected speed, from moving averages.
 
     Attributes:
-        right: share of the guesses that were right, the latest counting most.
-        cost: seconds for a guess beside those of the large model's step of one token.
+        acceptance_rate: share of accepted draft tokens.
+        cost: time of a draft token, relative to the target model's step of one token.
     """
 
     MAX_DRAFT_TOKENS, PAUSES, RATE = 8, (4, 64), 0.15
@@ -40,24 +39,20 @@ class DraftLengthPolicy:
         self.pause = self.remaining = 0
 
     def count(self) -> int:
-        """Tokens to draft before the next step; while they do not pay 0, but for a try after 4, 8, ..., 64 steps."""
+        """Return the tokens to draft next; while drafts do not pay 0, except for a try after 4, 8, ..., 64 steps."""
         if self.remaining:
             self.remaining -= 1
             return 0
         return max(range(1, self.MAX_DRAFT_TOKENS + 1), key=self.gain)
 
     def gain(self, drafts: int) -> float:
-        """Tokens a second beside a step of one token, if so many are drafted."""
+        """Return the speed with so many draft tokens, relative to none."""
         tokens = sum(self.acceptance_rate**number for number in range(drafts + 1))
         return tokens / (np.interp(drafts + 1, TOKENS, STEP) + drafts * self.cost)
 
     def update(self, drafted: int, accepted: int, seconds: float, step_seconds: float) -> None:
-        """What came of a draft.
-
-        Args:
-            seconds: it took; step_seconds: of the large model's step that checked it.
-        """
-        for hit in [1] * accepted + [0] * (accepted < drafted):  # guesses behind a wrong one say nothing
+        """Record a draft of `seconds`, and the target model's step that checked it."""
+        for hit in [1] * accepted + [0] * (accepted < drafted):  # tokens after a rejected one do not count
             self.acceptance_rate += self.RATE * (hit - self.acceptance_rate)
         of_one = step_seconds / np.interp(drafted + 1, TOKENS, STEP)
         self.cost += self.RATE * (seconds / drafted / of_one - self.cost)
@@ -67,16 +62,15 @@ class DraftLengthPolicy:
 
 
 class OVDraftModel:
-    """For `generate(..., assistant_model=OVDraftModel(folder))`. It keeps what it knows of the conversation and of how
-    often it was right from one call to the next.
+    """Draft model for `generate(..., assistant_model=OVDraftModel(folder))`; KV cache and acceptance rate persist.
 
     Args:
         model_dir: folder of `ov_mllama.export.compress.make_draft_model`.
         device, ov_config: as for `OVMLlamaForConditionalGeneration`.
-        drafts: how many tokens to guess at a time; default as many as pay, see `DraftLengthPolicy`.
+        drafts: draft length; default adaptive, see `DraftLengthPolicy`.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_model_dir`.
+        NotFoundError, InputError: as `check_model_dir`.
     """
 
     def __init__(
@@ -95,38 +89,29 @@ class OVDraftModel:
         self.schedule, self.drafts = DraftLengthPolicy(), drafts
 
     def draft_tokens(self, tokens: np.ndarray, count: int, ends: frozenset[int] = frozenset()) -> list[int]:
-        """The `count` likeliest tokens, one after another, fewer where one of `ends` comes.
-
-        Args:
-            tokens: i64 [query], the text so far. What of it began the call before is not computed again.
-        """
-        guessed = [self.greedy_token(self.session.prefill(Prompt(tokens[None])), len(tokens))]
-        while len(guessed) < count and guessed[-1] not in ends:
-            logits = self.session.decode(np.array([guessed[-1:]]))
-            guessed.append(self.greedy_token(logits, len(tokens) + len(guessed)))
-        return guessed
+        """Generate up to `count` greedy tokens after the text i64 [query], until one of `ends`."""
+        drafted = [self.greedy_token(self.session.prefill(Prompt(tokens[None])), len(tokens))]
+        while len(drafted) < count and drafted[-1] not in ends:
+            logits = self.session.decode(np.array([drafted[-1:]]))
+            drafted.append(self.greedy_token(logits, len(tokens) + len(drafted)))
+        return drafted
 
     def greedy_token(self, logits: np.ndarray, place: int) -> int:
-        """The id to guess.
-
-        Args:
-            logits: f32 [1, 1, vocab].
-            place: of the token in the text; for benchmarks, which know what comes there.
-        """
+        """Return the likeliest token of logits f32 [1, 1, vocab]; `place` in the text is for benchmarks."""
         return int(logits[0, -1].argmax())
 
 
 class ModelDrafts(CandidateGenerator):
-    """The drafts of one call of `generate`.
+    """Draft source of one call of `generate`.
 
     Args:
-        draft: whose.
-        vocab_size: how many logits the large model has; other tokens, `<|image|>`, the draft model does not see.
-        settings: of the call (`generation_config`): where the answer ends.
-        model: the large one, for the times of its steps.
+        draft: the draft model.
+        vocab_size: number of the target model's logits; other tokens (`<|image|>`) are hidden from the draft model.
+        settings: `generation_config` of the call.
+        model: the target model, for the times of its steps.
 
     Raises:
-        ValueError: the vocabularies differ.
+        InputError: if the vocabularies differ.
     """
 
     requires_model_outputs = False
@@ -137,45 +122,43 @@ class ModelDrafts(CandidateGenerator):
         self.max_length = settings.max_length
         ends = settings.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
-        self.guessed: list[int] = []
+        self.drafted: list[int] = []
         self.seconds = 0.0
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs):
         text = input_ids[0].numpy()
-        text, self.guessed, self.seconds = text[text < self.vocab_size], [], 0.0
-        room = self.max_length - input_ids.shape[1] - 1  # a step gives one token more than it checks
-        room = min(room, self.draft.language_model.shapes.max_positions - len(text))
-        count = min(self.draft.drafts or self.draft.schedule.count(), room)
+        text, self.drafted, self.seconds = text[text < self.vocab_size], [], 0.0
+        limit = self.max_length - input_ids.shape[1] - 1  # a step gives one token more than it checks
+        limit = min(limit, self.draft.language_model.shapes.max_positions - len(text))
+        count = min(self.draft.drafts or self.draft.schedule.count(), limit)
         if count < 1 or not len(text):
             return input_ids, None
         started = time.perf_counter()
-        self.guessed = self.draft.draft_tokens(text, count, self.ends)
+        self.drafted = self.draft.draft_tokens(text, count, self.ends)
         self.seconds = time.perf_counter() - started
-        return torch.cat([input_ids, torch.tensor([self.guessed])], dim=1), None
+        return torch.cat([input_ids, torch.tensor([self.drafted])], dim=1), None
 
     def update_candidate_strategy(self, input_ids, scores, num_matches) -> None:
-        stats, right = self.model.stats, int(num_matches)
-        if not stats.step_s:  # the first step checks the prompt too: its time says nothing
+        stats, accepted = self.model.stats, int(num_matches)
+        if not stats.step_s:  # the first step includes the prompt: its time does not count
             stats.draft_prompt_s = self.seconds
             return
         stats.draft_s += self.seconds
-        if self.guessed:
-            # transformers does not count the answer's last token, be it guessed right
-            right += self.guessed[right : right + 1] == input_ids[0, -1:].tolist()
-            self.draft.schedule.update(len(self.guessed), right, self.seconds, stats.step_s[-1])
+        if self.drafted:
+            # transformers never counts the answer's last token as accepted
+            accepted += self.drafted[accepted : accepted + 1] == input_ids[0, -1:].tolist()
+            self.draft.schedule.update(len(self.drafted), accepted, self.seconds, stats.step_s[-1])
 
 
 def in_vocabulary(input_ids: torch.LongTensor, vocab_size: int) -> torch.LongTensor:
-    """Ids [batch, tokens] in which each row's first token that has a logit (BOS or padding) stands for those without.
-
-    `<|image|>` has an embedding but no logit, and some of transformers' code indexes logits by token ids.
-    """
+    """Replace tokens without logit (`<|image|>`), by which transformers may index logits, by the first token of their
+    row that has one (BOS or padding)."""
     first = (input_ids < vocab_size).int().argmax(dim=1, keepdim=True)
     return torch.where(input_ids < vocab_size, input_ids, input_ids.gather(1, first)).clamp(max=vocab_size - 1)
 
 
 class InVocabularyProcessor(LogitsProcessor):
-    """A logits processor that sees no token id outside the logits."""
+    """Wrapper of a logits processor that passes `in_vocabulary` ids."""
 
     def __init__(self, processor: LogitsProcessor):
         self.processor = processor
@@ -185,17 +168,14 @@ class InVocabularyProcessor(LogitsProcessor):
 
 
 class InVocabularyDrafts(CandidateGenerator):
-    """Drafts for assisted decoding by a generator that sees no token id outside the logits.
+    """Wrapper of a candidate generator that passes `in_vocabulary` ids.
 
     Args:
-        drafts: the generator.
-        vocab_size: how many logits there are.
-        back_off: after a draft of which nothing was right, do without for 1, 3, 7, then 15 steps, so that text that
-            does not repeat the prompt costs next to nothing more. Not for an assistant model: it has its own schedule,
-            and a cache that wants to see every step.
+        back_off: after a draft without accepted tokens, pause for 1, 3, 7, then 15 steps, so that text that does not
+            repeat the prompt is hardly slower. Not for an assistant model: its cache must see every step.
     """
 
-    LONGEST_PAUSE = 15
+    MAX_PAUSE_STEPS = 15
 
     def __init__(self, drafts: CandidateGenerator, vocab_size: int, back_off: bool):
         self.drafts, self.vocab_size, self.back_off = drafts, vocab_size, back_off
@@ -215,6 +195,6 @@ class InVocabularyDrafts(CandidateGenerator):
     def update_candidate_strategy(self, input_ids, scores, num_matches) -> None:
         drafted = scores.shape[1] - 1
         if self.back_off and drafted:
-            self.pause = 0 if num_matches else min(2 * self.pause + 1, self.LONGEST_PAUSE)
+            self.pause = 0 if num_matches else min(2 * self.pause + 1, self.MAX_PAUSE_STEPS)
             self.remaining = self.pause
         self.drafts.update_candidate_strategy(input_ids, scores, num_matches)

@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision for other programs: an OpenAI-compatible server, and captions for folders of pictures."""
+"""OpenAI-compatible server, and captions for folders of images."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ def load(
     threads: int | None = None,
     **options,
 ):
-    """The model of a folder, the compressed one made last where no file is named, and its processor.
+    """Return the model of a folder and its processor.
 
     Args:
-        language, encoder: names of its .xml files.
-        threads: of a process that shares its machine with others; None for all.
+        language, encoder: names of its .xml files; default: the newest compressed ones.
+        threads: for a process that shares its machine with others; None for all.
         options: of `OVMLlamaForConditionalGeneration`.
     """
     from transformers import AutoProcessor
@@ -23,7 +23,7 @@ def load(
     from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
     from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
-    # bound to cores, the threads of each process would take the machine's first ones and leave the others idle
+    # pinned, the threads of each process would take the machine's first cores and leave the others idle
     shared = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     model = OVMLlamaForConditionalGeneration(
         model_dir,
@@ -37,7 +37,7 @@ def load(
 
 
 def positive(text: str) -> int:
-    """A number of the command line that is at least 1."""
+    """Parse a command-line argument that must be at least 1."""
     if int(text) < 1:
         raise ValueError
     return int(text)

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server: python -m ov_mllama.serving.app [--checkpoint ID] [--key-file FILE] [--chat]
+"""OpenAI-compatible server.
 
-POST /v1/chat/completions (texts and pictures, whole or streamed, JSON schemas), GET /v1/models, GET /health; with
---chat the chat page too. It listens on this machine only, fetches nothing from addresses, and answers questions that
-wait together in one batch.
+POST /v1/chat/completions (text and images, streamed or not, JSON schemas), GET /v1/models, GET /health, and with --chat
+the chat page. By default it listens on this machine only and fetches no image URLs. Requests that wait together run as
+one batch.
 """
 
 import argparse
@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import functools
 import json
+import logging
 import secrets
 import signal
-import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -35,7 +37,7 @@ from ov_mllama.runtime.devices import check_device
 from ov_mllama.runtime.reference import NAMES
 from ov_mllama.serving import load, positive
 from ov_mllama.serving.guards import (
-    Failures,
+    InternalErrors,
     TrustedHosts,
     check_key,
     error_response,
@@ -43,116 +45,127 @@ from ov_mllama.serving.guards import (
     keys_match,
     warnings_for,
 )
-from ov_mllama.serving.loading import Gate, running, wait_for
-from ov_mllama.serving.protocol import ApiError, Request, RequestParser, failure
-from ov_mllama.serving.reading import body_of, check_name, check_type, reading
+from ov_mllama.serving.loading import Gate, bind_socket, serve_in_thread, wait_for
+from ov_mllama.serving.parsing import RequestParser, check_content_type, check_model_name, read_body
+from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, internal_error
 from ov_mllama.serving.scheduler import IMAGE_CACHE_BYTES, PendingRequest, Scheduler
 
-MAX_BYTES = 50_000_000  # of a request's body: base64 makes a picture a third larger
-KEEPALIVE_S = 10.0  # that an answer is still waited for: proxies cut what is silent for a minute
-POLL_S = 0.25  # whether a client that waits is still there
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 50_000_000  # base64 makes an image a third larger
+KEEPALIVE_S = 10.0  # between comments while the first token is awaited: proxies close what is silent for a minute
+POLL_S = 0.25  # interval of checks that the client is still connected
+# Option names of the previous version, accepted for one version
+DEPRECATED_OPTIONS = {"--addresses": "--allow-image-urls", "--line": "--max-queue", "--origins": "--cors-origins"}
 
 
 def create_app(
-    batches: Scheduler,
-    name: str,
+    scheduler: Scheduler,
+    model_name: str,
     key: str | None = None,
-    addresses: bool = False,
-    origins: Sequence[str] = (),
-    max_bytes: int = MAX_BYTES,
+    allow_image_urls: bool = False,
+    cors_origins: Sequence[str] = (),
+    max_bytes: int = MAX_BODY_BYTES,
     trusted_hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """The server's endpoints.
+    """Return the server's app.
 
     Args:
-        batches: what answers; closed when the app ends.
-        name: of the model.
-        key: that clients give as a bearer token; None asks for none.
-        addresses: whether pictures may be fetched from public addresses.
-        origins: of web pages whose scripts may ask, such as "http://localhost:3000".
-        max_bytes: of a request.
-        trusted_hosts: by whose names clients may reach the server, beside localhost and IP addresses; "*" for any.
+        scheduler: closed when the app shuts down.
+        model_name: name by which clients request the model.
+        key: bearer token that clients must send; None for none.
+        allow_image_urls: fetch images from public addresses.
+        cors_origins: web pages whose scripts may send requests, such as "http://localhost:3000"; "*" for any.
+        max_bytes: of a request's body.
+        trusted_hosts: host names of the server besides localhost and IP addresses; "*" for any.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(batches.close)  # a process that ends within an inference is aborted
+        await asyncio.to_thread(scheduler.close)  # a process that exits within an inference is aborted
 
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
-    guard(app, origins, trusted_hosts)
-    read = reading(RequestParser(batches.model.config.text_config.max_position_embeddings, addresses=addresses), name)
-    here = Model(id=name, created=int(time.time()), object="model", owned_by="local")
-    max_bytes = min(max_bytes, batches.queue_bytes)
+    add_middleware(app, cors_origins, trusted_hosts)
+    context_length = scheduler.model.config.text_config.max_position_embeddings
+    parser = RequestParser(model_name, context_length, allow_image_urls=allow_image_urls)
+    model = Model(id=model_name, created=int(time.time()), object="model", owned_by="local")
+    max_bytes = min(max_bytes, scheduler.queue_bytes)
 
-    def allow(http: HttpRequest) -> None:
+    def authorize(http: HttpRequest) -> None:
         check_key(http.headers.get("authorization", ""), key)
 
     @app.get("/health")
-    async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok"} if batches.alive else {"status": "failed"}, 200 if batches.alive else 503)
+    async def get_health() -> JSONResponse:
+        alive = scheduler.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     @app.get("/v1/models")
-    async def models(http: HttpRequest) -> dict:
-        allow(http)
-        return {"object": "list", "data": [here.model_dump()]}
+    async def get_models(http: HttpRequest) -> dict:
+        authorize(http)
+        return {"object": "list", "data": [model.model_dump()]}
 
-    @app.get("/v1/models/{given:path}")
-    async def model(given: str, http: HttpRequest) -> dict:
-        allow(http)
-        check_name(given, name)
-        return here.model_dump()
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str, http: HttpRequest) -> dict:
+        authorize(http)
+        check_model_name(name, model_name)
+        return model.model_dump()
 
     @app.post("/v1/chat/completions")
-    async def complete(http: HttpRequest):
-        allow(http)
-        check_type(http)
-        place = batches.enter()  # before anything large is read
-        hold = functools.partial(batches.hold, place)
+    async def create_completion(http: HttpRequest):
+        authorize(http)
+        check_content_type(http)
+        reservation = scheduler.reserve()  # before anything large is read
+        resize = functools.partial(scheduler.resize, reservation)
         try:
-            request, question = await read(await body_of(http, max_bytes, hold), hold)
+            request, generation = await parser.parse(await read_body(http, max_bytes, resize), resize)
         except BaseException:
-            batches.leave(place)
+            scheduler.release(reservation)
             raise
-        asked = await batches.ask(question, place)
-        return await (stream if request.stream else whole)(asked, request, http)
+        pending = await scheduler.submit(generation, reservation)
+        return await (stream_response if request.stream else full_response)(pending, request, http)
 
     return app
 
 
-def guard(app: FastAPI, origins: Sequence[str], trusted_hosts: Sequence[str]) -> None:
-    """Checks before the endpoints, and the form of what is not answered, a path that is not there included."""
+def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Sequence[str]) -> None:
+    """Add checks before the endpoints, and OpenAI's format of errors, unknown paths included."""
 
     @app.exception_handler(ApiError)
-    async def refused(http: HttpRequest, refusal: ApiError) -> JSONResponse:
-        return error_response(refusal)
+    async def on_api_error(http: HttpRequest, error: ApiError) -> JSONResponse:
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
-    async def not_here(http: HttpRequest, error: HTTPException) -> JSONResponse:
-        refusal = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}.", headers=error.headers)
-        return error_response(refusal)
+    async def on_http_error(http: HttpRequest, error: HTTPException) -> JSONResponse:
+        message = f"{http.method} {http.url.path}: {error.detail}."
+        return error_response(ApiError(error.status_code, message, headers=error.headers))
 
-    # the last is the first that a request meets
-    app.add_middleware(Failures)
-    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    # a request meets the last first
+    app.add_middleware(InternalErrors)
+    app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrustedHosts, names=trusted_hosts)
     app.add_middleware(SecurityHeaders)
 
 
-def usage(asked: PendingRequest) -> CompletionUsage:
-    """What an answer took."""
-    prompt, answer = asked.row.prompt_tokens, len(asked.row.words.tokens)
+def usage_of(pending: PendingRequest) -> CompletionUsage:
+    """Return the token counts of an answer."""
+    prompt, answer = pending.sequence.num_prompt_tokens, pending.sequence.num_tokens
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
 
 
+def finish_reason_of(pending: PendingRequest) -> Literal["length", "stop"]:
+    """Return why an answer ended, in OpenAI's terms."""
+    return "length" if pending.sequence.finish_reason == "length" else "stop"
+
+
 @contextlib.asynccontextmanager
-async def while_there(asked: PendingRequest, http: HttpRequest) -> AsyncIterator[None]:
-    """Ends the answer once its client goes away, which nothing else says before there is a response."""
+async def cancel_on_disconnect(pending: PendingRequest, http: HttpRequest) -> AsyncIterator[None]:
+    """Cancel a request when its client disconnects, which nothing else detects before there is a response."""
 
     async def watch() -> None:
         while not await http.is_disconnected():
             await asyncio.sleep(POLL_S)
-        asked.row.cancelled.set()
+        pending.sequence.cancelled.set()
 
     watching = asyncio.create_task(watch())
     try:
@@ -161,185 +174,174 @@ async def while_there(asked: PendingRequest, http: HttpRequest) -> AsyncIterator
         watching.cancel()
 
 
-async def whole(asked: PendingRequest, request: Request, http: HttpRequest) -> JSONResponse:
-    """The answer when it is there; nobody's if the client has gone."""
-    async with while_there(asked, http), contextlib.aclosing(asked.pieces()) as pieces:
-        text = "".join([piece async for piece in pieces])
+async def full_response(pending: PendingRequest, request: ChatCompletionRequest, http: HttpRequest) -> JSONResponse:
+    """Return the complete answer."""
+    async with cancel_on_disconnect(pending, http), contextlib.aclosing(pending.chunks()) as chunks:
+        text = "".join([chunk async for chunk in chunks])
     message = ChatCompletionMessage(role="assistant", content=text)
-    choice = Choice(index=0, finish_reason=finish_of(asked), message=message, logprobs=None)
+    choice = Choice(index=0, finish_reason=finish_reason_of(pending), message=message, logprobs=None)
     completion = ChatCompletion(
         id=f"chatcmpl-{secrets.token_hex(12)}",
         object="chat.completion",
         created=int(time.time()),
         model=request.model,
         choices=[choice],
-        usage=usage(asked),
+        usage=usage_of(pending),
     )
     return JSONResponse(completion.model_dump(exclude_unset=True))
 
 
-def finish_of(asked: PendingRequest):
-    """Why an answer ended, in OpenAI's words."""
-    return "length" if asked.row.finish == "length" else "stop"
+async def stream_response(
+    pending: PendingRequest, request: ChatCompletionRequest, http: HttpRequest
+) -> StreamingResponse:
+    """Return the answer as server-sent events. Errors before the first chunk are ordinary responses; if it takes long,
+    the stream begins with comments, so that proxies do not close the connection."""
+    chunks = pending.chunks()
+    first = asyncio.ensure_future(anext(chunks, ""))
 
-
-async def stream(asked: PendingRequest, request: Request, http: HttpRequest) -> StreamingResponse:
-    """The answer as server-sent events. What goes wrong before it begins is an error as usual; where that takes long,
-    it begins with comments, so that nothing between here and the client takes it for dead."""
-    pieces = asked.pieces()
-    first = asyncio.ensure_future(anext(pieces, ""))
-
-    def leave() -> None:
+    def cancel() -> None:
         first.cancel()
-        asked.row.cancelled.set()
+        pending.sequence.cancelled.set()
 
     try:
-        async with while_there(asked, http):
+        async with cancel_on_disconnect(pending, http):
             await asyncio.wait([first], timeout=KEEPALIVE_S)
         if first.done():
             first.result()
     except BaseException:
-        leave()
+        cancel()
         raise
 
-    key, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+    completion_id, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
 
-    def event(choices: list[ChunkChoice], used: CompletionUsage | None = None) -> str:
+    def event(choices: list[ChunkChoice], usage: CompletionUsage | None = None) -> str:
         chunk = ChatCompletionChunk(
-            id=key, object="chat.completion.chunk", created=created, model=request.model, choices=choices, usage=used
+            id=completion_id,
+            object="chat.completion.chunk",
+            created=created,
+            model=request.model,
+            choices=choices,
+            usage=usage,
         )
         return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
-    def words(finish=None, **delta) -> str:
-        return event([ChunkChoice(index=0, delta=ChoiceDelta(**delta), finish_reason=finish)])
+    def delta(finish_reason=None, **fields) -> str:
+        return event([ChunkChoice(index=0, delta=ChoiceDelta(**fields), finish_reason=finish_reason)])
 
     async def events() -> AsyncIterator[str]:
         try:
-            yield words(role="assistant", content="")
+            yield delta(role="assistant", content="")
             while not first.done():
                 yield ": waiting\n\n"
                 await asyncio.wait([first], timeout=KEEPALIVE_S)
             if await first:
-                yield words(content=first.result())
-            async for piece in pieces:
-                yield words(content=piece)
-            yield words(finish_of(asked))
+                yield delta(content=first.result())
+            async for chunk in chunks:
+                yield delta(content=chunk)
+            yield delta(finish_reason_of(pending))
             if request.stream_options and request.stream_options.include_usage:
-                yield event([], usage(asked))
+                yield event([], usage_of(pending))
             yield "data: [DONE]\n\n"
-        except Exception as error:  # noqa: BLE001 - `failure` logs it
-            refusal = error if isinstance(error, ApiError) else failure(error)
-            yield f"data: {json.dumps(refusal.body)}\n\n"
+        except Exception as error:  # noqa: BLE001 - `internal_error` logs it
+            api_error = error if isinstance(error, ApiError) else internal_error(error)
+            yield f"data: {json.dumps(api_error.body)}\n\n"
         finally:
-            leave()
+            cancel()
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-AsWritten = argparse.RawDescriptionHelpFormatter
-
-
 def main(arguments: Sequence[str]) -> None:
-    """The command line.
+    """Run the command `serve`.
 
     Args:
         arguments: those after the command's name.
     """
-    options = parsed(arguments)
+    options = parse_arguments(arguments)
     bypass_proxy_for_loopback()
     key = key_from(options.key, options.key_file)
     for warning in warnings_for(options.host, key, options.key is not None):
-        print(f"❗ {warning[0].upper()}{warning[1:]}", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        logger.warning("❗ %s", warning)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     gate = Gate()
-    with bind_socket(options.host, options.port) as place, running(gate, place) as ended:
-        app, name = loaded(options, key)
+    with bind_socket(options.host, options.port) as listener, serve_in_thread(gate, listener) as ended:
+        app, name = load_app(options, key)
         gate.open(app)
-        print(f"✅ {name} is at http://{options.host}:{options.port}/v1 – Ctrl-C ends it", flush=True)
+        logger.info("✅ %s is at http://%s:%d/v1 – Ctrl-C ends it", name, options.host, options.port)
         with contextlib.suppress(KeyboardInterrupt):
             wait_for(ended)
 
 
-def parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of the command line."""
-    parser = argparse.ArgumentParser("ov-mllama serve", description=__doc__, formatter_class=AsWritten)
-    parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
-    parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for ov_mllama prepare")
-    parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
-    parser.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
-    parser.add_argument("--image-encoder", help="its .xml; default likewise")
-    parser.add_argument("--device", default="CPU")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument(
-        "--trusted-hosts", nargs="+", default=[], help="names of this server beside --host, or '*' for any"
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of `serve`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("ov-mllama serve", description=__doc__, formatter_class=raw)
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    model.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
+    model.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
+    model.add_argument("--language-model", help="its .xml; default: the newest compressed one, else the 16-bit one")
+    model.add_argument("--image-encoder", help="its .xml; default likewise")
+    model.add_argument("--device", default="CPU", help="OpenVINO device; default: CPU")
+    model.add_argument("--name", help="name by which clients request the model; default: the folder's")
+    access = parser.add_argument_group("access")
+    access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1")
+    access.add_argument("--port", type=int, default=8000, help="default: 8000")
+    keys = access.add_mutually_exclusive_group()
+    keys.add_argument("--key-file", type=Path, help="file with the key that clients must send; default: OV_MLLAMA_KEY")
+    keys.add_argument("--key", help="the key itself, visible to all users of this machine")
+    access.add_argument(
+        "--trusted-hosts", nargs="+", default=[], metavar="NAME", help="names of this server besides --host, or '*'"
     )
-    parser.add_argument("--name", help="of the model, as clients say it; default: the folder's")
-    keys = parser.add_mutually_exclusive_group()
-    keys.add_argument("--key-file", type=Path, help="with the key that clients must give; default: OV_MLLAMA_KEY")
-    keys.add_argument("--key", help="that clients must give, for all users of this machine to see")
-    parser.add_argument(
-        "--allow-image-urls", "--addresses", action="store_true", help="fetch pictures from public addresses of clients"
+    access.add_argument(
+        "--cors-origins", nargs="+", default=[], metavar="URL", help="web pages whose scripts may send requests, or '*'"
     )
-    parser.add_argument(
-        "--cors-origins", "--origins", nargs="+", default=[], help="of web pages whose scripts may ask, or '*' for any"
-    )
-    parser.add_argument("--batch", type=positive, default=8, help="how many questions share the model's steps")
-    parser.add_argument("--max-queue", "--line", type=positive, default=32, help="how many may wait")
-    parser.add_argument(
-        "--queue-mb", type=positive, default=500, help="memory for the encoded pictures of all requests"
-    )
-    parser.add_argument("--chat", action="store_true", help="the chat page too, at /chat; with a key as its password")
-    return parser.parse_args(arguments)
+    access.add_argument("--allow-image-urls", action="store_true", help="fetch images from public addresses")
+    access.add_argument("--chat", action="store_true", help="serve the chat page at /chat; its password is the key")
+    queue = parser.add_argument_group("batches and queue")
+    queue.add_argument("--batch", type=positive, default=8, help="requests that share the model's steps; default: 8")
+    queue.add_argument("--max-queue", type=positive, default=32, help="requests that may wait; default: 32")
+    queue.add_argument("--queue-mb", type=positive, default=500, help="memory for encoded images; default: 500 MB")
+    return parser.parse_args([current_option(argument) for argument in arguments])
 
 
-def loaded(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str]:
-    """The app of a model, which is prepared if need be, and the model's name."""
+def current_option(argument: str) -> str:
+    """Return a command-line argument with the current name of a deprecated option."""
+    name, equals, value = argument.partition("=")
+    if name not in DEPRECATED_OPTIONS:
+        return argument
+    print(f"❗ {name} is deprecated: use {DEPRECATED_OPTIONS[name]}.", file=sys.stderr)
+    return f"{DEPRECATED_OPTIONS[name]}{equals}{value}"
+
+
+def load_app(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str]:
+    """Return the app of a model, prepared first if need be, and the model's name."""
     check_device(options.device)
     folder = default_folder(options.checkpoint)
     model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
     files = files_to_load(model_dir, options.language_model, options.image_encoder)
     print_load_estimate(model_dir, options.device, *files)
     model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_CACHE_BYTES)
-    batches = Scheduler(model, processor, options.batch, options.max_queue, options.queue_mb * 1_000_000)
+    scheduler = Scheduler(model, processor, options.batch, options.max_queue, options.queue_mb * 1_000_000)
     name, hosts = options.name or model_dir.resolve().name, [options.host, *options.trusted_hosts]
-    app = create_app(batches, name, key, options.allow_image_urls, options.cors_origins, trusted_hosts=hosts)
+    app = create_app(scheduler, name, key, options.allow_image_urls, options.cors_origins, trusted_hosts=hosts)
     if options.chat:
         app = mount_chat(app, model, processor, options.model_dir or options.checkpoint, key)
     return app, name
 
 
-def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket at an address, taken before minutes are spent on a model.
-
-    Raises:
-        OSError: another program has it.
-    """
-    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        place.bind((host, port))
-        place.listen()  # else another may be bound to it meanwhile
-    except (OSError, OverflowError) as error:
-        place.close()
-        why = error.strerror if isinstance(error, OSError) else error
-        raise OSError(f"{host}:{port} cannot be had ({why}): choose another with --port.") from error
-    return place
-
-
 def mount_chat(app: FastAPI, model, processor, checkpoint: str | Path, key: str | None) -> FastAPI:
-    """Mount the chat page at /chat; its password is the key, if there is one, and its examples are the checkpoint's.
+    """Mount the chat page at /chat, with examples of the checkpoint; its password is the key, if there is one.
 
-    Whoever has the key may log in under any name, so names own nothing: conversations are the browser's.
+    Everybody with the key can log in under any name, so conversations belong to browsers instead of names.
     """
     import gradio as gr
 
     from ov_mllama.chat.layout import LAUNCH, make_demo
     from ov_mllama.export.calibration import questions_about
 
-    looks = {
-        name: LAUNCH[name] for name in ("max_file_size", "run_history", "footer_links", "css_paths", "js", "theme")
-    }
+    names = ("max_file_size", "run_history", "footer_links", "css_paths", "js", "theme")
+    launch = {name: LAUNCH[name] for name in names}
     demo = make_demo(model, processor, questions_about(checkpoint)[:3], by_name=False)
-    auth = (lambda name, given: keys_match(given, key)) if key else None
-    return gr.mount_gradio_app(app, demo, "/chat", auth=auth, show_error=False, app_kwargs=demo.app_kwargs(), **looks)
+    auth = (lambda name, password: keys_match(password, key)) if key else None
+    return gr.mount_gradio_app(app, demo, "/chat", auth=auth, show_error=False, app_kwargs=demo.app_kwargs(), **launch)

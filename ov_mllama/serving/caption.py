@@ -1,23 +1,25 @@
-"""A question about every picture of a folder: python -m ov_mllama.serving.caption PICTURES [--question ...]
+"""Captions of all images of a folder.
 
-Ray Data shares the pictures out among processes that load the model once; `--address` names a Ray cluster, whose
-machines see the same folders and have this project installed. Each batch becomes a file in the folder `--out`, whole or
-not at all, so a run that was killed goes on where it was. `pandas.read_parquet("captions.parquet")` reads all; columns:
+Ray Data distributes the images among processes that load the model once; `--address` names a Ray cluster, whose
+machines see the same folders and have this project installed. Each batch becomes one file in the folder `--out`,
+written atomically, so a run that was killed can be resumed. `pandas.read_parquet("captions.parquet")` reads all rows:
 
-    id: the picture's content (SHA-256), one row for each model, however often and under whatever name it is there
-    path: the first file with it; what is no UTF-8 in its name is "\ufffd"
-    question; answer; finish: "stop", or "length" where the limit has cut it
-    error: why there is no answer, of what cannot be opened or gives nothing finite
-    model: name of the model's folder; language_model, vision_encoder: the stamps of the two IRs that answered
-    max_new_tokens: the answer's limit
+    id: SHA-256 of the image file; files with equal content are one row
+    path: the first file with it; bytes of its name that are not UTF-8 are "\ufffd"
+    question, answer
+    finish: "stop", or "length" if the token limit was reached
+    error: why there is no answer: not an image, or results that are not finite
+    model: name of the model's folder; language_model, vision_encoder: stamps of its two IRs; max_new_tokens: its limit
 
-Another model, another of its IRs, or for answers that a limit has cut a higher one, asks again and adds rows.
+With another model or IR all images are captioned again, and with a higher token limit those whose answers reached the
+lower one; the new answers are added as rows.
 """
 
 import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -32,69 +34,78 @@ from tqdm.auto import tqdm
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.export.prepare import default_folder, files_to_load, prepare, print_load_estimate
+from ov_mllama.runtime.errors import InputError, NumericalError
 from ov_mllama.runtime.images import SUFFIXES, open_picture
 from ov_mllama.runtime.ir import check_model_dir, exclusive_lock
+from ov_mllama.runtime.prompts import prompts_about
 from ov_mllama.runtime.reference import NAMES
 from ov_mllama.serving import load, positive
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("id", "path", "question", "answer", "finish", "error", "model", "language_model", "vision_encoder")
-PART = re.compile(r"\.[0-9a-f]{32}\.\d+")  # a file of results while it is written
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\d+")  # name of a file of results while it is written
 SCHEMA = pa.schema([*((name, pa.string()) for name in COLUMNS), ("max_new_tokens", pa.int64())])
 
 
 class Captioner:
-    """Answers a question about batches of pictures; each process has one.
+    """Worker that captions batches of images; each process has one.
 
     Args:
-        model_dir: of the converted model.
-        question: about each picture.
+        model_dir: folder of a converted model.
+        question: about each image.
         out: folder of the results.
-        max_new_tokens: the answers' limit.
-        threads: of this process, None for all.
+        max_new_tokens: token limit of each answer.
+        threads: of this process; None for all.
     """
 
     def __init__(self, model_dir: str, question: str, out: str, max_new_tokens: int, threads: int | None):
-        # each picture is asked about once: none is kept
+        # each image is used once: no cache
         self.model, self.processor = load(Path(model_dir), threads=threads, image_cache_bytes=0)
         self.question, self.out, self.max_new_tokens = question, Path(out), max_new_tokens
-        self.asked = identity(Path(model_dir)) | {"max_new_tokens": max_new_tokens}
+        self.columns: dict = dict.fromkeys(COLUMNS) | {"question": question, "max_new_tokens": max_new_tokens}
+        self.columns |= identity(Path(model_dir))
 
     def __call__(self, batch: dict) -> dict:
-        """Rows "id" and "path" (bytes) -> a file of results; the ids, "left": why one is not in it, else "", and "end":
-        why there can be no more files, else ""."""
+        """Caption a batch and write its file of results.
+
+        Args:
+            batch: columns "id" and "path" (bytes).
+        Returns:
+            columns "id", "skipped" (why a row was not written, else "") and "fatal" (why no more can be, else "").
+        """
         rows, samples = [], []
-        left: dict[str, str] = {}
+        skipped: dict[str, str] = {}
         for key, path in zip(batch["id"], map(os.fsdecode, batch["path"]), strict=True):
-            row: dict = (
-                dict.fromkeys(COLUMNS) | {"id": str(key), "path": shown(path), "question": self.question} | self.asked
-            )
+            row = self.columns | {"id": str(key), "path": printable(path)}
             try:
                 Path(path).open("rb").close()
                 samples.append({"image": open_picture(path), "question": self.question, "row": row})
-            except (OSError, MemoryError) as error:  # another time it may be there, or more memory
+            except (OSError, MemoryError) as error:  # another run may find the file, or more memory
                 reason = getattr(error.__cause__ or error, "strerror", None) or "too little memory"
-                left[row["id"]] = f"{row['path']} cannot be read ({reason})."
-            except ValueError as error:
-                row["error"] = shown(str(error))
+                skipped[row["id"]] = f"{row['path']} cannot be read ({reason})."
+            except InputError as error:
+                row["error"] = printable(str(error))
             rows.append(row)
-        left |= self.answer(samples)
-        end = ""
+        skipped |= self.answer(samples)
+        fatal = ""
         try:
-            write([row for row in rows if row["id"] not in left], self.out)
-        except OSError as error:  # a full disk: what follows would be answered for nothing
-            end = f"{self.out} cannot be written to: {error}"
-        return {"id": batch["id"], "left": [left.get(row["id"], "") for row in rows], "end": [end] * len(rows)}
+            write([row for row in rows if row["id"] not in skipped], self.out)
+        except OSError as error:  # a full disk: later answers would be lost
+            fatal = f"{self.out} cannot be written to: {error}"
+        reasons = [skipped.get(row["id"], "") for row in rows]
+        return {"id": batch["id"], "skipped": reasons, "fatal": [fatal] * len(rows)}
 
     def answer(self, samples: list[dict]) -> dict[str, str]:
-        """Fills in the rows of pictures: all in one batch, or one by one where that finds no memory or has a picture
-        for which the model computes nothing finite. Returns ids of those that find none even alone, and why."""
+        """Fill in the rows of images: in one batch, or one by one if that needs too much memory or one image gives
+        results that are not finite. Returns why images were skipped, by id: too little memory even for one."""
         try:
             answers = self.answers(samples) if samples else []
-        except (MemoryError, FloatingPointError) as error:
+        except (MemoryError, NumericalError) as error:
             if len(samples) > 1:
-                return {key: why for sample in samples for key, why in self.answer([sample]).items()}
+                return {key: reason for sample in samples for key, reason in self.answer([sample]).items()}
             row = samples[0]["row"]
-            if isinstance(error, MemoryError):  # another time there may be more
+            if isinstance(error, MemoryError):  # another run may find more
                 return {row["id"]: str(error)}
             row["error"] = str(error)
             return {}
@@ -103,41 +114,39 @@ class Captioner:
         return {}
 
     def answers(self, samples: list[dict]) -> list[tuple[str, str]]:
-        """Answers, and why they end, of pictures and questions in one batch."""
-        from ov_mllama.runtime.prompts import prompts_about
-
+        """Return answers and finish reasons of a batch."""
         inputs = prompts_about(self.processor, samples)
         output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
-        ends = self.model.generation_config.eos_token_id
+        eos = self.model.generation_config.eos_token_id
         answers = []
         for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
-            whole = any(token in tokens for token in ([ends] if isinstance(ends, int) else ends))
-            answers.append((self.processor.decode(tokens, skip_special_tokens=True), "stop" if whole else "length"))
+            stopped = any(token in tokens for token in ([eos] if isinstance(eos, int) else eos))
+            answers.append((self.processor.decode(tokens, skip_special_tokens=True), "stop" if stopped else "length"))
         return answers
 
 
 def write(rows: list[dict], out: Path) -> None:
-    """A file of results, if there are any, named after pictures, question and model: again it is the same one."""
+    """Write a file of results, if there are any. Its name is a hash of images, question and model."""
     if not rows:
         return
     keys = ("id", "question", "language_model", "vision_encoder", "max_new_tokens")
     content = json.dumps([[row.get(key) for key in keys] for row in rows])
     name = hashlib.sha256(content.encode()).hexdigest()[:32]
-    replace(pa.Table.from_pylist(rows, SCHEMA), out / f"{name}.parquet")
+    write_table(pa.Table.from_pylist(rows, SCHEMA), out / f"{name}.parquet")
 
 
-def replace(table: pa.Table, path: Path) -> None:
-    """Writes a file of results, whole or not at all."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}")  # readers of the folder leave hidden files out
-    pq.write_table(table, part)
-    part.replace(path)
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a file of results atomically."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}")  # readers of the folder ignore hidden files
+    pq.write_table(table, temporary)
+    temporary.replace(path)
 
 
 def identity(model_dir: Path) -> dict[str, str]:
-    """The columns that tell which model answers: name of its folder, and the stamps of the IRs that are loaded.
+    """Return the columns that identify a model: name of its folder, and stamps of the IRs that are loaded.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_model_dir`.
+        NotFoundError, InputError: see `check_model_dir`.
     """
     language, vision = files_to_load(model_dir)
     stamps = check_model_dir(model_dir, (language, vision))
@@ -145,13 +154,13 @@ def identity(model_dir: Path) -> dict[str, str]:
     return {"model": model_dir.resolve().name, "language_model": texts[0], "vision_encoder": texts[1]}
 
 
-def shown(path: str) -> str:
-    """A path as text that can be written: on Linux, names are bytes, and old ones no UTF-8."""
+def printable(path: str) -> str:
+    """Return a path as valid UTF-8: on Linux names are arbitrary bytes."""
     return os.fsencode(path).decode(errors="replace")
 
 
-def digest(row: dict) -> dict:
-    """A file's content as "id" beside its "path"; one of its own if it cannot be read."""
+def hash_file(row: dict) -> dict:
+    """Add the hash of a file's content as "id" to its "path"; a hash of the path if it cannot be read."""
     try:
         with open(row["path"], "rb") as file:  # noqa: PTH123 - bytes
             return {"id": hashlib.file_digest(file, "sha256").hexdigest(), "path": row["path"]}
@@ -159,66 +168,66 @@ def digest(row: dict) -> dict:
         return {"id": f"unread {hashlib.sha256(row['path']).hexdigest()}", "path": row["path"]}
 
 
-def different(paths: list[Path]) -> dict[str, bytes]:
-    """Ids of the pictures, and of each the first path."""
-    read = ray.data.from_items([{"path": os.fsencode(path)} for path in paths]).map(digest).iter_rows()
+def unique(paths: list[Path]) -> dict[str, bytes]:
+    """Return the first path of each different image by id."""
+    hashed = ray.data.from_items([{"path": os.fsencode(path)} for path in paths]).map(hash_file).iter_rows()
     first: dict[str, bytes] = {}
-    for row in tqdm(read, desc="Reading", total=len(paths), unit="picture", leave=False):
+    for row in tqdm(hashed, desc="Reading", total=len(paths), unit="image", leave=False):
         first[row["id"]] = min(row["path"], first.get(row["id"], row["path"]))
     return dict(sorted(first.items(), key=lambda item: item[1]))
 
 
-def threads_of(workers: int, threads: int | None) -> int | None:
-    """Threads of each worker: its share of the cores; None, all of them, for one alone.
+def threads_per_worker(workers: int, threads: int | None) -> int | None:
+    """Return the threads of each worker: `threads`, or its share of the cores; None (all) for a single one.
 
     Raises:
-        ValueError: no machine has as many, and Ray would wait for one.
+        InputError: if no machine has as many cores, as Ray would wait for one.
     """
-    most = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes()))
-    if threads and threads > most:
-        raise ValueError(f"No machine here has {threads} cores for a process, only {most}.")
+    limit = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes()))
+    if threads and threads > limit:
+        raise InputError(f"No machine here has {threads} cores for a process, only {limit}: give fewer --threads.")
     return threads or (max(1, int(ray.cluster_resources()["CPU"]) // workers) if workers > 1 else None)
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """All pictures of a folder and those within it, by their names, in order."""
+def find_images(folder: Path) -> list[Path]:
+    """Return the images of a folder and its subfolders, by file suffix, sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def answered(out: Path, question: str, asked: dict | None = None) -> set[str]:
-    """Ids of the pictures that have been asked already. Files of an earlier version get the columns that they lack.
+def finished_ids(out: Path, question: str, settings: dict | None = None) -> set[str]:
+    """Return the ids of images that have an answer already. Files of earlier versions get the columns that they lack.
 
     Args:
-        asked: columns of `identity`, and "max_new_tokens"; None for any model.
+        settings: columns of `identity`, and "max_new_tokens"; None for any.
     Raises:
-        ValueError: there is something else in the folder.
+        InputError: if the folder holds other Parquet files.
     """
     done: set[str] = set()
     for part in out.glob("*.parquet"):
         try:
             table = pq.read_table(part, partitioning=None)
         except pa.ArrowException as error:
-            raise ValueError(f"{part} is no file of captions: move it away, or choose another folder.") from error
+            raise InputError(f"{part} is not a file of captions: move it away, or choose another folder.") from error
         if not {"id", "question", "answer"} <= {*table.column_names}:
-            raise ValueError(f"{part} is no file of captions: move it away, or choose another folder.")
-        lacking = [field for field in SCHEMA if field.name not in table.column_names]
-        for field in lacking:  # a reader of the folder takes its columns from any of its files
+            raise InputError(f"{part} is not a file of captions: move it away, or choose another folder.")
+        missing = [field for field in SCHEMA if field.name not in table.column_names]
+        for field in missing:  # readers of the folder take the columns from any of its files
             table = table.append_column(field, pa.nulls(len(table), field.type))
-        if lacking:
-            replace(table, part)
+        if missing:
+            write_table(table, part)
         rows = table.select(SCHEMA.names).to_pylist()
-        done |= {row["id"] for row in rows if row["question"] == question and (not asked or settles(row, asked))}
+        done |= {row["id"] for row in rows if row["question"] == question and (not settings or is_final(row, settings))}
     return done
 
 
-def settles(row: dict, asked: dict) -> bool:
-    """Whether a row is by the IRs that would be asked, and not cut by a lower limit than theirs."""
-    same = all(row[name] == asked[name] for name in ("language_model", "vision_encoder"))
-    return same and (row["finish"] != "length" or row["max_new_tokens"] >= asked["max_new_tokens"])
+def is_final(row: dict, settings: dict) -> bool:
+    """Return whether a row is of the same IRs, and did not reach a token limit lower than the current one."""
+    same = all(row[name] == settings[name] for name in ("language_model", "vision_encoder"))
+    return same and (row["finish"] != "length" or row["max_new_tokens"] >= settings["max_new_tokens"])
 
 
 def caption(
-    pictures: str | Path,
+    images: str | Path,
     question: str,
     out: str | Path,
     model_dir: str | Path,
@@ -227,123 +236,113 @@ def caption(
     workers: int = 1,
     threads: int | None = None,
 ) -> int:
-    """Asks about every picture that this model has not been asked about yet, on Ray, and returns how many those were.
+    """Caption every image that this model has not captioned yet, on Ray, and return their number.
 
     Args:
-        pictures: folder.
-        question: about each.
+        images: folder.
+        question: about each image.
         out: folder of the results, .parquet.
         model_dir: folder of a converted model.
-        max_new_tokens: the answers' limit; those that a lower one has cut are asked again.
-        batch: pictures that share the model's steps.
+        max_new_tokens: token limit; answers that reached a lower one are generated again.
+        batch: images that share the model's steps.
         workers: processes that load the model.
-        threads: of each; None: its share of the cluster's cores.
+        threads: of each worker; None for its share of the cluster's cores.
     Raises:
-        FileNotFoundError: there are no pictures.
-        ValueError: the folder of the results holds something else, or no machine has so many cores.
-        OSError: some pictures found no memory or could not be read, all others have been asked about; or the results
-            cannot be written.
+        FileNotFoundError: if there are no images.
+        InputError: if the folder of the results holds other files, or no machine has as many cores.
+        OSError: if images were skipped for lack of memory or could not be read (all others are captioned), or the
+            results cannot be written.
     """
-    folder, out = Path(pictures).resolve(), Path(out).resolve()
-    found = pictures_in(folder)
+    folder, out = Path(images).resolve(), Path(out).resolve()
+    found = find_images(folder)
     if not found:
-        raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
-    threads = threads_of(workers, threads)
+        raise FileNotFoundError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}).")
+    threads = threads_per_worker(workers, threads)
     with exclusive_lock(out):
         for part in out.glob(".*"):  # of a run that was killed
-            if PART.fullmatch(part.name):
+            if TEMPORARY.fullmatch(part.name):
                 part.unlink()
-        asked_now = identity(Path(model_dir)) | {"max_new_tokens": max_new_tokens}
-        done, first = answered(out, question, asked_now), different(found)
+        settings = identity(Path(model_dir)) | {"max_new_tokens": max_new_tokens}
+        done, first = finished_ids(out, question, settings), unique(found)
         todo = [{"id": key, "path": path} for key, path in first.items() if key not in done]
         if not todo:
             return 0
         data = ray.data.from_items(todo, override_num_blocks=-(-len(todo) // batch))
-        asked = data.map_batches(
+        results = data.map_batches(
             Captioner,
             fn_constructor_args=(str(Path(model_dir).resolve()), question, str(out), max_new_tokens, threads),
-            batch_size=None,  # a block of the above, as it is
+            batch_size=None,  # one block of the above
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=threads or 1,
         )
-        left: list[str] = []
-        with ticking(tqdm(total=len(first), initial=len(first) - len(todo), unit="picture", desc="Asking")) as bar:
-            for rows in asked.iter_batches(batch_size=None, prefetch_batches=0):
-                if rows["end"][0]:
-                    raise OSError(rows["end"][0])
+        skipped: list[str] = []
+        with refreshing(tqdm(total=len(first), initial=len(first) - len(todo), unit="image", desc="Captions")) as bar:
+            for rows in results.iter_batches(batch_size=None, prefetch_batches=0):
+                if rows["fatal"][0]:
+                    raise OSError(rows["fatal"][0])
                 bar.update(len(rows["id"]))
-                left += [why for why in rows["left"] if why]
-    if left:
-        raise OSError(f"{len(left)} of {len(todo)} pictures are left for another run. {left[0]}")
+                skipped += [reason for reason in rows["skipped"] if reason]
+    if skipped:
+        raise OSError(f"{len(skipped)} of {len(todo)} images were skipped: run the command again. {skipped[0]}")
     return len(todo)
 
 
 @contextlib.contextmanager
-def ticking(bar: tqdm) -> Iterator[tqdm]:
-    """A bar whose clock goes on where nothing else does: a batch of the 11B's takes more than a minute."""
-    over = threading.Event()
+def refreshing(bar: tqdm) -> Iterator[tqdm]:
+    """Refresh a progress bar's clock each second: a batch on the 11B takes more than a minute."""
+    done = threading.Event()
 
-    def tick() -> None:
-        while sys.stderr.isatty() and not over.wait(1):
+    def refresh() -> None:
+        while sys.stderr.isatty() and not done.wait(1):
             bar.refresh()
 
-    thread = threading.Thread(target=tick, daemon=True)
+    thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
     try:
         with bar:
             yield bar
     finally:
-        over.set()
+        done.set()
         thread.join()
 
 
-AsWritten = argparse.RawDescriptionHelpFormatter
-
-
 def main(arguments: Sequence[str]) -> None:
-    """The command line.
+    """Run the command `caption`.
 
     Args:
         arguments: those after the command's name.
     """
-    parser = argparse.ArgumentParser("ov-mllama caption", description=__doc__, formatter_class=AsWritten)
-    parser.add_argument("pictures", type=Path)
-    parser.add_argument("--question", default="Describe this image.")
-    parser.add_argument("--out", type=Path, default=Path("captions.parquet"))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("ov-mllama caption", description=__doc__, formatter_class=raw)
+    parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images; its subfolders are included")
+    parser.add_argument("--question", default="Describe this image.", help="default: 'Describe this image.'")
+    parser.add_argument("--out", type=Path, default=Path("captions.parquet"), help="default: captions.parquet")
     parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
-    parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for ov_mllama prepare")
+    parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
-    parser.add_argument("--max-new-tokens", type=positive, default=128)
-    parser.add_argument("--batch", type=positive, default=4, help="pictures that share the model's steps")
-    parser.add_argument("--workers", type=positive, default=1, help="processes that load the model")
-    parser.add_argument("--threads", type=positive, help="of each of them; default: its share of the cores")
-    parser.add_argument("--address", help="of a Ray cluster; default: this machine alone")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="token limit; default: 128")
+    parser.add_argument("--batch", type=positive, default=4, help="images that share the model's steps; default: 4")
+    parser.add_argument("--workers", type=positive, default=1, help="processes that load the model; default: 1")
+    parser.add_argument("--threads", type=positive, help="of each worker; default: its share of the cores")
+    parser.add_argument("--address", help="of a Ray cluster; default: this machine only")
     options = parser.parse_args(arguments)
     folder = default_folder(options.checkpoint)
     model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
     print_load_estimate(model_dir, "CPU", *files_to_load(model_dir))
-    begin(options.address)
-    asked = caption(
-        options.pictures,
-        options.question,
-        options.out,
-        model_dir,
-        options.max_new_tokens,
-        options.batch,
-        options.workers,
-        options.threads,
-    )
-    print(f"✅ {asked} pictures asked about, all in {options.out}")
+    init_ray(options.address)
+    limits = {name: getattr(options, name) for name in ("max_new_tokens", "batch", "workers", "threads")}
+    count = caption(options.images, options.question, options.out, model_dir, **limits)
+    logger.info("✅ %d images captioned, all results are in %s", count, options.out)
 
 
-def begin(address: str | None = None) -> None:
-    """Ray, quietly: on this machine, or joined to a cluster."""
+def init_ray(address: str | None = None) -> None:
+    """Start Ray on this machine, or join a cluster, with little output."""
     bypass_proxy_for_loopback()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # read once, when ray.data is first used
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or an actor with arguments is warned of as an error
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # read when ray.data is first used
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or warnings about actors' arguments are logged as errors
     ray.data.DataContext.get_current().enable_progress_bars = False
-    here = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
-    ray.init(address=address, log_to_driver=False, logging_level="error", **here)
+    local = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
+    ray.init(address=address, log_to_driver=False, logging_level="error", **local)
     if address and ray.available_resources().get("CPU", 0) < 1:
-        print("⌛ No core of the cluster is free (a server's replicas have one each): waiting for one", flush=True)
+        logger.info("⌛ No core of the cluster is free (each replica of a server takes one): waiting for one")

@@ -1,4 +1,4 @@
-"""Who may ask: hosts, keys; and errors, none of which says more than it should."""
+"""Access control: host names and keys; and responses to errors, without details of the inside."""
 
 import ipaddress
 import os
@@ -10,28 +10,29 @@ from pathlib import Path
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from ov_mllama.serving.protocol import ApiError, failure
+from ov_mllama.runtime.errors import InputError
+from ov_mllama.serving.protocol import ApiError, internal_error
 
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@/\\\s]+)(:\d*)?", re.ASCII | re.IGNORECASE)
 
 
-def error_response(refusal: ApiError) -> JSONResponse:
-    """A refusal in OpenAI's form."""
-    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+def error_response(error: ApiError) -> JSONResponse:
+    """Return an error in OpenAI's format."""
+    return JSONResponse(error.body, error.status, error.headers)
 
 
 # ---- Hosts ----------------------------------------------------------------------------------------------------------
 
 
 def host_name(header: str) -> str | None:
-    """The name in a Host header, or in a setting: in lower case, without its port, brackets and last dot; None if it is
-    none."""
+    """Return the name in a Host header or setting, in lower case, without port, brackets and final dot; None if it is
+    invalid."""
     match = HOST.fullmatch(header.strip())
     return match[1].strip("[]").lower().removesuffix(".") or None if match else None
 
 
 def is_ip(name: str) -> bool:
-    """Whether a host is named by its IP address."""
+    """Return whether a host name is an IP address."""
     try:
         return bool(ipaddress.ip_address(name))
     except ValueError:
@@ -39,12 +40,13 @@ def is_ip(name: str) -> bool:
 
 
 class TrustedHosts:
-    """ASGI middleware that refuses requests to other host names. A web page may let its own name point here and make
-    its reader's browser ask (DNS rebinding); the browser then says that name. IP addresses cannot be pointed elsewhere,
-    and localhost is this machine: they are allowed.
+    """ASGI middleware that rejects requests to other host names.
+
+    A web page can point its own name at this server and make its reader's browser send requests (DNS rebinding), which
+    then carry that name. IP addresses and localhost cannot be pointed elsewhere: they are allowed.
 
     Args:
-        names: that are allowed too, "*" for any.
+        names: other names that are allowed, "*" for any.
     """
 
     def __init__(self, app, names: Sequence[str] = ()):
@@ -56,8 +58,8 @@ class TrustedHosts:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
                 return
-            sentence = "This server is not known by that host name: start it with --trusted-hosts NAME to allow it."
-            await error_response(ApiError(403, sentence, "host_not_trusted"))(scope, receive, send)
+            message = "This host name is not trusted: start the server with --trusted-hosts NAME to allow it."
+            await error_response(ApiError(403, message, "host_not_trusted"))(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -70,8 +72,8 @@ class TrustedHosts:
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
-class Failures:
-    """ASGI middleware that answers unexpected errors with a sentence of no content, see `protocol.failure`."""
+class InternalErrors:
+    """ASGI middleware that responds to unexpected errors, see `protocol.internal_error`."""
 
     def __init__(self, app):
         self.app = app
@@ -79,53 +81,53 @@ class Failures:
     async def __call__(self, scope, receive, send) -> None:
         started = False
 
-        async def noting(message) -> None:
+        async def send_and_note(message) -> None:
             nonlocal started
             started = started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            await self.app(scope, receive, noting)
+            await self.app(scope, receive, send_and_note)
         except ClientDisconnect:
-            pass  # nobody is there to be answered
+            pass
         except Exception as error:
             if scope["type"] != "http":
                 raise
-            refusal = failure(error)
+            api_error = internal_error(error)
             if started:
-                raise  # what is cut must not look whole
-            await error_response(refusal)(scope, receive, send)
+                raise  # closes the connection: a truncated response must not look complete
+            await error_response(api_error)(scope, receive, send)
 
 
 # ---- Keys -----------------------------------------------------------------------------------------------------------
 
 
 def keys_match(given: str, key: str) -> bool:
-    """Whether a key is right, in a time that does not say how much of it is. An empty one never is."""
+    """Return whether two keys are equal, in a time that does not depend on where they differ. Empty keys never are."""
     return bool(key) and secrets.compare_digest(given.encode("utf-8", "replace"), key.encode())
 
 
 def check_key(authorization: str, key: str | None) -> None:
-    """Check a request's header, "Bearer KEY".
+    """Check a request's Authorization header, "Bearer KEY".
 
     Args:
-        key: the right one; None asks for none.
+        key: the server's; None allows all requests.
     Raises:
-        ApiError: another, or none.
+        ApiError: if the key is wrong or missing.
     """
     scheme, _, given = authorization.strip().partition(" ")
-    given = given.strip().encode("latin-1", "replace").decode("utf-8", "replace")  # as headers are read, and written
+    given = given.strip().encode("latin-1", "replace").decode("utf-8", "replace")  # headers are read as latin-1
     if key is not None and not (scheme.lower() == "bearer" and keys_match(given, key)):
         headers = {"WWW-Authenticate": "Bearer"}
         raise ApiError(401, "Incorrect API key provided.", "invalid_api_key", headers=headers)
 
 
 def key_from(key: str | None, file: Path | None) -> str | None:
-    """The key of the command line, else of a file, else of OV_MLLAMA_KEY in the environment; None if none is set.
+    """Return the key of the command line, else of a file, else of the environment variable OV_MLLAMA_KEY, else None.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the key is empty or has more than one line.
+        InputError: if the key is empty or has more than one line.
     """
     source, text = "--key", key
     if text is None and file:
@@ -136,25 +138,25 @@ def key_from(key: str | None, file: Path | None) -> str | None:
         return None
     text = text.strip()
     if not text or len(text.splitlines()) > 1:
-        raise ValueError(f"{source} holds no key: give it one line, or leave it out.")
+        raise InputError(f"{source} holds no key: give it one line, or leave it out.")
     return text
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
+    """Return whether an address is reachable from this machine only."""
     return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def warnings_for(host: str, key: str | None, in_process_list: bool) -> list[str]:
-    """Sentences about what others can see or reach.
+    """Return warnings about what others can see or reach.
 
     Args:
-        host: that the server listens at.
+        host: address that the server listens at.
         in_process_list: whether the key was given by --key.
     """
-    warned = []
+    warnings = []
     if not key and not is_loopback(host):
-        warned.append(f"whoever reaches {host} may ask: set a key with --key-file or OV_MLLAMA_KEY.")
+        warnings.append(f"Everyone who reaches {host} can send requests: set a key with --key-file or OV_MLLAMA_KEY.")
     if in_process_list:
-        warned.append("all users of this machine see --key in its list of processes: use --key-file or OV_MLLAMA_KEY.")
-    return warned
+        warnings.append("All users of this machine see --key in the process list: use --key-file or OV_MLLAMA_KEY.")
+    return warnings

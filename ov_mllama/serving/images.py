@@ -1,4 +1,4 @@
-"""Images as requests hold them: encoded, until their batch begins."""
+"""Images of requests: encoded until their batch runs."""
 
 import io
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ from transformers.models.mllama.image_processing_mllama import get_optimal_tiled
 
 from ov_mllama.runtime.images import MAX_PIXELS, at_detail, open_picture, readable_formats, too_large, unreadable
 
-SIDEWAYS = range(5, 9)  # EXIF orientations that exchange width and height
+MAX_REQUEST_IMAGES = 16  # the smallest takes as many pixels of the processor as four tiles
+SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An encoded image, of which only the header has been read.
+    """An encoded image file of which only the header has been read.
 
     Attributes:
         data: the file's bytes.
-        width, height: in pixels, the right way up (EXIF).
+        width, height: in pixels, upright (EXIF).
         detail: see `ov_mllama.runtime.images.at_detail`.
-        param: the request's field that holds it, for errors.
+        param: path of the request's field, for errors.
     """
 
     data: bytes
@@ -30,46 +31,47 @@ class ImageFile:
 
     @classmethod
     def from_bytes(cls, data: bytes, detail: str = "high", param: str | None = None) -> "ImageFile":
-        """Read a file's header.
+        """Read the header of a file.
 
         Raises:
-            PictureError: if it is no image of a known format, or has more than `ov_mllama.runtime.images.MAX_PIXELS`.
+            PictureError: if it is not an image of a known format, or has more than
+                `ov_mllama.runtime.images.MAX_PIXELS`.
         """
         try:
             with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
                 width, height = upright_size(image)
         except Image.DecompressionBombError as error:
-            raise too_large("The picture") from error
-        except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-            raise unreadable("The picture") from error
+            raise too_large("The image") from error
+        except Exception as error:  # broken files make decoders raise anything
+            raise unreadable("The image") from error
         if width * height > MAX_PIXELS:
-            raise too_large("The picture", f"{width} × {height}")
+            raise too_large("The image", f"{width} × {height}")
         return cls(data, width, height, detail, param)
 
     @property
     def key(self) -> int:
-        """A number by which the same image is known again."""
+        """Hash that is equal for equal images."""
         return hash((self.data, self.detail))
 
     def real_tiles(self, side: int, max_tiles: int) -> int:
-        """Tiles of `side` pixels that the image fills."""
+        """Return the number of tiles of `side` pixels that the image fills."""
         if self.detail == "low":
             return 1
         high, wide = get_optimal_tiled_canvas(self.height, self.width, max_tiles, side)
         return (high // side) * (wide // side)
 
     def decode(self, side: int) -> Image.Image:
-        """The image as RGB, shrunk into a tile of `side` pixels if `detail` is "low".
+        """Return the image as RGB, shrunk into a tile of `side` pixels if `detail` is "low".
 
         Raises:
-            PictureError: if it is broken behind its header.
+            PictureError: if it is broken after its header.
         """
         return at_detail(open_picture(self.data), self.detail, side)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once EXIF's orientation is applied, of an image that is opened but not decoded."""
-    # getexif() decodes a PNG that has none in its header; TIFF's size is upright already
+    """Return width and height after EXIF's orientation, of an image that is opened but not decoded."""
+    # getexif() decodes a PNG without EXIF in its header; TIFF's size is upright already
     has_exif = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-    turned = has_exif and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-    return image.size[::-1] if turned else image.size
+    swapped = has_exif and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    return image.size[::-1] if swapped else image.size

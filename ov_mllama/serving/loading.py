@@ -1,4 +1,4 @@
-"""A server that is there before its model is: until then it says so."""
+"""A server that listens before its model is loaded, and answers 503 until then."""
 
 import asyncio
 import contextlib
@@ -15,25 +15,25 @@ from ov_mllama.cli import shutdown_promptly
 from ov_mllama.serving.guards import error_response
 from ov_mllama.serving.protocol import ApiError
 
-TRY_AGAIN_S = 10
+RETRY_AFTER_S = 10
 
 
 class Gate:
-    """ASGI application that answers 503 until it is opened, and then as another does."""
+    """ASGI application that answers 503 until it is opened, and then delegates to another one."""
 
     def __init__(self):
         self.app = None
-        self._opened: Future = Future()
-        self._given: Future = Future()
+        self._started: Future = Future()
+        self._delegate: Future = Future()
 
     def open(self, app) -> None:
-        """Answer as an application, once its lifespan has begun. From another thread than the server's.
+        """Start an application's lifespan and delegate to it. Call it from another thread than the server's.
 
         Raises:
-            Exception: whatever its start raises.
+            Exception: of the application's startup.
         """
-        self._given.set_result(app)
-        self._opened.result()
+        self._delegate.set_result(app)
+        self._started.result()
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -41,58 +41,78 @@ class Gate:
         elif self.app:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await SecurityHeaders(loading)(scope, receive, send)
+            await SecurityHeaders(respond_loading)(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1013})
 
     async def _lifespan(self, receive, send) -> None:
         await receive()
         await send({"type": "lifespan.startup.complete"})
-        ending, given = asyncio.ensure_future(receive()), asyncio.wrap_future(self._given)
-        await asyncio.wait([ending, given], return_when=asyncio.FIRST_COMPLETED)
-        if given.done():
-            await self._live(given.result(), ending)
-        await ending
+        shutdown, delegate = asyncio.ensure_future(receive()), asyncio.wrap_future(self._delegate)
+        await asyncio.wait([shutdown, delegate], return_when=asyncio.FIRST_COMPLETED)
+        if delegate.done():
+            await self._run_lifespan(delegate.result(), shutdown)
+        await shutdown
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _live(self, app, ending: asyncio.Future) -> None:
-        """An application's lifespan, in one task from its beginning to its end."""
+    async def _run_lifespan(self, app, shutdown: asyncio.Future) -> None:
+        """Run an application's lifespan, which must begin and end in one task."""
         try:
             async with app.router.lifespan_context(app):
                 self.app = app
-                self._opened.set_result(None)
-                await ending
+                self._started.set_result(None)
+                await shutdown
         except BaseException as error:
-            if self._opened.done():
+            if self._started.done():
                 raise
-            self._opened.set_exception(error)
+            self._started.set_exception(error)
 
 
-async def loading(scope, receive, send) -> None:
-    """ASGI application that says that there is no model yet."""
-    headers = {"Retry-After": str(TRY_AGAIN_S)}
+async def respond_loading(scope, receive, send) -> None:
+    """ASGI application that responds while the model is loaded."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
     if scope["path"] == "/health":
-        answer = JSONResponse({"status": "loading"}, 503, headers)
+        response = JSONResponse({"status": "loading"}, 503, headers)
     else:
-        sentence = f"The model is being loaded: try again in {TRY_AGAIN_S} s."
-        answer = error_response(ApiError(503, sentence, "model_loading", kind="server_error", headers=headers))
-    await answer(scope, receive, send)
+        message = f"The model is being loaded: try again in {RETRY_AFTER_S} s."
+        response = error_response(ApiError(503, message, "model_loading", error_type="server_error", headers=headers))
+    await response(scope, receive, send)
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Return a listening socket, bound before minutes are spent on a model.
+
+    Raises:
+        OSError: if the address is in use or invalid.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # on Windows SO_REUSEADDR would let a second server have the port too
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+    listener.setsockopt(socket.SOL_SOCKET, option, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()  # else another program may bind to it meanwhile
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"{host}:{port} is not available ({reason}): choose another port with --port.") from error
+    return listener
 
 
 @contextlib.contextmanager
-def running(app, place: socket.socket) -> Iterator[threading.Event]:
-    """A server in a thread of its own, so that a model can be loaded, and the loading interrupted, beside it: an event
-    that is set once it has ended. It is told to end, promptly, when the block does.
+def serve_in_thread(app, listener: socket.socket) -> Iterator[threading.Event]:
+    """Run a server in a thread, so that a model can be loaded, and the loading interrupted, at the same time. Yields an
+    event that is set once the server has ended. It shuts down at the end of the block.
 
     Args:
-        place: the socket that it listens on.
+        listener: bound socket.
     """
     server, ended = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on")), threading.Event()
     shutdown_promptly(server)
 
     def run() -> None:
         try:
-            server.run([place])
+            server.run([listener])
         finally:
             ended.set()
 
@@ -105,7 +125,7 @@ def running(app, place: socket.socket) -> Iterator[threading.Event]:
 
 
 def wait_for(ended: threading.Event) -> None:
-    """Wait for an event; it can be interrupted on all systems. (A thread whose `join` is interrupted counts as ended in
-    Python 3.11 though it is not.)"""
+    """Wait for an event, interruptibly on all systems. (A thread whose `join` is interrupted counts as ended in Python
+    3.11 though it is not.)"""
     while not ended.wait(0.5):
         pass

@@ -1,365 +1,296 @@
-"""Questions that wait share the model's steps: one thread takes them in batches, in the order in which they came."""
+"""Batched answers: one thread takes the requests that wait, first come, first served, and runs them in batches."""
 
 import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
-from llguidance import LLMatcher
-
-from ov_mllama.runtime.images import PictureError
+from ov_mllama.runtime.errors import ImageError, InputError, OutOfMemoryError, UserError
 from ov_mllama.runtime.inference import Cancelled
 from ov_mllama.runtime.memory import trim_memory
 from ov_mllama.runtime.prompts import padded, prompt_inputs, prompt_text
-from ov_mllama.serving.protocol import ApiError, Question, failure
-from ov_mllama.serving.sequences import GrammarCompiler, Sampler, Sequence, StopCheck
+from ov_mllama.serving.parsing import GenerationRequest
+from ov_mllama.serving.protocol import ApiError, internal_error
+from ov_mllama.serving.sampling import GrammarCompiler
+from ov_mllama.serving.sequences import AllCancelled, PendingRequest, Reservation, Sampler, StopCheck
 
-TILES = 16  # that a batch has at most, of different pictures: each of its questions waits for all of them
-PICTURE_TENSORS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-IMAGE_CACHE_BYTES = 2_000_000_000  # bytes of encoded pictures to keep: so many tiles, of the 11B
-QUEUE_BYTES = 500_000_000  # of requests that are read, wait or are answered
-PAUSE_S = 0.5  # after an error that is no question's
-USER_ERRORS = (ValueError, FloatingPointError, PictureError)  # the model's refusals are sentences already
-
-
-class Place:
-    """A request's place in the queue, from before its body is read until its answer ends.
-
-    Attributes:
-        nbytes: that it holds, see `Scheduler.hold`.
-        in_line: whether it counts among those that wait.
-    """
-
-    def __init__(self):
-        self.nbytes, self.in_line = 0, True
-
-
-class PendingRequest:
-    """A question in line, and what its answer consists of so far.
-
-    Args:
-        text: the question as the chat template writes it.
-        matcher: that the answer follows; None for free text.
-        place: its own in the queue.
-        tiles: computed tiles of its images, by `ImageFile.key`.
-
-    Attributes:
-        row: of the batch that answers it.
-        alone: whether it shares no steps, because a batch with it went wrong.
-        ended: whether there will be no more.
-    """
-
-    def __init__(self, question: Question, text: str, matcher: LLMatcher | None, tokenizer, place: Place, tiles: dict):
-        self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
-        self.question, self.text, self.row = question, text, Sequence(question, self._say, matcher, tokenizer)
-        self.place, self.tiles = place, tiles
-        self.alone = self.ended = False
-        self.error: Exception | None = None
-
-    def _say(self, piece: str | None) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-        except RuntimeError:  # the loop is closed: nobody is there any more
-            self.row.cancelled.set()
-
-    def end(self, error: Exception | None = None) -> None:
-        """There will be no more, as an answer that is whole already was told."""
-        if not self.ended:
-            self.ended, self.question.pictures = True, []
-            self.error = self.row.error or (error if self.row.finish is None else None)
-            self._say(None)
-
-    async def pieces(self) -> AsyncGenerator[str]:
-        """The answer as it comes. Closing it ends the answer with the token under way.
-
-        Raises:
-            ApiError: it could not be answered.
-        """
-        try:
-            while (piece := await self._pieces.get()) is not None:
-                yield piece
-        finally:
-            self.row.cancelled.set()
-        if error := self.error or self.row.error:
-            raise error
-
-
-class AllCancelled:
-    """An event that is set once nobody waits for a batch any more."""
-
-    def __init__(self, batch: list[PendingRequest]):
-        self.batch = batch
-
-    def is_set(self) -> bool:
-        return all(asked.row.cancelled.is_set() for asked in self.batch)
+MAX_BATCH_TILES = 16  # of different images: each request of a batch waits for all of them
+IMAGE_TENSORS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+IMAGE_CACHE_BYTES = 2_000_000_000  # encoded images: MAX_BATCH_TILES tiles of the 11B
+QUEUE_BYTES = 500_000_000  # of requests that are read, wait or run
+FIRST_BATCH_S = 10.0  # duration that is assumed before there was a batch; it suits the 11B
+ERROR_PAUSE_S = 0.5  # after an error that no request caused
+MAX_RETRY_AFTER_S = 60  # clients do not wait longer at a time
 
 
 class Scheduler:
-    """Answers questions, several at once where several wait.
+    """Queue and batches of requests.
 
     Args:
         model, processor: as for `prompts.prompt_tensors`.
-        size: how many share a step. Each takes its own room in the KV cache.
-        line: how many may wait, those whose bodies are being read among them.
-        queue_bytes: that all requests may hold, from the first byte that is read until their answers end.
+        max_batch: sequences that share a step. Each has its own share of the KV cache.
+        max_queue: requests that may wait, including those whose bodies are being read.
+        queue_bytes: that all requests may hold, from the first byte read until their answers end.
     """
 
-    def __init__(self, model, processor, size: int = 8, max_queue: int = 32, queue_bytes: int = QUEUE_BYTES):
-        self.model, self.processor, self.size, self.max_queue = model, processor, size, max_queue
-        self.queue_bytes = queue_bytes
-        ends = model.generation_config.eos_token_id
-        self.ends = [ends] if isinstance(ends, int) else list(ends)
-        self.schemas = GrammarCompiler(processor.tokenizer, self.ends)
-        self._compiling = ThreadPoolExecutor(1, "schemas")  # or slow ones take all threads that read requests
-        self._places: set[Place] = set()
+    def __init__(self, model, processor, max_batch: int = 8, max_queue: int = 32, queue_bytes: int = QUEUE_BYTES):
+        self.model, self.processor = model, processor
+        self.max_batch, self.max_queue, self.queue_bytes = max_batch, max_queue, queue_bytes
+        eos_token_id = model.generation_config.eos_token_id
+        self.eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        self.grammars = GrammarCompiler(processor.tokenizer, self.eos_token_ids)
+        self._compiling = ThreadPoolExecutor(1, "grammars")  # or slow ones take all threads that read requests
+        self._reservations: set[Reservation] = set()
         self._waiting: deque[PendingRequest] = deque()
         self._changed = threading.Condition()
         self._open = True
-        self._took_s = 10.0  # the last batch; before there is one, a guess that suits the 11B
-        self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
+        self._last_batch_s = FIRST_BATCH_S
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether questions are answered."""
+        """Whether requests are answered."""
         return self._thread.is_alive()
 
     # ---- The queue ----
 
-    def enter(self) -> Place:
-        """A place in the queue, which `ask` takes, or `leave`.
+    def reserve(self) -> Reservation:
+        """Reserve a place in the queue, for `submit` or `release`.
 
         Raises:
-            ApiError: too many wait already, or nothing is answered any more.
+            ApiError: if the queue is full, or nothing is answered any more.
         """
         if not (self._open and self.alive):
-            raise ApiError(503, "The server answers nothing any more: restart it.", kind="server_error")
+            raise ApiError(503, "The server no longer answers: restart it.", error_type="server_error")
         with self._changed:
-            self._line()  # frees the places of those that have gone
-            if sum(place.in_line for place in self._places) >= self.max_queue:
-                raise self._full(f"{self.max_queue} requests wait already")
-            place = Place()
-            self._places.add(place)
-            return place
+            self._drop_cancelled()
+            if sum(reservation.waiting for reservation in self._reservations) >= self.max_queue:
+                raise self._queue_full(f"{self.max_queue} requests wait already")
+            reservation = Reservation()
+            self._reservations.add(reservation)
+            return reservation
 
-    def hold(self, place: Place, nbytes: int) -> None:
-        """Says how many bytes a request holds now.
+    def resize(self, reservation: Reservation, nbytes: int) -> None:
+        """Set the bytes that a request holds.
 
         Raises:
-            ApiError: that is more than there is room for.
+            ApiError: if all requests would hold more than `queue_bytes`.
         """
         with self._changed:
-            self._line()
-            if sum(other.nbytes for other in self._places) - place.nbytes + nbytes > self.queue_bytes:
-                raise self._full(f"The requests that wait hold {self.queue_bytes / 1e6:.0f} MB already")
-            place.nbytes = nbytes
+            self._drop_cancelled()
+            if sum(other.nbytes for other in self._reservations) - reservation.nbytes + nbytes > self.queue_bytes:
+                raise self._queue_full(f"The requests that wait hold {self.queue_bytes / 1e6:.0f} MB already")
+            reservation.nbytes = nbytes
 
-    def leave(self, place: Place) -> None:
-        """Frees a place."""
+    def release(self, reservation: Reservation) -> None:
+        """Release a reservation."""
         with self._changed:
-            self._places.discard(place)
+            self._reservations.discard(reservation)
 
-    def _full(self, sentence: str) -> ApiError:
-        seconds = round(min(60, max(1, self._took_s)))  # clients wait no longer at a time
+    def _queue_full(self, reason: str) -> ApiError:
+        seconds = round(min(MAX_RETRY_AFTER_S, max(1, self._last_batch_s)))
         headers = {"Retry-After": str(seconds)}
-        sentence = f"{sentence}: try again in {seconds} s."
-        return ApiError(429, sentence, "rate_limit_exceeded", kind="requests", headers=headers)
+        message = f"{reason}: try again in {seconds} s."
+        return ApiError(429, message, "rate_limit_exceeded", error_type="requests", headers=headers)
 
-    async def ask(self, question: Question, place: Place | None = None) -> PendingRequest:
-        """Puts a question in line.
+    async def submit(self, request: GenerationRequest, reservation: Reservation | None = None) -> PendingRequest:
+        """Append a request to the queue.
 
         Args:
-            place: from `enter`; None enters.
+            reservation: from `reserve`; None makes one.
         Raises:
-            ApiError: too many wait already, the context is too short for it, or its schema is none.
+            ApiError: if the queue is full, the request exceeds the context, or its schema is invalid.
         """
-        place = place or self.enter()
+        reservation = reservation or self.reserve()
         try:
-            self.hold(place, question.nbytes)
-            text = await asyncio.to_thread(self._text, question)  # a second for each megabyte
-            matcher, tiles = None, {picture.key: self._tiles(picture) for picture in question.pictures}
-            if question.schema is not None:
+            self.resize(reservation, request.nbytes)
+            prompt = await asyncio.to_thread(self._prompt, request)  # a second for each megabyte
+            matcher, tiles = None, {image.key: self._computed_tiles(image) for image in request.images}
+            if request.schema is not None:
                 loop = asyncio.get_running_loop()
-                matcher = await loop.run_in_executor(self._compiling, self.schemas.matcher, question.schema)
-            asked = PendingRequest(question, text, matcher, self.processor.tokenizer, place, tiles)
+                matcher = await loop.run_in_executor(self._compiling, self.grammars.compile, request.schema)
+            pending = PendingRequest(request, prompt, matcher, self.processor.tokenizer, reservation, tiles)
             with self._changed:
                 if not (self._open and self.alive):
-                    raise ApiError(503, "The server is ending.", kind="server_error")
-                self._waiting.append(asked)
+                    raise shutting_down()
+                self._waiting.append(pending)
                 self._changed.notify()
-            return asked
+            return pending
         except BaseException:
-            self.leave(place)
+            self.release(reservation)
             raise
 
-    def _text(self, question: Question) -> str:
-        """A question as the chat template writes it."""
+    def _prompt(self, request: GenerationRequest) -> str:
+        """Return a request's messages in the chat template."""
         try:
-            return prompt_text(self.model, self.processor, question.messages, question.max_new_tokens)
-        except ValueError as error:
-            if type(error) is not ValueError:  # of the inside
-                raise
+            return prompt_text(self.model, self.processor, request.messages, request.max_new_tokens)
+        except InputError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
 
-    def _tiles(self, picture) -> int:
-        """Tiles of an image that are computed, an empty one among them."""
+    def _computed_tiles(self, image) -> int:
+        """Return the number of tiles that are computed for an image, an empty one included."""
         vision, encoder = self.model.config.vision_config, self.model.image_encoder
-        most = vision.max_num_tiles
-        return min(picture.real_tiles(vision.image_size, most) + 1, most) if encoder.padding_alike else most
+        limit = vision.max_num_tiles
+        return min(image.real_tiles(vision.image_size, limit) + 1, limit) if encoder.padding_alike else limit
 
-    def _most_tiles(self) -> int:
-        """Tiles of a batch: no more than the image cache holds, or its first is evicted before its last is encoded."""
+    def _max_tiles(self) -> int:
+        """Return the tiles of a batch: more than the image cache holds would evict its first image before the last is
+        encoded."""
         encoder = self.model.image_encoder
-        return min(TILES, encoder.kept.room // encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile))
+        return min(
+            MAX_BATCH_TILES, encoder.cache.max_bytes // encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile)
+        )
 
     def close(self) -> None:
-        """Ends the thread, after the batch under way."""
+        """Stop the thread after the current batch."""
         with self._changed:
             self._open = False
             self._changed.notify()
         self._thread.join()
 
-    def _line(self) -> deque[PendingRequest]:
-        """Who waits, without those that have gone: neither they nor their pictures keep a place."""
-        for asked in [each for each in self._waiting if each.row.cancelled.is_set()]:
-            self._waiting.remove(asked)
-            self._end(asked)
+    def _drop_cancelled(self) -> deque[PendingRequest]:
+        """Finish cancelled requests, whose images would occupy the queue; return those that wait."""
+        for pending in [each for each in self._waiting if each.sequence.cancelled.is_set()]:
+            self._waiting.remove(pending)
+            self._finish(pending)
         return self._waiting
 
-    def _end(self, asked: PendingRequest, error: Exception | None = None) -> None:
-        """Ends a question's answer and frees its place."""
-        asked.end(error)
-        self.leave(asked.place)
+    def _finish(self, pending: PendingRequest, error: Exception | None = None) -> None:
+        """Finish a request and release its reservation."""
+        pending.finish(error)
+        self.release(pending.reservation)
 
-    # ---- The thread that answers ----
+    # ---- The thread that runs batches ----
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
             while self._open:
-                self._work_once()
-        finally:  # whatever has ended it, nobody waits for ever
+                self._run_once()
+        finally:  # for any reason: no client waits forever
             with self._changed:
                 self._open = False
-                left, self._waiting = self._waiting, deque()
-            for asked in left:
-                self._end(asked, ApiError(503, "The server is ending.", kind="server_error"))
+                waiting, self._waiting = self._waiting, deque()
+            for pending in waiting:
+                self._finish(pending, shutting_down())
 
-    def _work_once(self) -> None:
-        """Answers a batch. No error ends the thread, not even one that would end a program: nobody else answers."""
+    def _run_once(self) -> None:
+        """Run a batch. No error ends the thread, not even SystemExit: there is no other that answers."""
         batch: list[PendingRequest] = []
         try:
-            if batch := self._next():
-                self._answer_or_requeue(batch)
+            if batch := self._admit():
+                self._run_or_requeue(batch)
         except BaseException as error:  # noqa: BLE001
-            with self._changed:  # the one in front may be the reason
+            with self._changed:  # the first that waits may be the reason
                 batch = batch or [self._waiting.popleft() for _ in range(min(1, len(self._waiting)))]
-            refusal = failure(error)
-            for asked in batch:
-                self._end(asked, refusal)
+            internal = internal_error(error)
+            for pending in batch:
+                self._finish(pending, internal)
             if not batch:
-                time.sleep(PAUSE_S)
+                time.sleep(ERROR_PAUSE_S)
 
-    def _next(self) -> list[PendingRequest]:
-        """The question that waits longest, and those after it that can share its steps; none at the end."""
+    def _admit(self) -> list[PendingRequest]:
+        """Wait for a request, and remove it and those that can share its steps from the queue; [] at shutdown."""
         with self._changed:
-            self._changed.wait_for(lambda: self._line() or not self._open)
+            self._changed.wait_for(lambda: self._drop_cancelled() or not self._open)
             if not self._open:
                 return []
             first, batch, tiles = self._waiting[0], [], dict[int, int]()
-            for asked in self._waiting:
-                together = tiles | asked.tiles
-                # else the processor fills up with blank pictures, and the model looks at one of them
-                alike = len(asked.question.pictures) == len(first.question.pictures) and not asked.alone
-                if asked is first or (alike and sum(together.values()) <= self._most_tiles()):
-                    batch.append(asked)
-                    tiles = together
-                if first.alone or len(batch) == self.size:
+            for pending in self._waiting:
+                union = tiles | pending.image_tiles
+                # else the processor pads with blank images, and the model attends to one of them
+                alike = len(pending.request.images) == len(first.request.images) and not pending.exclusive
+                if pending is first or (alike and sum(union.values()) <= self._max_tiles()):
+                    batch.append(pending)
+                    tiles = union
+                if first.exclusive or len(batch) == self.max_batch:
                     break
-            for asked in batch:
-                self._waiting.remove(asked)
-                asked.place.in_line = False
+            for pending in batch:
+                self._waiting.remove(pending)
+                pending.reservation.waiting = False
             return batch
 
-    def _answer_or_requeue(self, batch: list[PendingRequest]) -> None:
-        started, error = time.perf_counter(), None
+    def _run_or_requeue(self, batch: list[PendingRequest]) -> None:
+        started, api_error = time.perf_counter(), None
         try:
-            self._answer(batch)
+            self._generate(batch)
         except Cancelled:
             pass
-        except Exception as failed:  # noqa: BLE001 - `refusal_of` says it
-            left = [asked for asked in batch if not asked.ended]
-            if len(left) > 1 and not any(asked.row.words.tokens for asked in left):
-                # one may have spoiled it for the others; what has no room together may have it one by one
-                for asked in left:
-                    asked.alone = asked.place.in_line = True
+        except Exception as error:  # noqa: BLE001 - `api_error_for` logs it
+            unfinished = [pending for pending in batch if not pending.finished]
+            if len(unfinished) > 1 and not any(pending.sequence.num_tokens for pending in unfinished):
+                # one may have failed the others; what needs too much memory together may fit one by one
+                for pending in unfinished:
+                    pending.exclusive = pending.reservation.waiting = True
                 with self._changed:
-                    self._waiting.extendleft(reversed(left))
+                    self._waiting.extendleft(reversed(unfinished))
                 return
-            error = refusal_of(failed, len(batch))
-        for asked in batch:
-            self._end(asked, error)
-        self._took_s = time.perf_counter() - started
-        trim_memory()  # or a server keeps, of many sizes of batches, what each has freed
+            api_error = api_error_for(error, len(batch))
+        for pending in batch:
+            self._finish(pending, api_error)
+        self._last_batch_s = time.perf_counter() - started
+        trim_memory()  # or freed memory of batches of many sizes adds up
 
-    def _answer(self, batch: list[PendingRequest]) -> None:
-        prompts = []
-        for asked in batch:
-            inputs = self._inputs(asked)
-            if inputs and (len(batch) == 1 or encoded(self.model, asked, inputs)):
-                prompts.append((asked, inputs))
+    def _generate(self, batch: list[PendingRequest]) -> None:
+        sequences, prompts = [], []
+        for pending in batch:
+            inputs = self._inputs(pending)
+            if inputs and (len(batch) == 1 or encode_images(self.model, pending, inputs)):
+                pending.sequence.num_prompt_tokens = inputs["input_ids"].shape[1]
+                sequences.append(pending.sequence)
+                prompts.append(inputs)
         if not prompts:
             return
-        rows = [asked.row for asked, _ in prompts]
-        for row, (_, inputs) in zip(rows, prompts, strict=True):
-            row.prompt_tokens = inputs["input_ids"].shape[1]
         self.model.generate(
-            **padded([inputs for _, inputs in prompts], self.processor.tokenizer.pad_token_id),
+            **padded(prompts, self.processor.tokenizer.pad_token_id),
             do_sample=False,
             temperature=None,
             top_p=None,
-            max_new_tokens=max(row.question.max_new_tokens for row in rows),
-            logits_processor=[Sampler(rows)],
-            stopping_criteria=[StopCheck(rows, self.ends)],
-            stop=AllCancelled([asked for asked, _ in prompts]),
+            max_new_tokens=max(sequence.request.max_new_tokens for sequence in sequences),
+            logits_processor=[Sampler(sequences)],
+            stopping_criteria=[StopCheck(sequences, self.eos_token_ids)],
+            stop=AllCancelled(sequences),
         )
 
-    def _inputs(self, asked: PendingRequest) -> dict | None:
-        """A question's tensors, its images decoded one after the other; None if it has gone or has been ended, as one
-        whose image is broken: the others of its batch have nothing to do with it."""
-        if asked.row.cancelled.is_set():
+    def _inputs(self, pending: PendingRequest) -> dict | None:
+        """Return a request's tensors, its images decoded one by one. None if it is cancelled, or finished here by an
+        error that concerns no other request of the batch, such as a broken image."""
+        if pending.sequence.cancelled.is_set():
             return None
         side = self.model.config.vision_config.image_size
         try:
             images = []
-            for picture in asked.question.pictures:
-                images.append(picture.decode(side))
-            return prompt_inputs(self.processor, asked.text, images)
-        except PictureError as error:
-            self._end(asked, ApiError(400, str(error), "invalid_image", picture.param))
+            for image in pending.request.images:
+                images.append(image.decode(side))
+            return prompt_inputs(self.processor, pending.prompt, images)
+        except ImageError as error:
+            self._finish(pending, ApiError(400, str(error), "invalid_image", image.param))
         except Exception as error:  # noqa: BLE001
-            self._end(asked, failure(error))
+            self._finish(pending, internal_error(error))
         return None
 
 
-def encoded(model, asked: PendingRequest, inputs: dict) -> bool:
-    """Encodes the images of a question, unless its client has gone, or goes meanwhile: nobody waits for images that
-    nobody asks about. Returns whether it is still there."""
-    if not asked.question.pictures:
+def encode_images(model, pending: PendingRequest, inputs: dict) -> bool:
+    """Encode a request's images unless it is cancelled before or meanwhile; return False if it is."""
+    if not pending.request.images:
         return True
     try:
-        model.encode_images(**{name: inputs[name] for name in PICTURE_TENSORS}, stop=asked.row.cancelled)
+        model.encode_images(**{name: inputs[name] for name in IMAGE_TENSORS}, stop=pending.sequence.cancelled)
     except Cancelled:
         return False
     return True
 
 
-def refusal_of(error: Exception, questions: int) -> ApiError:
-    """The refusal for those who share a batch of so many questions. Only what the model says of a question is told;
-    other errors' texts are of the inside, those of subclasses of ValueError too."""
-    if type(error) is MemoryError and str(error):
-        return ApiError(503, str(error), "out_of_memory", kind="server_error", headers={"Retry-After": "30"})
-    if type(error) in USER_ERRORS and questions == 1:
+def api_error_for(error: Exception, batch_size: int) -> ApiError:
+    """Return the error for the clients of a batch; only messages of UserErrors reach them."""
+    if isinstance(error, OutOfMemoryError):
+        return ApiError(503, str(error), "out_of_memory", error_type="server_error", headers={"Retry-After": "30"})
+    if isinstance(error, UserError) and batch_size == 1:
         return ApiError(400, str(error), "invalid_value")
-    return failure(error)
+    return internal_error(error)
+
+
+def shutting_down() -> ApiError:
+    """Return the error of requests that the server no longer runs."""
+    return ApiError(503, "The server is shutting down.", error_type="server_error")

@@ -1,212 +1,199 @@
-"""Several answers in one call of `generate`: each row chooses, ends and is read as if it were alone."""
+"""State of each request from its place in the queue to its last token, and its part in a batch of `generate`."""
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
-import llguidance.hf
-import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
+from llguidance import LLMatcher
+from transformers import LogitsProcessor, StoppingCriteria
 
-from ov_mllama.serving.protocol import ApiError, Question
+from ov_mllama.serving.detokenizer import Detokenizer
+from ov_mllama.serving.parsing import GenerationRequest
+from ov_mllama.serving.protocol import ApiError
+from ov_mllama.serving.sampling import mask_logits, sample, schema_error
 
-GREEDY_BELOW = 1e-5  # a temperature: what is divided by less may be infinite
-CHAR_TOKENS = 8  # that may be one character: a byte each, and what a tokenizer may add; garbage is longer
 
+class Reservation:
+    """A request's share of the queue, from before its body is read until its answer ends.
 
-class Detokenizer:
-    """Tokens -> text, as soon as nothing that may follow can change it.
-
-    Only the last tokens are decoded, and only the text they add is searched: a token costs the same at any length.
-
-    Args:
-        stop: texts before which it ends.
+    Attributes:
+        nbytes: see `Scheduler.resize`.
+        waiting: whether it counts against `max_queue`.
     """
 
-    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.tokens: list[int] = []
-        self.stopped = False
-        self._begin = self._done = 0  # tokens from _begin on are decoded together; text is there of those before _done
-        self._held = ""  # text that may be the beginning of one to stop at
-
-    def put(self, token: int) -> str:
-        """The text that a token adds for certain."""
-        self.tokens.append(token)
-        return self._more(self._new(), held_back=True)
-
-    def end(self) -> str:
-        """The text that was held back."""
-        return self._more(self._new(whole=False), held_back=False)
-
-    def _new(self, whole: bool = True) -> str:
-        """Text of the tokens that have none yet; "" while it may end within a character.
-
-        Args:
-            whole: False takes what there is.
-        """
-        # with the tokens before: some tokenizers write a blank only between two words
-        before = self._decoded(self.tokens[self._begin : self._done])
-        text = self._decoded(self.tokens[self._begin :])
-        unsure = len(text) <= len(before) or text.endswith("\ufffd")
-        if whole and unsure and len(self.tokens) - self._done < CHAR_TOKENS:
-            return ""
-        self._begin, self._done = self._done, len(self.tokens)
-        return text[len(before) :]
-
-    def _decoded(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _more(self, text: str, held_back: bool) -> str:
-        if self.stopped:
-            return ""
-        text, self._held = self._held + text, ""
-        ends = [at for at in map(text.find, self.stop) if at >= 0]
-        if ends:
-            self.stopped = True
-            return text[: min(ends)]
-        if held_back:  # the beginning of a text to stop at is no answer yet
-            tails = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
-            certain = len(text) - max(tails, default=0)
-            text, self._held = text[:certain], text[certain:]
-        return text
-
-
-class GrammarCompiler:
-    """Makes matchers of JSON schemas for a tokenizer (llguidance).
-
-    Args:
-        ends: tokens that end an answer.
-    """
-
-    def __init__(self, tokenizer, ends: list[int]):
-        self._tokenizer, self._ends = tokenizer, ends
-        self._known: LLTokenizer | None = None
-
-    def matcher(self, schema: dict) -> LLMatcher:
-        """Follows an answer, token by token. For one thread at a time: the largest schemas take a second.
-
-        Raises:
-            ApiError: the schema is none, or too complex.
-        """
-        self._known = self._known or llguidance.hf.from_tokenizer(self._tokenizer, eos_token=self._ends)
-        try:
-            # or a model that is unsure writes blanks without end
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
-        except ValueError as error:
-            raise unfollowed(str(error)) from error
-        matcher = LLMatcher(self._known, grammar, limits=LLParserLimits(verbose_errors=False))
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # some schemas are only then too complex
-        if matcher.is_error():
-            raise unfollowed(matcher.get_error())
-        return matcher
-
-
-def unfollowed(reason: str) -> ApiError:
-    """The refusal of a schema."""
-    sentence = f"The schema cannot be followed: {reason[:300]}"
-    return ApiError(400, sentence, "invalid_json_schema", "response_format.json_schema")
+    def __init__(self):
+        self.nbytes, self.waiting = 0, True
 
 
 class Sequence:
-    """One answer under way.
+    """Prompt, tokens and text of one answer.
 
     Args:
-        say: called with each piece of text, from the model's thread, and with None at the end.
-        matcher: that the answer follows; None for free text.
+        put_chunk: called from the model's thread with each chunk of text, and with None at the end.
+        matcher: of the request's schema; None for free text.
 
     Attributes:
-        cancelled: set it, and the answer ends with the token under way.
-        finish: why it ended, in OpenAI's words; None before.
-        error: why it failed, though the others of its batch go on.
+        cancelled: set it to end the answer after the current token.
+        finish_reason: OpenAI's, or "cancelled" or "error"; None before the end.
+        error: why the sequence failed while others of its batch continue.
     """
 
-    def __init__(self, question: Question, say: Callable[[str | None], None], matcher: LLMatcher | None, tokenizer):
-        self.question, self.say, self.matcher = question, say, matcher
-        self.words = Detokenizer(tokenizer, question.stop)
+    def __init__(
+        self,
+        request: GenerationRequest,
+        put_chunk: Callable[[str | None], None],
+        matcher: LLMatcher | None,
+        tokenizer,
+    ):
+        self.request, self.put_chunk, self.matcher = request, put_chunk, matcher
+        self.detokenizer = Detokenizer(tokenizer, request.stop)
         self.cancelled = threading.Event()
-        self.finish: str | None = None
+        self.finish_reason: str | None = None
         self.error: ApiError | None = None
-        self.prompt_tokens = 0
-        self._random = torch.Generator()
-        if question.seed is None:
-            self._random.seed()
+        self.num_prompt_tokens = 0
+        self._generator = torch.Generator()
+        if request.seed is None:
+            self._generator.seed()
         else:
-            self._random.manual_seed(question.seed)
+            self._generator.manual_seed(request.seed)
 
-    def choose(self, scores: torch.Tensor) -> int:
-        """The next token of scores f32 [vocabulary]."""
-        if self.matcher:
-            allowed = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-            if self.matcher.is_error():  # too complex from here on
-                self.error = unfollowed(self.matcher.get_error())
-                return 0
-            bits = np.unpackbits(allowed, bitorder="little")[: len(scores)]
-            mask = torch.zeros(len(scores), dtype=torch.bool)
-            mask[: len(bits)] = torch.from_numpy(bits.astype(bool))
-            scores = scores.masked_fill(~mask, -torch.inf)
-        if self.question.temperature < GREEDY_BELOW:
-            return int(scores.argmax())
-        scores = (scores / self.question.temperature)[None]
-        if self.question.top_p < 1:
-            scores = TopPLogitsWarper(self.question.top_p)(None, scores)
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.detokenizer.tokens)
 
-    def take(self, token: int, ends: list[int]) -> None:
-        """The answer has a token more."""
-        if self.finish:
+    def sample(self, logits: torch.Tensor) -> int:
+        """Return the next token for logits f32 [vocabulary]."""
+        try:
+            if self.matcher:
+                logits = mask_logits(logits, self.matcher)
+        except ApiError as error:
+            self.error = error
+            return 0
+        return sample(logits, self.request.temperature, self.request.top_p, self._generator)
+
+    def append_token(self, token: int, eos_token_ids: list[int]) -> None:
+        """Append a token, and end the sequence where it does."""
+        if self.finish_reason:
             return
         if self.matcher and not (self.error or self.matcher.consume_token(token)):
-            self.error = unfollowed(self.matcher.get_error())
+            self.error = schema_error(self.matcher.get_error())
         if self.error:
-            self._end("error")
+            self._finish("error")
             return
-        if token in ends:
-            self.words.tokens.append(token)
-            self._end("stop")
+        if token in eos_token_ids:
+            self.detokenizer.tokens.append(token)
+            self._finish("stop")
             return
-        if piece := self.words.put(token):
-            self.say(piece)
-        if self.words.stopped or (self.matcher and self.matcher.is_stopped()):
-            self._end("stop")
-        elif len(self.words.tokens) >= self.question.max_new_tokens:
-            self._end("length")
+        if chunk := self.detokenizer.put(token):
+            self.put_chunk(chunk)
+        if self.detokenizer.stopped or (self.matcher and self.matcher.is_stopped()):
+            self._finish("stop")
+        elif self.num_tokens >= self.request.max_new_tokens:
+            self._finish("length")
         elif self.cancelled.is_set():
-            self._end("cancelled")
+            self._finish("cancelled")
 
-    def _end(self, finish: str) -> None:
-        self.finish = finish
-        if piece := self.words.end():
-            self.say(piece)
-        self.say(None)  # others of the batch may have minutes to go
+    def _finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        if chunk := self.detokenizer.flush():
+            self.put_chunk(chunk)
+        self.put_chunk(None)  # others of the batch may run for minutes
+
+
+class PendingRequest:
+    """A request from the queue to the end of its answer.
+
+    Args:
+        prompt: the messages in the chat template.
+        matcher: of the request's schema; None for free text.
+        image_tiles: number of computed tiles by `ImageFile.key`.
+
+    Attributes:
+        sequence: the answer.
+        exclusive: whether it must run without others, because a batch with it failed.
+        finished: whether there will be no more chunks.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        prompt: str,
+        matcher: LLMatcher | None,
+        tokenizer,
+        reservation: Reservation,
+        image_tiles: dict[int, int],
+    ):
+        self._loop, self._chunks = asyncio.get_running_loop(), asyncio.Queue()
+        self.request, self.prompt = request, prompt
+        self.sequence = Sequence(request, self._put_chunk, matcher, tokenizer)
+        self.reservation, self.image_tiles = reservation, image_tiles
+        self.exclusive = self.finished = False
+        self.error: Exception | None = None
+
+    def _put_chunk(self, chunk: str | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
+        except RuntimeError:  # the loop is closed: no client is left
+            self.sequence.cancelled.set()
+
+    def finish(self, error: Exception | None = None) -> None:
+        """End the stream of chunks, with an error unless the answer is complete."""
+        if not self.finished:
+            self.finished, self.request.images = True, []
+            self.error = self.sequence.error or (error if self.sequence.finish_reason is None else None)
+            self._put_chunk(None)
+
+    async def chunks(self) -> AsyncGenerator[str]:
+        """Yield the answer's text. Closing the generator cancels the request.
+
+        Raises:
+            ApiError: if the request failed.
+        """
+        try:
+            while (chunk := await self._chunks.get()) is not None:
+                yield chunk
+        finally:
+            self.sequence.cancelled.set()
+        if error := self.error or self.sequence.error:
+            raise error
+
+
+class AllCancelled:
+    """Event-like: set once all sequences of a batch are cancelled."""
+
+    def __init__(self, sequences: list[Sequence]):
+        self.sequences = sequences
+
+    def is_set(self) -> bool:
+        return all(sequence.cancelled.is_set() for sequence in self.sequences)
 
 
 class Sampler(LogitsProcessor):
-    """Leaves each row the one token that it chooses, for greedy `generate` to take."""
+    """Samples each sequence's token, and leaves it the only one that greedy `generate` can take."""
 
-    def __init__(self, rows: list[Sequence]):
-        self.rows = rows
+    def __init__(self, sequences: list[Sequence]):
+        self.sequences = sequences
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        chosen = torch.full_like(scores, -torch.inf)
-        for row, its_scores, its_choice in zip(self.rows, scores, chosen, strict=True):
-            its_choice[0 if row.finish else row.choose(its_scores)] = 0
-        return chosen
+        sampled = torch.full_like(scores, -torch.inf)
+        for sequence, logits, row in zip(self.sequences, scores, sampled, strict=True):
+            row[0 if sequence.finish_reason else sequence.sample(logits)] = 0
+        return sampled
 
 
 class StopCheck(StoppingCriteria):
-    """Tells each row its token, and ends it when its answer does.
+    """Appends each sequence's token, and ends its row of the batch with it.
 
     Args:
-        ends: tokens that end an answer.
+        eos_token_ids: tokens that end an answer.
     """
 
-    def __init__(self, rows: list[Sequence], ends: list[int]):
-        self.rows, self.ends = rows, ends
+    def __init__(self, sequences: list[Sequence], eos_token_ids: list[int]):
+        self.sequences, self.eos_token_ids = sequences, eos_token_ids
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-            row.take(token, self.ends)
-        return torch.tensor([row.finish is not None for row in self.rows])
+        for sequence, token in zip(self.sequences, input_ids[:, -1].tolist(), strict=True):
+            sequence.append_token(token, self.eos_token_ids)
+        return torch.tensor([sequence.finish_reason is not None for sequence in self.sequences])

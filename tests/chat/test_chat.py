@@ -349,7 +349,7 @@ def test_broken_picture_then_go_on(page, tmp_path):
     page.box.fill("What is it?")
     page.send.click()
     foot = page.tab.locator(".block.foot")
-    expect(foot).to_contain_text("broken.png is not a picture that can be read")
+    expect(foot).to_contain_text("broken.png is not an image that can be read")
     expect(page.bot).to_have_count(0)
     expect(page.box).to_have_value("What is it?")
     page.tab.locator(".delete-button").first.click()

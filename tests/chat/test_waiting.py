@@ -68,7 +68,7 @@ def test_what_was_encoded_ahead_is_what_the_question_asks_about(model, chat):
     asyncio.run(answer(chat, turn))
     assert turn.answer == TYPED["answer"]
     assert len(model.looks) == 2
-    assert model.stats.images_kept == 1
+    assert model.stats.images_cached == 1
 
 
 def test_a_picture_is_given_up_only_when_no_page_wants_it(model, processor):
@@ -130,7 +130,7 @@ def test_errors_are_left_to_the_question(chat, tmp_path, caplog):
     turn = Turn("?", [broken])
     asyncio.run(answer(chat, turn))
     assert turn.state == FAILED
-    assert "not a picture" in turn.note
+    assert "not an image" in turn.note
 
 
 # ---- Signs of life --------------------------------------------------------------------------------------------------
@@ -143,11 +143,11 @@ def test_a_question_says_what_it_waits_for(model, chat):
     stages = list(dict.fromkeys(sentence.split(" ...")[0] for sentence in said))
     looking = [stage for stage in stages if stage.startswith(("Looking", "Reading"))]
     assert looking == [
-        "Looking at picture 1 of 2",
-        "Looking at picture 2 of 2",
+        "Encoding image 1 of 2",
+        "Encoding image 2 of 2",
         f"Reading {model.stats.prompt_tokens} tokens",
     ]
-    second = [sentence for sentence in said if "picture 2" in sentence]
+    second = [sentence for sentence in said if "image 2" in sentence]
     assert second[0].endswith("about 2 s left")
     assert second[-1].endswith("any moment now")
 
@@ -228,7 +228,7 @@ def test_first_words_within_a_second_of_a_question_typed_for_as_long_as_its_pict
     page.send.click()
     expect(page.bot).to_contain_text([TYPED["answer"][:1]])
     assert time.perf_counter() - sent < 1
-    page.expect_answers(TYPED["answer"], "1 kept")
+    page.expect_answers(TYPED["answer"], "1 cached")
 
 
 def test_a_question_waits_for_what_is_left_of_its_picture(page, model):
@@ -237,7 +237,7 @@ def test_a_question_waits_for_what_is_left_of_its_picture(page, model):
     wait_until(lambda: model.looks)
     page.tab.wait_for_timeout(1500)
     page.ask(OTHER["question"])
-    expect(page.bot).to_contain_text(["Looking at picture 1 of 1"])
+    expect(page.bot).to_contain_text(["Encoding image 1 of 1"])
     page.expect_answers(OTHER["answer"], "1 picture")
     assert time.perf_counter() - model.looks[0] < model.picture_s + 2
     assert (len(model.looks), model.given_up) == (1, 0)
@@ -271,7 +271,7 @@ def press_stop(page) -> float:
 def test_stop_while_a_picture_is_looked_at(page, model):
     model.picture_s = 60
     page.ask(TYPED["question"], path_of(TYPED))
-    expect(page.bot).to_contain_text(["Looking at picture 1 of 1"])
+    expect(page.bot).to_contain_text(["Encoding image 1 of 1"])
     assert press_stop(page) < STOP_S
     expect(page.bot).to_have_count(1)
     model.picture_s = 0

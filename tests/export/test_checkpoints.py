@@ -61,7 +61,7 @@ def reshaped(tensors: dict) -> dict:
 
 # ---- Tensors without a place ----------------------------------------------------------------------------------------
 
-LEFT_OVER = r"\d+ of \d+ tensors are missing, such as .*; \d+ are left over, such as {}.*"
+LEFT_OVER = r"\d+ of \d+ tensors are missing, such as .*; \d+ are unexpected, such as {}.*"
 BROKEN = {
     "adapter prefix": (renamed(lambda name: f"base_model.model.{name}"), LEFT_OVER.format("base_model") + "adapter"),
     "DDP prefix": (renamed(lambda name: f"module.{name}"), LEFT_OVER.format("module") + "remove 'module.'"),
@@ -71,10 +71,10 @@ BROKEN = {
     "no cross-attention": (without("cross_attn"), r"\d+ of \d+ tensors are missing, such as .*cross_attn"),
     "no vision": (without("vision_model"), r"\d+ of \d+ tensors are missing, such as .*vision_model"),
     "one layer less": (without("layers.2."), "tensors are missing"),
-    "one tensor more": (lambda tensors: tensors | {"extra.weight": torch.zeros(2)}, "1 are left over.*extra.weight"),
+    "one tensor more": (lambda tensors: tensors | {"extra.weight": torch.zeros(2)}, "1 are unexpected.*extra.weight"),
     "unmerged adapter": (
         lambda tensors: tensors | {"model.x.q_proj.lora_A.weight": torch.zeros(2)},
-        "1 are left over.*merge_and_unload",
+        "1 are unexpected.*merge_and_unload",
     ),
     "other shape": (reshaped, r"1 have another shape, such as .*lm_head.weight: \[\d+, 64\] instead of \[\d+, 64\]"),
 }
@@ -158,8 +158,8 @@ SHARD = "model-00002-of-00002.safetensors"
 FILES = {
     "pointer": (lambda path: path.write_bytes(POINTER + b"size 12345\n"), "Git LFS pointer.*`git lfs pull`"),
     "web page": (lambda path: path.write_bytes(b"<!DOCTYPE html><html>Log in</html>"), "web page"),
-    "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "cut short.*download it again"),
-    "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "cut short.*download it again"),
+    "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "truncated.*download it again"),
+    "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "truncated.*download it again"),
     "header cut": (lambda path: os.truncate(path, 100), "no safetensors file.*download it again"),
     "empty": (lambda path: os.truncate(path, 0), "no safetensors file.*download it again"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "no safetensors file.*download it again"),

@@ -356,7 +356,7 @@ def test_numbers_that_overflow_are_said(pair, tmp_path, broken, what):
     for _ in range(2):  # and nothing of it was kept
         with pytest.raises(FloatingPointError, match=f"{what} are not finite.*INFERENCE_PRECISION_HINT"):
             model.generate(**pair.inputs("wide"), **GREEDY)
-    assert model.image_encoder.kept.nbytes == 0 or what == "logits"
+    assert model.image_encoder.cache.nbytes == 0 or what == "logits"
 
 
 # ---- Use ----

@@ -21,7 +21,7 @@ from ov_mllama.__main__ import main
 from ov_mllama.export import costs
 from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.convert import convert_mllama
-from ov_mllama.export.plan import SYSTEM, Machine, by_memory, plan
+from ov_mllama.export.plan import SYSTEM_BYTES, Machine, by_memory, plan
 from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_here, prepare
 from ov_mllama.export.settings import Settings
 from ov_mllama.runtime import ir, memory
@@ -106,7 +106,9 @@ def test_the_90bs_widths_cost_what_was_measured():
 def test_the_whole_90b_needs_a_machine_of_64_gb():
     whole = make_config(**SHAPES["90b"])
     fitting = [
-        size for size in (16, 24, 32, 64) if not plan(whole, Machine(size * 2**30 - SYSTEM, MUCH), PLAIN).lacking
+        size
+        for size in (16, 24, 32, 64)
+        if not plan(whole, Machine(size * 2**30 - SYSTEM_BYTES, MUCH), PLAIN).shortfalls
     ]
     assert fitting == [64]
     assert costs.conversion_cost(whole).disk / 1e9 == pytest.approx(177, abs=2)
@@ -127,7 +129,7 @@ def test_disk_of_16_bit_is_what_is_written(tmp_path, capsys):
 
 @pytest.mark.parametrize(("size", "write_16_bit", "compare"), [(16, 0, 0), (24, 0, 0), (32, 1, 0), (64, 1, 1)])
 def test_a_machine_of_so_much_memory_is_refused_nothing_by_default(config, size, write_16_bit, compare):
-    made = plan(config, Machine(size * 2**30 - SYSTEM, 60e9), PLAIN)
+    made = plan(config, Machine(size * 2**30 - SYSTEM_BYTES, 60e9), PLAIN)
     assert (made.write_16_bit, made.compare_with_pytorch, made.shortfalls) == (bool(write_16_bit), bool(compare), ())
     assert all(step.cost.memory <= made.machine.memory for step in made.steps.values())
     assert made.disk <= made.machine.disk
@@ -138,7 +140,7 @@ def test_a_small_disk_gets_no_16_bit_language_model(config):
     assert roomy.write_16_bit
     assert (tight.write_16_bit, tight.compare_with_pytorch, tight.shortfalls) == (False, False, ())
     none = plan(config, Machine(60e9, 10e9), PLAIN, downloaded=False)
-    assert re.search(r"write 29\.\d GB and 10\.0 GB of disk are free: make room", " ".join(none.shortfalls))
+    assert re.search(r"write 29\.\d GB and 10\.0 GB of disk are free: free disk space", " ".join(none.shortfalls))
 
 
 def test_downloads_may_go_to_another_disk(config):
@@ -157,7 +159,7 @@ def test_what_is_made_already_is_not_made_again(config):
     first = plan(config, Machine(13e9, MUCH), PLAIN)
     assert made.steps["token"] == first.steps["token"]  # loaded it is as large
     assert made.check_disk() is None
-    with pytest.raises(OSError, match=r"All steps write .* make room"):
+    with pytest.raises(OSError, match=r"All steps write .* free disk space"):
         plan(config, Machine(13e9, 1e6), PLAIN).check_disk()
     half = plan(config, Machine(60e9, MUCH), PLAIN, made=done)
     assert half.steps["convert"].cost.disk == 2 * costs.weights(config).language
@@ -172,7 +174,7 @@ def test_one_core_takes_twice_as_long_as_two(config):
 
 
 def test_what_does_not_fit_is_said(config):
-    (sentence,) = plan(config, Machine(8 * 2**30 - SYSTEM, 60e9), PLAIN).lacking
+    (sentence,) = plan(config, Machine(8 * 2**30 - SYSTEM_BYTES, 60e9), PLAIN).shortfalls
     assert re.search(r"takes 11\.\d GB of memory and 4\.6 GB are free: close other programs", sentence)
     assert "too little memory" in by_memory(config, PLAIN, [8])
 
@@ -224,8 +226,8 @@ def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, capsy
     # when all is made the disk is as good as full, and that is no reason to complain
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e3))
     stamps = {name: ir.ir_stamp(folder / name) for name in names}
-    assert not plan_here(DEMO, folder, DEMO / "draft", for_chat=True).lacking
-    with pytest.raises(OSError, match="All steps write .* make room"):
+    assert not plan_here(DEMO, folder, DEMO / "draft", for_chat=True).shortfalls
+    with pytest.raises(OSError, match="All steps write .* free disk space"):
         prepare(DEMO, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
     prepare(DEMO, folder, DEMO / "draft")
@@ -307,7 +309,7 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
     images = image_arrays(*(second[name] for name in ImageInputs._fields))
     needed = model.image_encoder.memory_for(images, image_keys(images))
     assert needed == costs.picture_memory(model.shapes, 3)  # two tiles, and one that stands for the empty ones
-    kept, held = model.image_encoder.kept, model.sessions
+    kept, held = model.image_encoder.cache, model.sessions
     assert kept.nbytes > 0 < held.held_bytes
     freed = needed - 1 + kept.nbytes
 
@@ -323,7 +325,7 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
     freed = needed - 1e5
     monkeypatch.setattr("ov_mllama.runtime.vision.free_memory", lambda: freed)
     model.forget()  # the session too, or it holds the image's K/V and none is encoded
-    with pytest.raises(MemoryError, match=r"A picture of 2 tiles takes .* too little: close other programs"):
+    with pytest.raises(MemoryError, match=r"Encoding a 2-tile image needs .* are available. Close other programs"):
         model.generate(**second, **GREEDY)
 
 
@@ -333,7 +335,7 @@ def test_a_long_prompt_takes_the_memory_of_the_tokens_computed_at_once(config, m
     monkeypatch.setattr("ov_mllama.runtime.checks.free_memory", lambda: needed)
     check_prompt_fits(config, prompt, 0, 0, 1e4)
     monkeypatch.setattr("ov_mllama.runtime.checks.free_memory", lambda: needed - 1)
-    with pytest.raises(MemoryError, match="A prompt of 4000 tokens takes"):
+    with pytest.raises(MemoryError, match="A prompt of 4000 tokens needs"):
         check_prompt_fits(config, prompt, 0, 0, 1e4)
 
 

@@ -95,7 +95,7 @@ def test_what_was_encoded_ahead_is_not_encoded_again(pair, model, case):
     inputs = pair.inputs(case)
     seconds = model.encode_images(**picture_of(inputs))
     assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
-    assert model.stats.images_kept == len(seconds) == model.stats.images > 0
+    assert model.stats.images_cached == len(seconds) == model.stats.images > 0
 
 
 def test_a_prompt_waits_for_the_image_under_way(pair, model, held):
@@ -109,7 +109,7 @@ def test_a_prompt_waits_for_the_image_under_way(pair, model, held):
     assert_right(pair, asked.result(), inputs)
     assert len(ahead.result()) == 1
     assert held.runs == 1
-    assert model.stats.images_kept == 1
+    assert model.stats.images_cached == 1
 
 
 def test_text_does_not_wait_for_it(pair, model, held):
@@ -135,7 +135,7 @@ def test_it_is_given_up_at_once(pair, model, held):
     assert time.perf_counter() - started < 1
     assert held.cancelled == 1
     assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
-    assert model.stats.images_kept == 1
+    assert model.stats.images_cached == 1
 
 
 def test_waiting_for_another_image_is_given_up_too(pair, model, held):
@@ -180,7 +180,7 @@ def test_an_answer_is_stopped_while_its_prompt_is_computed(pair, model, monkeypa
     assert computed == [3] * 4
     stop.clear()
     assert_right(pair, model.generate(**inputs, **GREEDY, stop=stop), inputs)
-    assert model.stats.images_kept == 1
+    assert model.stats.images_cached == 1
     assert model.stats.reused_tokens == 12
 
 

@@ -89,7 +89,7 @@ def test_golden_answer(tmp_path):
     assert model.stats.prompt_tokens == 0
     assert not model.llm_infer_time
     assert not model.vision_encoder_infer_time
-    assert model.image_encoder.kept.nbytes == 0
+    assert model.image_encoder.cache.nbytes == 0
 
     golden = json.loads((folder / "golden.json").read_text())
     (folder / "golden.json").write_text(json.dumps(golden | {"answer": "!!!!"}))

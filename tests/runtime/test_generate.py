@@ -204,16 +204,16 @@ def test_a_picture_is_encoded_once_in_a_conversation(pair):
 def test_kept_pictures_stay_within_their_room(pair):
     one = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
     one(**pair.inputs("one tile"))
-    size = one.image_encoder.kept.nbytes
+    size = one.image_encoder.cache.nbytes
     model = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=3 * size)
     runs = count_runs(model)
     for case in ("one tile", "wide", "tall", "tall", "wide", "one tile"):
         model(**pair.inputs(case))
-        assert model.image_encoder.kept.nbytes <= 3 * size  # each of two tiles and one for its padding, or one and one
+        assert model.image_encoder.cache.nbytes <= 3 * size  # each of two tiles and one for its padding, or one and one
     assert len(runs) == 4  # tall and wide were still there, one tile had made room
     none = OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32, image_cache_bytes=0)
     none(**pair.inputs("one tile"))
-    assert none.image_encoder.kept.nbytes == 0
+    assert none.image_encoder.cache.nbytes == 0
 
 
 def test_what_is_kept_of_a_prompt_is_not_pushed_out_by_its_other_pictures(pair):
@@ -225,7 +225,7 @@ def test_what_is_kept_of_a_prompt_is_not_pushed_out_by_its_other_pictures(pair):
     ]
     for picture in pictures:
         model.encode_images(**picture)
-    model.image_encoder.kept.max_bytes = model.image_encoder.kept.nbytes - 1  # for one of them
+    model.image_encoder.cache.max_bytes = model.image_encoder.cache.nbytes - 1  # for one of them
     model.image_encoder.forget()
     model.encode_images(**pictures[1])
     runs = count_runs(model)

@@ -167,26 +167,26 @@ def test_where_both_could_be_meant_channels_are_last_in_arrays_and_first_in_tens
 
 PNG = SAMPLE.read_bytes()
 REFUSED = {
-    "no bytes": (b"", "not a picture that can be read"),
-    "half a PNG": (PNG[: len(PNG) // 2], "not a picture that can be read"),
-    "half a JPEG": (contents(Image.open(SAMPLE).convert("RGB"), "JPEG")[:500], "not a picture that can be read"),
-    "a page": (b"<!DOCTYPE html><html></html>", "not a picture that can be read"),
-    "a drawing in text": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture that can be read"),
-    "PostScript, which would be run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
-    "a zip": (b"PK\x03\x04" + bytes(100), "not a picture that can be read"),
+    "no bytes": (b"", "not an image that can be read"),
+    "half a PNG": (PNG[: len(PNG) // 2], "not an image that can be read"),
+    "half a JPEG": (contents(Image.open(SAMPLE).convert("RGB"), "JPEG")[:500], "not an image that can be read"),
+    "a page": (b"<!DOCTYPE html><html></html>", "not an image that can be read"),
+    "a drawing in text": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
+    "PostScript, which would be run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    "a zip": (b"PK\x03\x04" + bytes(100), "not an image that can be read"),
     "8000 x 8000": (contents(Image.new("1", (8000, 8000))), "8000 × 8000 pixels: make it smaller"),
     "20000 x 20000": (contents(Image.new("1", (20_000, 20_000))), "too many pixels: make it smaller"),
     "an array with NaN": (np.full((4, 4, 3), np.nan), "values from nan to nan"),
     "an array with infinity": (np.full((4, 4, 3), np.inf), "values from inf"),
     "normalised pixels": (np.linspace(-1.8, 2.1, 48).reshape(3, 4, 4), "pixel_values are for the model"),
-    "an array of five channels": (array(6, 6, 5), r"shape \[6, 6, 5\] is no picture"),
-    "an array of two pictures": (array(2, 4, 4, 3), r"shape \[2, 4, 4, 3\] is no picture"),
-    "an array of nothing": (np.zeros((0, 4, 3)), "is no picture"),
-    "a number": (np.array(3), "is no picture"),
-    "complex numbers": (np.zeros((4, 4), complex), "complex128 is no picture"),
+    "an array of five channels": (array(6, 6, 5), r"shape \[6, 6, 5\] is no image"),
+    "an array of two pictures": (array(2, 4, 4, 3), r"shape \[2, 4, 4, 3\] is no image"),
+    "an array of nothing": (np.zeros((0, 4, 3)), "is no image"),
+    "a number": (np.array(3), "is no image"),
+    "complex numbers": (np.zeros((4, 4), complex), "complex128 is no image"),
     "an array too large": (np.broadcast_to(np.uint8(0), (20_000, 20_000)), "pixels: make it smaller"),
-    "nothing": (None, "NoneType is no picture"),
-    "a dict": ({"path": "x.png"}, "dict is no picture"),
+    "nothing": (None, "NoneType is no image"),
+    "a dict": ({"path": "x.png"}, "dict is no image"),
 }
 
 
@@ -205,12 +205,12 @@ def test_refused_with_a_sentence(kind, tmp_path, tally):
 def test_paths_that_lead_nowhere(tmp_path):
     for path, sentence in [
         (tmp_path, "is a folder"),
-        (tmp_path / "gone.png", "gone.png is not here"),
-        ("a\0b", "not a picture"),
-        ("x" * 5000, "not a picture"),
-        ("file:///etc/passwd", "no address of a picture"),
-        ("ftp://example.org/x.png", "no address of a picture"),
-        ("data://x", "no address of a picture"),
+        (tmp_path / "gone.png", "gone.png is missing"),
+        ("a\0b", "not an image"),
+        ("x" * 5000, "not an image"),
+        ("file:///etc/passwd", "no URL of an image"),
+        ("ftp://example.org/x.png", "no URL of an image"),
+        ("data://x", "no URL of an image"),
     ]:
         with pytest.raises(PictureError, match=sentence):
             open_picture(path)
@@ -313,7 +313,7 @@ def test_an_address(address, path):
     ("path", "sentence"),
     [
         ("page", "is a page"),
-        ("page_named_png", "not a picture that can be read"),
+        ("page_named_png", "not an image that can be read"),
         ("gone", "could not be fetched.*404"),
         ("broken", "could not be fetched.*500"),
         ("loop", "could not be fetched"),
@@ -425,12 +425,12 @@ FAILURES = {
     "network disk": (OSError(errno.ESTALE, "Stale file handle"), OSError, "Stale file handle"),
     "files": (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files"),
     "permission": (PermissionError(errno.EACCES, "Permission denied"), PermissionError, "Permission denied"),
-    "truncated": (OSError("image file is truncated (3 bytes not processed)"), PictureError, "use a whole"),
-    "unknown": (PIL.UnidentifiedImageError("cannot identify image file"), PictureError, "use a whole"),
-    "before its start": (OSError(errno.EINVAL, "Invalid argument"), PictureError, "use a whole"),
-    "gone": (FileNotFoundError(errno.ENOENT, "No such file or directory"), PictureError, "is not here"),
-    "below a file": (NotADirectoryError(errno.ENOTDIR, "Not a directory"), PictureError, "is not here"),
-    "long name": (OSError(errno.ENAMETOOLONG, "File name too long"), PictureError, "use a whole"),
+    "truncated": (OSError("image file is truncated (3 bytes not processed)"), PictureError, "use an intact"),
+    "unknown": (PIL.UnidentifiedImageError("cannot identify image file"), PictureError, "use an intact"),
+    "before its start": (OSError(errno.EINVAL, "Invalid argument"), PictureError, "use an intact"),
+    "gone": (FileNotFoundError(errno.ENOENT, "No such file or directory"), PictureError, "is missing"),
+    "below a file": (NotADirectoryError(errno.ENOTDIR, "Not a directory"), PictureError, "is missing"),
+    "long name": (OSError(errno.ENAMETOOLONG, "File name too long"), PictureError, "use an intact"),
 }
 
 

@@ -112,7 +112,7 @@ def test_what_is_kept_of_an_image(kind, computed):
     model, _ = computed
     model(**inputs_of(kind, "<|image|>what is it", [kind.picture(1, 1)]))
     tile = 2 * 2 * 17 * 2 * 8 * 4  # two layers' keys and values, 17 rows, two heads of eight numbers in f32
-    assert model.image_encoder.kept.nbytes == tile * (2 if is_alike(kind) else 4)
+    assert model.image_encoder.cache.nbytes == tile * (2 if is_alike(kind) else 4)
 
 
 def test_the_converter_knows_which_kind_a_checkpoint_is(kind):

@@ -49,7 +49,7 @@ def test_by_cpu_and_stamp(part, stamp, cpu, precision, group):
     expected = ({"INFERENCE_PRECISION_HINT": precision} if precision else {}) | ({GROUP: group} if group else {})
     assert properties == expected
     assert (precision or ("bf16" if cpu.bf16 else "f32")) in reason
-    assert (f"{group} numbers" in reason) == bool(group)
+    assert (f"{group} activations" in reason) == bool(group)
 
 
 def test_what_is_given_goes_before_it():

@@ -139,7 +139,7 @@ def test_any_calls_in_any_order_give_pytorchs_logits_and_tokens(pair, tmp_path, 
     pictures = [pair.picture(1, 1, 1), pair.picture(2, 1, 2), pair.picture(0.9, 2, 3), pair.picture(1.8, 1, 9)]
     reused, wrong, tried = 0, [], times(150, 3000)
     for _ in range(tried):
-        model.image_encoder.kept.max_bytes = rng.choice([1, 10**9])
+        model.image_encoder.cache.max_bytes = rng.choice([1, 10**9])
         monkeypatch.setattr("ov_mllama.runtime.language.PREFILL_TOKENS", rng.choice([3, 5, 128]))
         images = rng.choices(pictures, k=rng.choice([0, 1, 1, 1, 2]))
         text = "a" * rng.choice([0, 4, 8, 8]) + "".join("<|image|>" + "b" * rng.choice([1, 3, 6]) for _ in images)

@@ -76,7 +76,7 @@ def compressed_language(pair, copy):
 @pytest.mark.parametrize("make", [quantized, compressed_vision, compressed_language])
 def test_an_ir_of_ones_own_is_loaded_with_a_warning(pair, copy, make):
     names = make(pair, copy)
-    with pytest.warns(UserWarning, match="its origin is not known"):
+    with pytest.warns(UserWarning, match="its provenance and integrity are unknown"):
         model = OVMLlamaForConditionalGeneration(copy, ov_config=F32, **names)
     logits = model(**pair.inputs("wide")).logits
     exact = pair.ov(**pair.inputs("wide")).logits

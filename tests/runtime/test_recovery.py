@@ -160,7 +160,7 @@ def test_a_failing_step_in_the_middle_of_an_answer(pair, right, fault, times, ta
         token = torch.tensor([[70]])
         with failing(model, FAULTS[fault]), pytest.raises(RAISED):
             model(token, past_key_values=first.past_key_values)
-        with pytest.raises(ValueError, match="tokens are gone"):  # what it held is not known
+        with pytest.raises(ValueError, match="is stale"):  # what it held is not known
             model(token, past_key_values=first.past_key_values)
         wrong += filter(None, [differs(model, right, "wide")])
     tally("failed inferences", count, wrong)
@@ -192,7 +192,7 @@ def test_a_session_whose_tokens_went_with_anothers_failure(pair, right):
     expected = session.prefill(prompt), session.decode(token)
     session.prefill(prompt)
     fail(model, FAULTS["mask too short"], right[0]["wide"])
-    with pytest.raises(ValueError, match="begin with prefill"):
+    with pytest.raises(ValueError, match="call `prefill` first"):
         session.decode(token)
     for ours, theirs in zip((session.prefill(prompt), session.decode(token)), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -210,7 +210,7 @@ def test_a_session_whose_tokens_go_in_the_middle_of_its_prompt(pair, monkeypatch
 
     monkeypatch.setattr("ov_mllama.runtime.language.PREFILL_TOKENS", 3)
     monkeypatch.setattr(model.language_model, "infer", then_lost)
-    with pytest.raises(ValueError, match="begin with prefill"):
+    with pytest.raises(ValueError, match="call `prefill` first"):
         session.prefill(Prompt(pair.inputs("text only")["input_ids"].numpy()))
     assert len(steps) == 1
 

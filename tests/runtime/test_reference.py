@@ -65,7 +65,7 @@ def test_auto_goes_by_the_version_that_wrote_the_config(tmp_path, version, expec
 
 def test_another_reference_is_refused(pair, tmp_path):
     for call in (convert_mllama, plan_here, prepare):
-        with pytest.raises(ValueError, match="reference='Meta' is none of auto, meta, transformers"):
+        with pytest.raises(ValueError, match="reference='Meta' is unknown: choose one of auto, meta, transformers"):
             call(pair.checkpoint, tmp_path / "ov", reference="Meta")
     assert not (tmp_path / "ov").exists()
 

@@ -65,7 +65,7 @@ REFUSED = {
     "a mask too short": (with_changed(attention_mask=lambda mask: mask[:, 1:]), r"\[1, 12\] is expected"),
     "a mask too long": (with_changed(attention_mask=lambda mask: mask.repeat(1, 2)), r"\[1, 12\] is expected"),
     "a mask of two rows": (with_changed(attention_mask=lambda mask: mask.repeat(2, 1)), r"\[1, 12\] is expected"),
-    "a 4D mask": (with_changed(attention_mask=lambda mask: mask[:, None, None]), "4D masks are not taken"),
+    "a 4D mask": (with_changed(attention_mask=lambda mask: mask[:, None, None]), "4D masks are not supported"),
     "a mask of other numbers": (with_changed(attention_mask=lambda mask: mask * 7), "1 is for tokens"),
     "positions too few": (ask(position_ids=torch.arange(3)[None]), r"\[1, 12\] is expected"),
     "positions of three axes": (ask(position_ids=torch.zeros(3, 1, 12, dtype=torch.int64)), r"\[1, 12\] is expected"),
@@ -75,8 +75,8 @@ REFUSED = {
     "pixels without an axis": (with_changed(pixel_values=lambda x: x[0]), "use the processor"),
     "three of four tiles": (with_changed(pixel_values=lambda x: x[:, :, :3]), "use the processor"),
     "a tile mask of three": (with_changed(aspect_ratio_mask=lambda mask: mask[..., :3]), r"\[1, 1, 4\] is expected"),
-    "no real tile": (with_changed(aspect_ratio_mask=lambda mask: mask * 0), "one at least"),
-    "real tiles last": (with_changed(aspect_ratio_mask=lambda mask: mask.flip(-1)), "first of all"),
+    "no real tile": (with_changed(aspect_ratio_mask=lambda mask: mask * 0), "at least the first"),
+    "real tiles last": (with_changed(aspect_ratio_mask=lambda mask: mask.flip(-1)), "at least the first"),
     "aspect ratio 99": (with_changed(aspect_ratio_ids=lambda ids: ids * 0 + 99), "knows 0 .no image. to 8"),
     "a negative aspect ratio": (with_changed(aspect_ratio_ids=lambda ids: -ids), "knows 0 .no image. to 8"),
     "aspect ratios of two images": (with_changed(aspect_ratio_ids=lambda ids: ids.repeat(1, 2)), r"\[1, 1\] is exp"),
@@ -111,13 +111,13 @@ REFUSED = {
                 * (torch.arange(20) > 12)[None, :, None, None]
             ),
         ),
-        "give the whole text again",
+        "give the complete text again",
     ),
     "a cross mask of another length beside a cache": (
         with_cache(
             cross_attention_mask=lambda pair: pair.inputs("wide")["cross_attention_mask"][:, -1:].repeat(1, 4, 1, 1)
         ),
-        "give the whole text again",
+        "give the complete text again",
     ),
     "pixels without masks": (
         lambda model, pair: model(pair.inputs("wide")["input_ids"], pair.inputs("wide")["pixel_values"]),
@@ -127,7 +127,7 @@ REFUSED = {
     "another batch than the cache's": (with_cache(input_ids=torch.tensor([[70], [71]])), "has 2 rows.*has 1"),
     "other tiles than before": (
         with_cache(cross_attention_mask=lambda pair: pair.inputs("wide")["cross_attention_mask"][:, -1:] * 0),
-        "give the whole text again",
+        "give the complete text again",
     ),
     "images beside a cache": (
         lambda model, pair: model(**pair.inputs("wide"), past_key_values=model(**pair.inputs("wide")).past_key_values),

@@ -48,14 +48,14 @@ def test_a_follow_up_computes_only_what_is_new(pair, model, pictures):
         lengths.append(inputs["input_ids"].shape[1])
         if len(lengths) > 1:
             assert model.stats.reused_tokens >= lengths[-2]
-            assert model.stats.images_kept == model.stats.images == pictures
+            assert model.stats.images_cached == model.stats.images == pictures
     assert model.stats.prompt_tokens == lengths[-1]
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
 def test_follow_up_encodes_nothing_although_the_image_cache_is_too_small(pair, model, pictures, monkeypatch):
     """The session holds the K/V of its images already, and with the 11B each would take a minute."""
-    model.image_encoder.kept.max_bytes = 1
+    model.image_encoder.cache.max_bytes = 1
     encoded = []
     infer = model.image_encoder._infer
     monkeypatch.setattr(model.image_encoder, "_infer", lambda *given: encoded.append(1) or infer(*given))
@@ -63,12 +63,12 @@ def test_follow_up_encodes_nothing_although_the_image_cache_is_too_small(pair, m
         expected = pair.hf.generate(**inputs, **GREEDY)
         assert model.generate(**inputs, **GREEDY).tolist() == expected.tolist()
         assert len(encoded) == model.stats.images == pictures
-    assert model.stats.images_kept == pictures
+    assert model.stats.images_cached == pictures
 
 
 def test_follow_up_with_another_image_encodes_all_its_images(pair, model):
     """Text that sees other tiles than the session's last tokens reads K/V that the session does not hold."""
-    model.image_encoder.kept.max_bytes = 1
+    model.image_encoder.cache.max_bytes = 1
     first = pair.inputs("wide")
     model.generate(**first, **GREEDY)
     text = "<|image|>what is it, and <|image|>this?"
@@ -76,7 +76,7 @@ def test_follow_up_with_another_image_encodes_all_its_images(pair, model):
     inputs = pair.processor(text=text, images=images, return_tensors="pt", add_special_tokens=False)
     expected = pair.hf.generate(**inputs, **GREEDY)
     assert model.generate(**inputs, **GREEDY).tolist() == expected.tolist()
-    assert model.stats.images_kept == 0
+    assert model.stats.images_cached == 0
 
 
 def test_the_logits_are_a_fresh_calls(pair, model):
@@ -110,7 +110,7 @@ def test_the_same_words_about_another_picture_start_anew(pair, model):
     model.generate(**pair.inputs("wide"), **GREEDY)
     model.generate(**pair.inputs("tall"), **GREEDY)
     assert model.stats.reused_tokens == 0
-    assert model.stats.images_kept == 0
+    assert model.stats.images_cached == 0
 
 
 def test_all_logits_are_computed_where_all_are_asked_for(pair, model):
@@ -123,9 +123,9 @@ def test_forget(pair, model):
     inputs = pair.inputs("wide")
     expected = model.generate(**inputs, **GREEDY)
     model.forget()
-    assert model.image_encoder.kept.nbytes == 0
+    assert model.image_encoder.cache.nbytes == 0
     assert model.generate(**inputs, **GREEDY).tolist() == expected.tolist()
-    assert model.stats.reused_tokens == model.stats.images_kept == 0
+    assert model.stats.reused_tokens == model.stats.images_cached == 0
 
 
 def test_a_state_mostly_of_hidden_columns_is_cleared(pair, model):
@@ -295,7 +295,7 @@ def test_stats_agree_with_the_times(pair, model):
     stats = model.stats
     assert stats.new_tokens == 12
     assert stats.prompt_tokens == output.shape[1] - 12
-    assert (stats.images, stats.images_kept) == (2, 0)
+    assert (stats.images, stats.images_cached) == (2, 0)
     assert stats.first_token_s == sum(model.vision_encoder_infer_time) + model.llm_infer_time[0]
     assert stats.step_s == model.llm_infer_time[1:]
     assert stats.tokens_per_s == pytest.approx(11 / sum(stats.step_s))
@@ -309,7 +309,7 @@ def test_stats_agree_with_the_times(pair, model):
     line = str(stats)
     assert "\n" not in line
     assert "2 pictures" in line
-    assert "12 answered" in line
+    assert "12 generated" in line
 
 
 def test_stats_of_drafts_do_not_depend_on_the_head(pair):

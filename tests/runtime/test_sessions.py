@@ -103,35 +103,35 @@ def text(*ids):
 
 
 def test_the_oldest_conversation_goes_first(model):
-    column = model.language_model.column_bytes
+    column = model.language_model.token_bytes
     assert column == 2 * 3 * 2 * 8 * 4  # keys and values, three layers, two heads of eight numbers in f32
     sessions = SessionPool(model.language_model, cache_bytes=25 * column)
     taken = []
     for start in (10, 20, 30):
-        session = sessions.take(text(*range(start, start + 10)))
+        session = sessions.acquire(text(*range(start, start + 10)))
         session.prefill(text(*range(start, start + 10)))
         taken.append(session)
         sessions.release()
     assert taken[2] is taken[0]
     assert taken[1] is not taken[0]
     assert sessions.held_bytes == 20 * column
-    assert sessions.take(text(*range(20, 40))) is taken[1]  # whose beginning it is
+    assert sessions.acquire(text(*range(20, 40))) is taken[1]  # whose beginning it is
 
 
 def test_conversations_in_use_are_not_taken(model):
     sessions = SessionPool(model.language_model, cache_bytes=0)
-    first, second = sessions.take(text(1, 2, 3)), sessions.take(text(1, 2, 3))
+    first, second = sessions.acquire(text(1, 2, 3)), sessions.take(text(1, 2, 3))
     assert first is not second
     for session in (first, second):
         session.prefill(text(1, 2, 3))
     sessions.release()
     assert len(sessions) == 1
-    assert sessions.take(text(1, 2, 3, 4)) is second
+    assert sessions.acquire(text(1, 2, 3, 4)) is second
 
 
 def test_a_conversation_that_is_gone_on_with_is_used_last(pair, model):
     """By its cache, not by its words: it is neither dropped for others nor lent to them meanwhile."""
-    column = model.language_model.column_bytes
+    column = model.language_model.token_bytes
     model.sessions.cache_bytes = 60 * column
     inputs, other = pair.inputs("text only"), torch.tensor([[65, 66, 67]])
     first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
@@ -164,7 +164,7 @@ def test_what_is_only_kept_makes_room(pair, model, monkeypatch):
     asked = []
 
     def refuse_once(*_):
-        asked.append(model.image_encoder.kept.nbytes)
+        asked.append(model.image_encoder.cache.nbytes)
         if len(asked) == 1:
             raise MemoryError
 
@@ -178,7 +178,7 @@ def test_what_is_only_kept_makes_room(pair, model, monkeypatch):
 
 
 def test_growing_conversations_make_the_oldest_leave(pair, model):
-    column = model.language_model.column_bytes
+    column = model.language_model.token_bytes
     tile = 2 * 2 * 17 * 2 * 8 * 4  # two layers' keys and values, 17 rows, two heads of eight numbers in f32
     room = model.sessions.cache_bytes = 70 * column + 4 * tile
     for case, tiles in (("wide", 2), ("tall", 2), ("text only", 0), ("large", 4)):

@@ -12,6 +12,7 @@ import pytest
 from chat_page import SELF, WHO, wait_until
 from conftest import demo_samples
 from openai_client import KEY, about, alone, complete, picture, text, user
+from ov_mllama.runtime.errors import InputError, NumericalError
 from ov_mllama.runtime.prompts import prompt_text
 
 pytestmark = pytest.mark.alone
@@ -125,7 +126,7 @@ def test_a_stream_that_takes_long_to_begin_is_not_silent(client, slow_demo, serv
 
     def fails(**inputs):
         time.sleep(0.5)
-        raise ValueError("out of order")
+        raise InputError("out of order")
 
     monkeypatch.setattr(slow_demo, "generate", fails)
     with pytest.raises(openai.APIError, match="out of order"):
@@ -141,7 +142,7 @@ def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, slow_de
     def poisoned(**inputs):
         sizes.append(len(inputs["input_ids"]))
         if any("poison" in words for words in processor.batch_decode(inputs["input_ids"])):
-            raise FloatingPointError("not finite")
+            raise NumericalError("not finite")
         return generate(**inputs)
 
     monkeypatch.setattr(slow_demo, "generate", poisoned)

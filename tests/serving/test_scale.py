@@ -73,7 +73,7 @@ def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictu
     assert len(table) == table["id"].nunique() == len(SAMPLES) + 2
     broken = table[table["error"].notna()]
     assert broken["path"].tolist() == [str(pictures / "broken.png")]
-    assert "not a picture" in broken["error"].item()
+    assert "not an image" in broken["error"].item()
     [noise] = table[table["path"].str.contains("\ufffd")].to_dict("records")
     assert noise["answer"]
     answers = {path.rpartition("/")[2]: answer for path, answer in zip(table["path"], table["answer"], strict=True)}

@@ -128,7 +128,7 @@ def test_low_detail_is_one_tile(client, slow_demo):
     seen = []
     for detail in ("high", "low", "auto"):
         complete(client, user(picture(sample, detail=detail), text("What?")))
-        seen.append(slow_demo.image_encoder.kept.nbytes)
+        seen.append(slow_demo.image_encoder.cache.nbytes)
         slow_demo.forget()
     assert seen[1] < seen[0] == seen[2]
 

@@ -27,6 +27,7 @@ from transformers import AutoProcessor
 from chat_page import SELF, WHO, path_of, wait_until
 from conftest import DEMO, ROOT, demo_samples
 from openai_client import KEY, about, alone, complete, picture, refusal, served, text, user
+from ov_mllama.runtime.errors import OutOfMemoryError
 from ov_mllama.runtime.images import open_picture
 from ov_mllama.runtime.prompts import padded, prompt_inputs, prompts_about
 from ov_mllama.serving import addresses, guards
@@ -883,7 +884,7 @@ def test_retry_after_is_the_time_of_a_batch(client, server, slow_demo, processor
 
 
 def test_too_little_memory_says_when_to_come_again(client, server, slow_demo, monkeypatch):
-    monkeypatch.setattr(slow_demo, "generate", raises(MemoryError("2 GB too little: close other programs.")))
+    monkeypatch.setattr(slow_demo, "generate", raises(OutOfMemoryError("2 GB too little: close other programs.")))
     answer = post(server, ASKED)
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "30"
@@ -1110,6 +1111,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from serving import app
 from ov_mllama.cli import exit_on_user_error
+from ov_mllama.runtime.errors import InputError, OutOfMemoryError
 def load(*given, **options):
     time.sleep(4)
     {then}
@@ -1125,8 +1127,8 @@ with exit_on_user_error():
 @pytest.mark.parametrize(
     ("then", "code", "said"),
     [
-        ("raise ValueError('The weights are of another model.')", 1, "❌ The weights are of another model."),
-        ("raise MemoryError('2 GB too little.')", 1, "❌ 2 GB too little."),
+        ("raise InputError('The weights are of another model.')", 1, "❌ The weights are of another model."),
+        ("raise OutOfMemoryError('2 GB too little.')", 1, "❌ 2 GB too little."),
         ("raise RuntimeError('strange')", 1, "RuntimeError: strange"),
         ("raise SystemExit(7)", 7, ""),
     ],
@@ -1418,7 +1420,7 @@ def test_eight_images_of_two_tiles_are_encoded_once_each(slow_demo, processor, m
     """Whatever the image cache holds, it holds a batch's."""
     encoder = slow_demo.image_encoder
     tile = encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile)
-    monkeypatch.setattr(encoder.kept, "room", room * tile)
+    monkeypatch.setattr(encoder.cache, "max_bytes", room * tile)
     sizes = ask_together(slow_demo, processor, pictures_of(2, 1, 8))
     assert len(slow_demo.looks) == 8
     assert max(sizes) == room // 3

@@ -1,0 +1,249 @@
+"""An HTTP request -> `ChatCompletionRequest` -> `GenerationRequest`, in bounded time and memory."""
+
+import asyncio
+import base64
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from urllib.parse import unquote
+
+from pydantic import ValidationError
+from starlette.requests import Request as HttpRequest
+
+from ov_mllama.runtime.images import DETAILS, PictureError
+from ov_mllama.runtime.prompts import escape_special_tokens
+from ov_mllama.serving.image_urls import fetch_images
+from ov_mllama.serving.images import MAX_REQUEST_IMAGES, ImageFile
+from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, brief
+
+DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[^,;]+)*;base64,", re.ASCII | re.IGNORECASE)
+MAX_REQUEST_PIXELS = 100_000_000  # of all images: 0.3 GB while they are decoded
+MAX_CHARS_PER_TOKEN = 16  # far more than any language needs: longer text is rejected before it is tokenized
+BODY_TIMEOUT_S = 120.0  # for a body to arrive: the request occupies the queue meanwhile
+
+
+@dataclass
+class GenerationRequest:
+    """A parsed request.
+
+    Attributes:
+        messages: for the chat template; their texts are escaped by `escape_special_tokens`.
+        images: encoded, in the template's order.
+        max_new_tokens: token limit of the answer.
+        temperature, top_p, seed: sampling parameters; a temperature of 0 is greedy.
+        stop: strings before which the answer ends.
+        schema: JSON schema that the answer must match; None for free text.
+    """
+
+    messages: list[dict]
+    images: list[ImageFile] = field(default_factory=list)
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    schema: dict | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded images."""
+        return sum(len(image.data) for image in self.images)
+
+
+class RequestParser:
+    """Parser of request bodies.
+
+    Args:
+        model_name: the only one that requests may name.
+        context_length: the model's, in tokens; it bounds a request's text.
+        max_new_tokens: token limit of requests that set none.
+        allow_image_urls: fetch images from public addresses.
+    """
+
+    def __init__(self, model_name: str, context_length: int, max_new_tokens: int = 512, allow_image_urls: bool = False):
+        self.model_name, self.max_new_tokens, self.allow_image_urls = model_name, max_new_tokens, allow_image_urls
+        self.max_chars = MAX_CHARS_PER_TOKEN * context_length
+        self._thread = ThreadPoolExecutor(1, "parsing")  # one at a time, or the peaks of memory add up
+
+    async def parse(
+        self, body: bytearray, reserve: Callable[[int], None]
+    ) -> tuple[ChatCompletionRequest, GenerationRequest]:
+        """Parse a body, which is emptied.
+
+        Args:
+            reserve: called with the request's bytes once images were fetched; may raise.
+        Raises:
+            ApiError: naming the field that is invalid, unsupported or too long.
+        """
+        loop, size = asyncio.get_running_loop(), len(body)
+        request = await loop.run_in_executor(self._thread, self._validate, body)
+        check_model_name(request.model, self.model_name)
+        if self.allow_image_urls:
+            await fetch_images(request.messages, lambda fetched: reserve(size + fetched))
+        return request, await loop.run_in_executor(self._thread, self._convert, request)
+
+    def _validate(self, body: bytearray) -> ChatCompletionRequest:
+        try:
+            # each of these becomes an object a hundred times as large; base64 has none of them
+            if sum(body.count(mark) for mark in b",[{") > self.max_chars:
+                raise self._too_long()
+            return ChatCompletionRequest.model_validate_json(body)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False, include_input=False)[0]
+            param = ".".join(map(str, wrong["loc"]))[:100]
+            message = f"{param or 'The body'}: {wrong['msg'][:500]}"
+            raise ApiError(400, message, "invalid_value", param or None) from None
+        finally:
+            body.clear()
+
+    def _convert(self, request: ChatCompletionRequest) -> GenerationRequest:
+        """Convert a request; its messages are moved out of it."""
+        messages, request.messages = request.messages, []
+        request.check_supported()
+        self._check_length(messages)
+        images: list[ImageFile] = []
+        return GenerationRequest(
+            [convert_message(message, f"messages[{i}]", images) for i, message in enumerate(messages)],
+            images,
+            request.token_limit or self.max_new_tokens,
+            request.temperature or 0.0,
+            1.0 if request.top_p is None else request.top_p,
+            request.seed,
+            request.stops,
+            request.schema_of_answer,
+        )
+
+    def _too_long(self) -> ApiError:
+        message = f"The messages have more than {self.max_chars} characters, more than any context holds: shorten them."
+        return ApiError(400, message, "context_length_exceeded", "messages")
+
+    def _check_length(self, messages: list[dict]) -> None:
+        """Count each message and part as a token."""
+        length = 0
+        for message in messages:
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            length += MAX_CHARS_PER_TOKEN * (1 + len(parts))
+            for part in parts:
+                texts = [part.get(kind) for kind in ("text", "refusal")] if isinstance(part, dict) else []
+                length += sum(len(text) for text in texts if isinstance(text, str))
+            if length > self.max_chars:
+                raise self._too_long()
+
+
+def convert_message(message: dict, param: str, images: list[ImageFile]) -> dict:
+    """Return a message for the chat template, and append its images to `images`."""
+    role = message.get("role")
+    role = "system" if role == "developer" else role
+    if role not in ("system", "user", "assistant"):
+        error = f"A role is system, user or assistant, not {brief(role)}."
+        raise ApiError(400, error, "invalid_value", f"{param}.role")
+    content = message.get("content") or ""
+    if not isinstance(content, str | list):
+        raise ApiError(400, "content must be a string or a list of parts.", "invalid_value", f"{param}.content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    converted = []
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
+            converted.append({"type": "text", "text": escape_special_tokens(part[kind])})
+        elif kind == "image_url" and role == "user":
+            add_image(part, f"{param}.content[{i}].image_url", images)
+            converted.append({"type": "image"})
+        else:
+            error = f"A part is a text, or in a user's message an image_url, not {brief(kind)}."
+            raise ApiError(400, error, "invalid_value", f"{param}.content[{i}]")
+    return {"role": role, "content": converted}
+
+
+def add_image(part: dict, param: str, images: list[ImageFile]) -> None:
+    """Append a part's image to `images`.
+
+    Raises:
+        ApiError: if it is invalid, or there are too many images or pixels.
+    """
+    if len(images) == MAX_REQUEST_IMAGES:
+        raise ApiError(400, f"A request takes at most {MAX_REQUEST_IMAGES} images.", "too_large", param)
+    images.append(parse_image(part, param))
+    if sum(image.width * image.height for image in images) > MAX_REQUEST_PIXELS:
+        message = f"A request takes at most {MAX_REQUEST_PIXELS // 1_000_000} million pixels in all its images."
+        raise ApiError(400, message, "too_large", param)
+
+
+def parse_image(part: dict, param: str) -> ImageFile:
+    """Return the image of a part, which it is moved out of."""
+    source = part.pop("image_url", None)
+    source = {"url": source} if isinstance(source, str | bytes) else source
+    url, detail = (source.get("url"), source.get("detail")) if isinstance(source, dict) else (None, None)
+    detail = "high" if detail in (None, "auto") else detail
+    if detail not in DETAILS:
+        message = f"detail is auto, {' or '.join(DETAILS)}, not {brief(detail)}."
+        raise ApiError(400, message, "invalid_image", param)
+    try:
+        return ImageFile.from_bytes(image_bytes(url, param), detail, param)
+    except PictureError as error:
+        raise ApiError(400, str(error), "invalid_image", param) from error
+
+
+def image_bytes(url, param: str) -> bytes:
+    """Return the bytes of a data URI; images of other URLs have been replaced by bytes (`image_urls.fetch_images`)."""
+    if isinstance(url, bytes):
+        return url
+    if not isinstance(url, str):
+        raise ApiError(400, "An image_url needs a url.", "invalid_value", param)
+    if match := DATA_URI.match(url):
+        encoded = "".join(unquote(url[match.end() :]).split())
+        try:
+            return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+        except ValueError as error:  # also for characters beyond ASCII
+            raise ApiError(400, "The image is not valid base64.", "invalid_base64", param) from error
+    if not url.startswith(("http://", "https://")):
+        raise ApiError(400, "An image must be a data URI: data:image/...;base64,...", "invalid_image_url", param)
+    message = "This server does not fetch image URLs: send a data URI, data:image/...;base64,..."
+    raise ApiError(400, message, "invalid_image_url", param)
+
+
+def check_model_name(name: str, served: str) -> None:
+    """Check that a request is for the model that is served.
+
+    Raises:
+        ApiError: if it names another one.
+    """
+    if name != served:
+        raise ApiError(404, f"The model {brief(name)} is not here, {served!r} is.", "model_not_found", "model")
+
+
+def check_content_type(http: HttpRequest) -> None:
+    """Check that a request is declared to be JSON.
+
+    Raises:
+        ApiError: if it is not.
+    """
+    # any web page can make its reader's browser send other types, here too; for this one the browser asks first (CORS)
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "A request must be JSON: send the header 'Content-Type: application/json'.")
+
+
+async def read_body(http: HttpRequest, max_bytes: int, reserve: Callable[[int], None]) -> bytearray:
+    """Read a request's body.
+
+    Args:
+        reserve: called with the number of bytes so far; may raise.
+    Raises:
+        ApiError: if it has more than `max_bytes`, or does not arrive in time.
+    """
+    too_large = ApiError(413, f"A request has at most {max_bytes // 1_000_000} MB: send smaller images.", "too_large")
+    if int(http.headers.get("content-length", 0)) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in http.stream():
+                body += chunk
+                reserve(len(body))
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError as error:
+        raise ApiError(408, f"The request did not arrive within {BODY_TIMEOUT_S:.0f} seconds.", "timeout") from error
+    return body

@@ -1,0 +1,74 @@
+"""The next token of a sequence: JSON schemas as grammars (llguidance), temperature and top_p."""
+
+import llguidance.hf
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from transformers import TopPLogitsWarper
+
+from ov_mllama.serving.protocol import ApiError
+
+MIN_TEMPERATURE = 1e-5  # lower ones are greedy: logits divided by them may be infinite
+
+
+class GrammarCompiler:
+    """Compiler of JSON schemas for a tokenizer.
+
+    Args:
+        eos_token_ids: tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer, eos_token_ids: list[int]):
+        self._tokenizer, self._eos_token_ids = tokenizer, eos_token_ids
+        self._ll_tokenizer: LLTokenizer | None = None
+
+    def compile(self, schema: dict) -> LLMatcher:
+        """Return the matcher of a new answer. For one thread at a time: the largest schemas take a second.
+
+        Raises:
+            ApiError: if the schema is invalid or too complex.
+        """
+        if self._ll_tokenizer is None:
+            self._ll_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer, eos_token=self._eos_token_ids)
+        try:
+            # or an unsure model writes blanks without end
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+        except ValueError as error:
+            raise schema_error(str(error)) from error
+        matcher = LLMatcher(self._ll_tokenizer, grammar, limits=LLParserLimits(verbose_errors=False))
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some schemas turn out too complex only here
+        if matcher.is_error():
+            raise schema_error(matcher.get_error())
+        return matcher
+
+
+def schema_error(reason: str) -> ApiError:
+    """Return the error of a schema that cannot be matched."""
+    message = f"The schema cannot be matched: {reason[:300]}"
+    return ApiError(400, message, "invalid_json_schema", "response_format.json_schema")
+
+
+def mask_logits(logits: torch.Tensor, matcher: LLMatcher) -> torch.Tensor:
+    """Return logits [vocabulary] that are -inf for tokens which the schema does not allow.
+
+    Raises:
+        ApiError: if the schema becomes too complex here.
+    """
+    bitmask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    if matcher.is_error():
+        raise schema_error(matcher.get_error())
+    allowed = torch.zeros(len(logits), dtype=torch.bool)
+    bits = np.unpackbits(bitmask, bitorder="little")[: len(logits)]
+    allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
+    return logits.masked_fill(~allowed, -torch.inf)
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Sample a token of logits f32 [vocabulary]."""
+    if temperature < MIN_TEMPERATURE:
+        return int(logits.argmax())
+    logits = (logits / temperature)[None]
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
