@@ -1,9 +1,9 @@
-"""A server under load, its memory watched: python -m benchmarks.load MODEL_DIR [--clients 8] [--seconds 120]
+"""Load test of the server and its memory: python -m benchmarks.load MODEL_DIR [--clients 8] [--seconds 120]
 
-Starts `ov-mllama serve` and asks it with OpenAI's client: photographs and plain questions in turn, whole and
-streamed, of which every fifth is left after its first words. Keys of the JSON: answered, left, refused (429: a full
-line), lost (anything else: none should be), tokens_per_s, longest_s of an answer, anonymous_gb of the server by
-seconds since the first question.
+Starts `ov-mllama serve` and sends requests with OpenAI's client: photographs and plain questions at random, streamed or
+not; clients disconnect from every fifth stream after its first chunk. Keys of the JSON: answered, left (disconnected),
+refused (429: the queue is full), lost (other errors: should be 0), tokens_per_s, longest_s (slowest request),
+anonymous_gb (memory of the server by seconds since the first request).
 """
 
 import argparse
@@ -27,21 +27,9 @@ from ov_mllama.export.samples import photographs
 
 
 def start(model_dir: Path, port: int) -> subprocess.Popen:
-    """A server that answers."""
-    server = subprocess.Popen(  # noqa: S603
-        [
-            sys.executable,
-            "-m",
-            "ov_mllama",
-            "serve",
-            "--model-dir",
-            str(model_dir),
-            "--port",
-            str(port),
-            "--name",
-            "model",
-        ]
-    )
+    """Start a server and wait until its model is loaded."""
+    command = [sys.executable, "-m", "ov_mllama", "serve", "--model-dir", str(model_dir)]
+    server = subprocess.Popen([*command, "--port", str(port), "--name", "model"])  # noqa: S603
     while server.poll() is None:
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health").is_success:  # 503 while it loads
@@ -52,53 +40,54 @@ def start(model_dir: Path, port: int) -> subprocess.Popen:
     raise RuntimeError("The server did not start.")
 
 
-def questions() -> list[list[dict]]:
-    """Messages with and without a picture."""
-    asked = [[{"role": "user", "content": "What can be done with an old bicycle?"}]]
+def conversations() -> list[list[dict]]:
+    """Return messages with and without an image."""
+    result = [[{"role": "user", "content": "What can be done with an old bicycle?"}]]
     for sample in photographs():
         file = io.BytesIO()
         sample["image"].save(file, "jpeg")
         url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
         parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample["question"]}]
-        asked.append([{"role": "user", "content": parts}])
-    return asked
+        result.append([{"role": "user", "content": parts}])
+    return result
 
 
 class Clients:
-    """Ask until the time is over.
+    """Clients that send requests until a deadline.
 
     Args:
-        until: by `time.monotonic`.
+        until: deadline by `time.monotonic`.
+        tokens: token limit of each answer.
     """
 
     def __init__(self, url: str, until: float, tokens: int):
         self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
         self.until, self.options = until, {"model": "model", "max_tokens": tokens}
-        self.asked = questions()
+        self.conversations = conversations()
 
     def run(self, number: int) -> tuple[collections.Counter, float]:
-        """One client: how often its questions ended how, with all "tokens", and the longest wait in seconds."""
-        chance, counts, longest_s = random.Random(number), collections.Counter(), 0.0  # noqa: S311
+        """Run one client; return counts of outcomes and "tokens", and the seconds of its slowest request."""
+        rng, counts, longest_s = random.Random(number), collections.Counter(), 0.0  # noqa: S311
         while time.monotonic() < self.until:
             started = time.monotonic()
             try:
-                ended, tokens = self.one(chance)
+                outcome, tokens = self.request(rng)
             except openai.RateLimitError as full:
-                ended, tokens = "refused", 0
+                outcome, tokens = "refused", 0
                 time.sleep(float(full.response.headers["retry-after"]))
             except openai.OpenAIError as error:
-                ended, tokens = "lost", 0
+                outcome, tokens = "lost", 0
                 print(f"lost: {error}", flush=True)
-            counts.update({ended: 1, "tokens": tokens})
+            counts.update({outcome: 1, "tokens": tokens})
             longest_s = max(longest_s, time.monotonic() - started)
         return counts, longest_s
 
-    def one(self, chance: random.Random) -> tuple[str, int]:
-        """A question: how it ended, and its tokens."""
-        create, messages = self.client.chat.completions.create, chance.choice(self.asked)
-        if chance.random() < 0.5:
+    def request(self, rng: random.Random) -> tuple[str, int]:
+        """Send a random request; return its outcome and number of tokens."""
+        create, messages = self.client.chat.completions.create, rng.choice(self.conversations)
+        if rng.random() < 0.5:
             return "answered", create(messages=messages, **self.options).usage.completion_tokens
-        leaves = chance.random() < 0.2
+        leaves = rng.random() < 0.2
         more = {"stream": True, "stream_options": {"include_usage": True}}
         with create(messages=messages, **more, **self.options) as stream:
             for chunk in stream:
@@ -110,7 +99,7 @@ class Clients:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--clients", type=int, default=8)
@@ -124,10 +113,10 @@ def main() -> None:
     server, memory = start(options.model_dir, port), {}
     started = time.monotonic()
     clients = Clients(f"http://127.0.0.1:{port}/v1", started + options.seconds, options.tokens)
-    over = threading.Event()
+    done = threading.Event()
 
     def watch() -> None:
-        while not over.wait(5):
+        while not done.wait(5):
             memory[round(time.monotonic() - started)] = anonymous(server.pid)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -135,7 +124,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.clients) as pool:
             counts, longest_s = zip(*pool.map(clients.run, range(options.clients)), strict=True)
     finally:
-        over.set()
+        done.set()
         server.terminate()
         server.wait()
     total, seconds = sum(counts, collections.Counter()), time.monotonic() - started

@@ -19,14 +19,14 @@ from benchmarks.benchmark import provenance, report
 from ov_mllama.export.samples import photographs
 from ov_mllama.serving import load
 from ov_mllama.serving.images import ImageFile
-from ov_mllama.serving.protocol import Question
+from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.scheduler import Scheduler
 
 
-def question(picture: ImageFile, words: str, tokens: int) -> Question:
+def question(picture: ImageFile, words: str, tokens: int) -> GenerationRequest:
     """About a picture."""
     content = [{"type": "image"}, {"type": "text", "text": words}]
-    return Question([{"role": "user", "content": content}], [picture], tokens)
+    return GenerationRequest([{"role": "user", "content": content}], [picture], tokens)
 
 
 async def ask_all(batches: Scheduler, picture, clients: int, rounds: int, tokens: int) -> float:
@@ -36,10 +36,10 @@ async def ask_all(batches: Scheduler, picture, clients: int, rounds: int, tokens
     async def client(number: int) -> None:
         nonlocal total
         for i in range(rounds):
-            asked = await batches.ask(question(picture, f"What is number {number * rounds + i} here?", tokens))
-            async for _ in asked.pieces():
+            asked = await batches.submit(question(picture, f"What is number {number * rounds + i} here?", tokens))
+            async for _ in asked.chunks():
                 pass
-            total += len(asked.row.words.tokens)
+            total += asked.sequence.num_tokens
 
     started = time.perf_counter()
     await asyncio.gather(*(client(number) for number in range(clients)))
@@ -85,9 +85,9 @@ def main() -> None:
             sample["image"].rotate(i).save(pictures / f"{i}-{sample['name']}.png")
     per_minute = {}
     if options.captions:
-        from ov_mllama.serving.caption import begin
+        from ov_mllama.serving.caption import init_ray
 
-        begin()
+        init_ray()
     for case in options.captions:
         workers, batch = map(int, case.split("x"))
         per_minute[case] = captioned(options.model_dir, pictures, workers, batch, options.tokens)

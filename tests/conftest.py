@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from transformers import AutoProcessor, MllamaForConditionalGeneration
@@ -185,6 +186,40 @@ def pair(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder of this run, the same one in all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def demo_dir(shared_folder):
+    """The demo checkpoint, converted once per run. Nothing may be written into it: a test that breaks, compresses or
+    adds files takes a copy, or converts for itself."""
+    folder = shared_folder / "demo-ov"
+    with FileLock(shared_folder / "demo-ov.lock"):
+        if not (shared_folder / "demo-ov.done").exists():
+            convert_mllama(DEMO, folder)
+            (shared_folder / "demo-ov.done").touch()
+    files = files_in(folder)
+    yield folder
+    assert files_in(folder) == files, "a test wrote into the demo model that all tests share"
+
+
+def files_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the size and time of every file below a folder, without locks."""
+    stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.name != ".lock"}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())}
+
+
+@pytest.fixture(scope="session")
+def demo_model_f32(demo_dir):
+    """The demo model in f32, loaded once per worker. A test that counts what is computed, or that must not find what
+    another test has cached, calls `forget()` first; a test that changes the model's attributes takes `monkeypatch`."""
+    return OVMLlamaForConditionalGeneration(demo_dir, ov_config=F32)
+
+
+@pytest.fixture(scope="session")
 def processor():
     """The demo checkpoint's."""
     return AutoProcessor.from_pretrained(DEMO)
@@ -225,12 +260,20 @@ def says(monkeypatch):
     says.over = True
 
 
-@pytest.fixture(scope="module")
-def slow_demo(tmp_path_factory):
-    """The demo model in f32, which can be made as slow as the 11B."""
+@pytest.fixture(scope="session")
+def one_slow_demo(demo_dir):
+    """`slow_demo`, loaded once per worker."""
     from chat_page import Slow
 
-    return Slow(convert_mllama(DEMO, tmp_path_factory.mktemp("slow-demo") / "ov"), ov_config=F32)
+    return Slow(demo_dir, ov_config=F32)
+
+
+@pytest.fixture(scope="module")
+def slow_demo(one_slow_demo):
+    """The demo model in f32, which can be made as slow as the 11B; as new at the start of each file, and where a test
+    calls `as_new()`."""
+    one_slow_demo.as_new()
+    return one_slow_demo
 
 
 @pytest.fixture(scope="module")

@@ -277,7 +277,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("ov-mllama serve", description=__doc__, formatter_class=raw)
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    model.add_argument(
+        "--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be; default: demo_model"
+    )
     model.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
     model.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     model.add_argument("--language-model", help="its .xml; default: the newest compressed one, else the 16-bit one")

@@ -5,11 +5,11 @@ machines see the same folders and have this project installed. Each batch become
 written atomically, so a run that was killed can be resumed. `pandas.read_parquet("captions.parquet")` reads all rows:
 
     id: SHA-256 of the image file; files with equal content are one row
-    path: the first file with it; bytes of its name that are not UTF-8 are "\ufffd"
+    path: the first file with it; bytes of its name that are not UTF-8 become U+FFFD
     question, answer
     finish: "stop", or "length" if the token limit was reached
     error: why there is no answer: not an image, or results that are not finite
-    model: name of the model's folder; language_model, vision_encoder: stamps of its two IRs; max_new_tokens: its limit
+    model: name of the model's folder; language_model, vision_encoder: stamps of its IRs; max_new_tokens: token limit
 
 With another model or IR all images are captioned again, and with a higher token limit those whose answers reached the
 lower one; the new answers are added as rows.
@@ -317,7 +317,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images; its subfolders are included")
     parser.add_argument("--question", default="Describe this image.", help="default: 'Describe this image.'")
     parser.add_argument("--out", type=Path, default=Path("captions.parquet"), help="default: captions.parquet")
-    parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    parser.add_argument(
+        "--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be; default: demo_model"
+    )
     parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="token limit; default: 128")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import httpx
 
-from ov_mllama.runtime.images import PictureError, fetch
+from ov_mllama.runtime.errors import ImageError
+from ov_mllama.runtime.images import fetch
 from ov_mllama.serving.images import MAX_REQUEST_IMAGES
 from ov_mllama.serving.protocol import ApiError
 
@@ -86,7 +87,7 @@ async def fetch_images(messages: list[dict], reserve: Callable[[int], None]) -> 
                 image["url"] = await fetch(image["url"], transport=PublicTransport(), trust_env=False)
                 fetched += len(image["url"])
                 reserve(fetched)
-    except PictureError as error:
+    except ImageError as error:
         raise ApiError(400, str(error)[:500], "invalid_image", param) from error
     except TimeoutError as error:
         message = f"The images did not arrive within {FETCH_TIMEOUT_S:.0f} seconds: send data URIs."

@@ -34,7 +34,7 @@ class ImageFile:
         """Read the header of a file.
 
         Raises:
-            PictureError: if it is not an image of a known format, or has more than
+            ImageError: if it is not an image of a known format, or has more than
                 `ov_mllama.runtime.images.MAX_PIXELS`.
         """
         try:
@@ -64,7 +64,7 @@ class ImageFile:
         """Return the image as RGB, shrunk into a tile of `side` pixels if `detail` is "low".
 
         Raises:
-            PictureError: if it is broken after its header.
+            ImageError: if it is broken after its header.
         """
         return at_detail(open_picture(self.data), self.detail, side)
 

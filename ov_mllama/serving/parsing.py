@@ -11,7 +11,8 @@ from urllib.parse import unquote
 from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 
-from ov_mllama.runtime.images import DETAILS, PictureError
+from ov_mllama.runtime.errors import ImageError
+from ov_mllama.runtime.images import DETAILS
 from ov_mllama.runtime.prompts import escape_special_tokens
 from ov_mllama.serving.image_urls import fetch_images
 from ov_mllama.serving.images import MAX_REQUEST_IMAGES, ImageFile
@@ -182,7 +183,7 @@ def parse_image(part: dict, param: str) -> ImageFile:
         raise ApiError(400, message, "invalid_image", param)
     try:
         return ImageFile.from_bytes(image_bytes(url, param), detail, param)
-    except PictureError as error:
+    except ImageError as error:
         raise ApiError(400, str(error), "invalid_image", param) from error
 
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-from ov_mllama.runtime.errors import ImageError, InputError, OutOfMemoryError, UserError
+from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, OutOfMemoryError
 from ov_mllama.runtime.inference import Cancelled
 from ov_mllama.runtime.memory import trim_memory
 from ov_mllama.runtime.prompts import padded, prompt_inputs, prompt_text
@@ -139,9 +139,8 @@ class Scheduler:
         """Return the tiles of a batch: more than the image cache holds would evict its first image before the last is
         encoded."""
         encoder = self.model.image_encoder
-        return min(
-            MAX_BATCH_TILES, encoder.cache.max_bytes // encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile)
-        )
+        tile_bytes = encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile)
+        return min(MAX_BATCH_TILES, encoder.cache.max_bytes // tile_bytes)
 
     def close(self) -> None:
         """Stop the thread after the current batch."""
@@ -283,10 +282,10 @@ def encode_images(model, pending: PendingRequest, inputs: dict) -> bool:
 
 
 def api_error_for(error: Exception, batch_size: int) -> ApiError:
-    """Return the error for the clients of a batch; only messages of UserErrors reach them."""
+    """Return the error for the clients of a batch. Only messages about their input reach them: others name paths."""
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, str(error), "out_of_memory", error_type="server_error", headers={"Retry-After": "30"})
-    if isinstance(error, UserError) and batch_size == 1:
+    if isinstance(error, InputError | NumericalError) and batch_size == 1:
         return ApiError(400, str(error), "invalid_value")
     return internal_error(error)
 
