@@ -126,8 +126,8 @@ def show_weights(before: np.ndarray, after: np.ndarray, group_size: int, name: s
 
 
 def show_price_list(rows: list[dict]) -> None:
-    """Show what each variant costs: a table, a plot of what it loses with intervals of two standard errors, and, if right
-    answers are known, which differences are significant.
+    """Show what each variant costs: a table, a plot of what it loses with intervals of two standard errors, and which
+    differences are significant, if right answers are known.
 
     Args:
         rows: as `ov_mllama.export.quality.price_list` returns them.

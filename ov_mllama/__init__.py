@@ -3,7 +3,7 @@
     checkpoint -> export/convert.py -> export/compress.py -> smaller IRs
     images -> runtime/vision.py -> cross-attention K/V; tokens and those -> runtime/language.py -> logits
 
-Start with `runtime/model.py` to run a converted model, with `export/convert.py` to make one; docs/architecture.md walks
+Start with `ov_mllama/runtime/model.py` to run a converted model, with `ov_mllama/export/convert.py` to make one; docs/architecture.md walks
 through both. Imports go downwards only; `tests/test_house.py` checks them.
 """
 
