@@ -3,8 +3,8 @@
     checkpoint -> export/convert.py -> export/compress.py -> smaller IRs
     images -> runtime/vision.py -> cross-attention K/V; tokens and those -> runtime/language.py -> logits
 
-Start with `ov_mllama/runtime/model.py` to run a converted model, with `ov_mllama/export/convert.py` to make one; docs/architecture.md walks
-through both. Imports go downwards only; `tests/test_house.py` checks them.
+Start with `ov_mllama/runtime/model.py` to run a converted model, with `ov_mllama/export/convert.py` to make one;
+`docs/architecture.md` walks through both. Imports go downwards only; `tests/test_house.py` checks them.
 """
 
 from ov_mllama.deprecated import install as _resolve_old_module_paths
