@@ -69,7 +69,7 @@ def exit_on_user_error(verbose: bool = False) -> Iterator[None]:
         extra = EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        sys.exit(f"❌ {error.name} is not installed: pip install 'ov-mllama[{extra}]'")
+        sys.exit(f'❌ {error.name} is not installed: pip install ".[{extra}]" in the project\'s folder')
     except (UserError, OSError, MemoryError) as error:
         logger.debug("Raised here:", exc_info=True)
         sys.exit(f"❌ {error}")

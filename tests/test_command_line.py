@@ -48,7 +48,7 @@ def test_missing_extra_is_named_in_one_sentence(command, package, extra, monkeyp
     monkeypatch.setattr("ov_mllama.cli.configure_console", lambda verbose: None)
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == f"❌ {package} is not installed: pip install 'ov-mllama[{extra}]'"
+    assert exit_.value.code == f'❌ {package} is not installed: pip install ".[{extra}]" in the project\'s folder'
 
 
 @pytest.fixture
