@@ -8,9 +8,11 @@ import ast
 import base64
 import copy
 import importlib.metadata
+import logging
 import mimetypes
 import platform
 import re
+import sys
 from pathlib import Path
 
 import httpx
@@ -25,6 +27,14 @@ from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 
 GB = 1e9
+
+
+def show_log() -> None:
+    """Show the log of `ov_mllama` below cells: what is done, what is waited for."""
+    logger = logging.getLogger("ov_mllama")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:  # the cell may run again
+        logger.addHandler(logging.StreamHandler(sys.stdout))
 
 
 def show_versions(*packages: str) -> None:

@@ -24,7 +24,7 @@ def shutdown_promptly(server) -> None:
 
 
 def configure_console(verbose: bool = False) -> None:
-    """Show the package's log on stdout, and replace characters that the console's encoding lacks, such as a Windows
+    """Show the package's log on stderr, and replace characters that the console's encoding lacks, such as a Windows
     code page's, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

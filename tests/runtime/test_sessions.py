@@ -119,7 +119,7 @@ def test_the_oldest_conversation_goes_first(model):
 
 def test_conversations_in_use_are_not_taken(model):
     sessions = SessionPool(model.language_model, cache_bytes=0)
-    first, second = sessions.acquire(text(1, 2, 3)), sessions.take(text(1, 2, 3))
+    first, second = sessions.acquire(text(1, 2, 3)), sessions.acquire(text(1, 2, 3))
     assert first is not second
     for session in (first, second):
         session.prefill(text(1, 2, 3))
