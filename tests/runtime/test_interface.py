@@ -15,6 +15,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
+from conftest import F32
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.speculative import in_vocabulary
 from tiny_mllama import make_llama
@@ -309,8 +310,8 @@ SAME = {
 
 
 @pytest.fixture(scope="module")
-def model(fresh_model):
-    return fresh_model
+def model(pair):
+    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
 
 
 @pytest.mark.parametrize("behaviour", SAME)

@@ -9,10 +9,13 @@ import torch
 from behaviours import GREEDY, assert_same, generate
 from transformers import DynamicCache, StaticCache
 
+from conftest import F32
+from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+
 
 @pytest.fixture(scope="module")
-def model(fresh_model):
-    return fresh_model
+def model(pair):
+    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
 
 
 def ask(case="wide", **options):
