@@ -87,9 +87,7 @@ def check_companions(folder: Path, checkpoint: str, maker: str = "convert_mllama
     checkpoint; `maker` is the function to run again."""
     stamp, again = stamp_of(folder), f"run {maker} again"
     if not stamp.get("finished"):
-        raise InputError(
-            f"The conversion into {folder} was not finished ({STAMP_NAME} is missing or says so): {again}."
-        )
+        raise InputError(f"The conversion into {folder} was not finished (see {STAMP_NAME}): {again}.")
     if stamp.get("checkpoint") != checkpoint:
         raise InputError(
             f"The config and tokenizer in {folder} and its IRs come from different checkpoints: {again} into another "

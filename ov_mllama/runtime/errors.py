@@ -1,4 +1,4 @@
-"""Errors that a user can fix. Each message says what is wrong, with numbers, and the fix.
+"""Errors that a user can fix. Each message has the problem, numbers, and the fix.
 
 Every class also derives from the built-in exception that fits, so `except ValueError` works. Misuse of the Python
 interface, such as a misspelt argument, stays a plain `TypeError` or `AttributeError`.

@@ -172,10 +172,10 @@ def external_stamp(path: Path) -> dict[str, str]:
     return {**stamp, "format": "int, not by this project" if "<weight_compression>" in text else "16 bit"}
 
 
-def is_current(path: Path, wanted: dict[str, str]) -> bool:
-    """Return whether an IR is complete, readable by this OpenVINO, and has the items `wanted` in its stamp."""
+def is_current(path: Path, expected: dict[str, str]) -> bool:
+    """Return whether an IR is complete, readable by this OpenVINO, and has the items `expected` in its stamp."""
     stamp = ir_stamp(path)
-    return wanted.items() <= stamp.items() and not needs_newer_openvino(stamp)
+    return expected.items() <= stamp.items() and not needs_newer_openvino(stamp)
 
 
 def provenance(path: Path) -> dict[str, str]:
@@ -199,7 +199,7 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...] | str) -> dict[str, 
             if name.startswith("llm_"):
                 made = ", ".join(sorted(path.name for path in model_dir.glob("llm_*.xml"))) or "none"
                 raise NotFoundError(
-                    f"{model_dir / name} is missing: make it with compress_language_model, or choose another: {made}."
+                    f"{model_dir / name} is missing: run convert_mllama and compress_language_model, or choose another: {made}."
                 )
             raise NotFoundError(f"{model_dir / name} is missing: run {maker}(model_id, '{model_dir}') first.")
     stamps = {name: ir_stamp(model_dir / name) for name in names}
@@ -272,12 +272,12 @@ def newest(model_dir: Path, original: str) -> str:
     Raises:
         NotFoundError: if there is none.
     """
-    wanted = {"converter_version": CONVERTER_VERSION}
+    expected = {"converter_version": CONVERTER_VERSION}
     encoder = ir_stamp(model_dir / VISION_ENCODER_NAME)  # always there, and of the folder's checkpoint
-    wanted |= {key: encoder[key] for key in ("checkpoint", *Reference._fields) if key in encoder}
+    expected |= {key: encoder[key] for key in ("checkpoint", *Reference._fields) if key in encoder}
     compressed = "llm_*.xml" if original == LANGUAGE_MODEL_NAME else f"{Path(original).stem}_*.xml"
     files = sorted(model_dir.glob(compressed), key=lambda path: path.stat().st_mtime, reverse=True)
-    fitting = (path.name for path in [*files, model_dir / original] if is_current(path, wanted))
+    fitting = (path.name for path in [*files, model_dir / original] if is_current(path, expected))
     name = next(fitting, None)
     if name is None:
         raise NotFoundError(

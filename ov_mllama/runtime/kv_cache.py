@@ -128,7 +128,7 @@ class OVCache:
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
-            "A KV cache in OpenVINO's memory can be neither copied nor pickled: call generate again with the whole "
+            "A KV cache in OpenVINO's memory can be neither copied nor pickled: call generate again with the complete "
             "text, whose prefix is found in the KV cache."
         )
 

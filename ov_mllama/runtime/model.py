@@ -69,7 +69,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         image_cache_bytes: budget for encoded images, see `OVImageEncoder`.
         kv_cache_bytes: budget for sessions, see `SessionPool`. The 11B takes 66 KB per token in 8 bit, 0.26 MB in f32,
             and 0.1 GB per tile of an image.
-        use_remote_tensors: on a GPU, keep image K/V in its memory (`DeviceTensors`; not verified on hardware).
+        use_remote_tensors: on a GPU, store image K/V in its memory (`DeviceTensors`; not verified on hardware).
         dynamic_shape: ignored, for compatibility: shapes are always dynamic.
 
     Attributes:

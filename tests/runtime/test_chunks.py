@@ -51,7 +51,7 @@ def test_drafts_across_a_chunk_boundary_change_no_token(pair, draft, length, tim
     text = torch.tensor(random_ids(length))
     text[:, -12:] = text[:, :12]  # something for prompt lookup to find
     tokens = pair.hf.generate(text, **GREEDY).tolist()
-    for drafts in times((3, 5, 10), range(3, 11)):
+    for drafts in times((3, 10), range(3, 11)):
         pair.ov.forget()
         assert pair.ov.generate(text, **GREEDY, prompt_lookup_num_tokens=drafts).tolist() == tokens
         assert pair.ov.stats.drafted_tokens

@@ -42,22 +42,27 @@ def draft_dir(checkpoint):
     return make_draft_model(checkpoint, checkpoint.parent / "draft")
 
 
-@pytest.fixture
-def draft(draft_dir):
-    """One that has seen nothing yet."""
+@pytest.fixture(scope="module")
+def one_draft(draft_dir):
     return OVDraftModel(draft_dir, ov_config=F32)
 
 
+@pytest.fixture
+def draft(one_draft):
+    """One that has seen nothing yet."""
+    one_draft.session.reset()
+    one_draft.schedule, one_draft.drafts = DraftLengthPolicy(), None
+    return one_draft
+
+
 @pytest.mark.parametrize("case", SINGLE)
-def test_no_token_changes(any_pair, draft_dir, case):
+def test_no_token_changes(any_pair, draft, case):
     inputs = any_pair.inputs(case)
     expected = any_pair.hf.generate(**inputs, **GREEDY)
-    helper = OVDraftModel(draft_dir, ov_config=F32)
-    for drafts in (3, 3, None):  # the second time it has something to go on with
-        helper.drafts = drafts
-        actual = any_pair.ov.generate(**inputs, **GREEDY, assistant_model=helper)
+    for draft.drafts in (3, 3, None):  # the second time it has something to go on with
+        actual = any_pair.ov.generate(**inputs, **GREEDY, assistant_model=draft)
         assert actual.tolist() == expected.tolist()
-        assert any_pair.ov.stats.drafted_tokens > 0 or drafts is None
+        assert any_pair.ov.stats.drafted_tokens > 0 or draft.drafts is None
         assert any_pair.ov.stats.new_tokens == 12
 
 
@@ -263,11 +268,12 @@ def test_the_large_model_alone_goes_on_as_before(pair, draft):
         assert model.generate(**inputs, **GREEDY, **kwargs).tolist() == expected.tolist()
 
 
-def test_the_demos_own_is_mostly_right(demo_model_f32, processor, tmp_path):
+@pytest.mark.torture
+def test_the_demos_own_is_mostly_right(demo_model_f32, processor, tmp_path, times):
     """On held-out first questions, whose answers repeat nothing."""
     model, drafted, accepted = demo_model_f32, 0, 0
     own = OVDraftModel(make_draft_model(DEMO / "draft", tmp_path / "draft"), ov_config=F32, drafts=3)
-    for sample in heldout_samples(40):
+    for sample in heldout_samples(times(15, 40)):
         inputs = prompts_about(processor, [sample])
         plain = model.generate(**inputs, do_sample=False, max_new_tokens=60)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=60, assistant_model=own)

@@ -6,12 +6,11 @@ import pytest
 import torch
 from transformers import MllamaForConditionalGeneration
 
-from conftest import CHECKPOINTS, F32, Pair
+from conftest import CHECKPOINTS, Pair
 from demo_model.checkpoint import TILE_EMBEDDINGS, clear_padding_embeddings
 from demo_model.train import keep_padding_alike
 from ov_mllama.export.convert import padding_tiles_are_alike
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME, ir_stamp
-from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.vision import image_inputs
 
 GREEDY = dict(do_sample=False, max_new_tokens=8, eos_token_id=None)
@@ -29,8 +28,9 @@ def kind(request, tmp_path_factory):
 
 @pytest.fixture
 def computed(kind, monkeypatch):
-    """A fresh model, and `tile_counts` of every image that it encodes."""
-    model, counts = OVMLlamaForConditionalGeneration(kind.model_dir, ov_config=F32), []
+    """A model that has seen nothing yet, and `tile_counts` of every image that it encodes."""
+    model, counts = kind.ov, []
+    model.forget()
     request = model.image_encoder._request
 
     class Counting:
@@ -41,7 +41,7 @@ def computed(kind, monkeypatch):
             counts.append(inputs["tile_counts"].tolist())
             return request.start_async(inputs, share_inputs=share_inputs)
 
-    model.image_encoder._request = Counting()
+    monkeypatch.setattr(model.image_encoder, "_request", Counting())
     return model, counts
 
 

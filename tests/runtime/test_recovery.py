@@ -138,17 +138,21 @@ def fail(model, fault, inputs) -> None:
         model(**inputs)
 
 
-@pytest.mark.parametrize("before", ["nothing", "the same", "another"])
+BEFORE = ("nothing", "the same", "another")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_next_call_is_right(pair, right, fault, before, times, tally):
-    wrong, count = [], times(1, 20)
-    for number in range(count):
+def test_the_next_call_is_right(pair, right, fault, times, tally):
+    turn = list(FAULTS).index(fault) % 3
+    befores = times(BEFORE[turn : turn + 1], BEFORE * 20)
+    wrong = []
+    for number, before in enumerate(befores):
         model = fresh(pair)
         if before != "nothing":
             model(**right[0]["wide" if before == "the same" else "text before image"])
         fail(model, FAULTS[fault], right[0]["wide"] if (number + len(before)) % 2 else pair.inputs("chat"))
         wrong += filter(None, [differs(model, right, case) for case in ("wide", "mixed batch", "wide")])
-    tally("failed inferences", count, wrong)
+    tally("failed inferences", len(befores), wrong)
 
 
 @pytest.mark.parametrize("fault", ["mask too short", "interrupted"])
@@ -169,7 +173,7 @@ def test_a_failing_step_in_the_middle_of_an_answer(pair, right, fault, times, ta
 @pytest.mark.parametrize("fault", ["mask too short", "interrupted"])
 def test_the_other_conversations_go_on(pair, right, fault, times, tally):
     """What is interrupted loses its own tokens; what fails those of all, which are computed once more."""
-    wrong, count = [], times(3, 20)
+    wrong, count = [], times(2, 20)
     for _ in range(count):
         model = fresh(pair)
         inputs = pair.inputs("chat")
@@ -217,7 +221,7 @@ def test_a_session_whose_tokens_go_in_the_middle_of_its_prompt(pair, monkeypatch
 
 @pytest.mark.parametrize("fault", [cancelled, interrupted])
 def test_an_image_whose_encoding_fails(pair, right, fault, times, tally):
-    wrong, count = [], times(3, 20)
+    wrong, count = [], times(2, 20)
     for number in range(count):
         model = fresh(pair)
         if number % 2:
@@ -261,7 +265,7 @@ ids = torch.arange(65, 85)[None]
 expected = model(ids).logits
 checks.free_memory = lambda: 1e12  # believes all is free
 failed = 0
-for extra in (30e6, 100e6, 200e6, 400e6):
+for extra in map(float, sys.argv[4:]):
     model.forget()
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (int(used + extra), resource.RLIM_INFINITY))
@@ -277,9 +281,10 @@ print("failed", failed)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
-def test_memory_that_runs_out(pair):
+def test_memory_that_runs_out(pair, times):
+    extra = times(["30e6", "200e6"], ["30e6", "100e6", "200e6", "400e6"])  # bytes more than are in use
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", FULL, str(ROOT), str(ROOT / "tests"), str(pair.model_dir)],
+        [sys.executable, "-c", FULL, str(ROOT), str(ROOT / "tests"), str(pair.model_dir), *extra],
         capture_output=True,
         text=True,
     )

@@ -143,7 +143,7 @@ REFUSED = {
         ),
         "leave it out at first",
     ),
-    "a copied cache": (a_copied_cache, "call generate again with the whole text"),
+    "a copied cache": (a_copied_cache, "call generate again with the complete text"),
     "cache_implementation=static": (generate(cache_implementation="static"), "Leave it out"),
     "cache_implementation=quantized": (generate(cache_implementation="quantized"), "Leave it out"),
     "inputs_embeds": (ask(inputs_embeds=torch.zeros(1, 12, 64)), "give input_ids"),

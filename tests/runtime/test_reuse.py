@@ -96,12 +96,13 @@ def test_the_models_own_answer_is_reused_too(pair, model):
     assert model.stats.reused_tokens == answer.shape[1] - 1  # the last token was never fed back
 
 
-def test_any_order_of_calls_gives_the_same(pair, model):
-    """Every case after every other, so that each meets caches warm and cold."""
+@pytest.mark.torture
+def test_any_order_of_calls_gives_the_same(pair, model, times):
+    """Every case after every other, so that each meets caches warm and cold; without --torture a third of that."""
     expected = {case: pair.hf.generate(**pair.inputs(case), **GREEDY).tolist() for case in CASES}
     order = [case for two in itertools.permutations(CASES, 2) for case in two]
     random.Random(0).shuffle(order)  # noqa: S311
-    for case in order:
+    for case in order[:: times(3, 1)]:
         assert model.generate(**pair.inputs(case), **GREEDY).tolist() == expected[case], case
 
 
