@@ -1,8 +1,7 @@
-"""Convert a checkpoint, run the converted model: what the notebook calls, and where to read on.
+"""Convert a checkpoint and run the converted model: the names that the notebook imports, and their files.
 
-- `convert_mllama`: `ov_mllama/export/convert.py`. What the two IRs compute is in `ov_mllama/export/graphs.py`, how a
-  graph is traced and its KV cache hidden in `ov_mllama/export/tracing.py`, how files are written whole and checked in
-  `ov_mllama/runtime/ir.py`.
+- `convert_mllama`: `ov_mllama/export/convert.py`. The graphs of the two IRs are in `ov_mllama/export/graphs.py`,
+  tracing and the stateful KV cache in `ov_mllama/export/tracing.py`, writing in `ov_mllama/export/build.py`.
 - `OVMLlamaForConditionalGeneration`: `ov_mllama/runtime/model.py`, transformers' side of it. The images are encoded by
   `OVImageEncoder` in `ov_mllama/runtime/vision.py`, tokens are computed by `OVLanguageModel` and its sessions in
   `ov_mllama/runtime/language.py`, `ov_mllama/runtime/kv_cache.py` is the bookkeeping of their KV caches.

@@ -1,5 +1,5 @@
-"""The demo checkpoint, and how it was made: README.md beside this file."""
+"""The demo checkpoint and its training; see README.md in this folder."""
 
 from pathlib import Path
 
-SAMPLES = Path(__file__).parent / "samples"  # held-out pictures with questions and right answers, in `imagefolder` form
+SAMPLES = Path(__file__).parent / "samples"  # held-out images, questions and right answers, in `imagefolder` form

@@ -63,7 +63,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCABULARY` tokens trained on `texts`, with Llama 3.2's special tokens."""
+    """Train a byte-level BPE tokenizer of `VOCABULARY` tokens on `texts`, with Llama 3.2's special tokens."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=False, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -86,7 +86,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def llama_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows `SPECIAL` as transformers uses it: BOS first unless asked not to, padded on the left."""
+    """Wrap a tokenizer that knows `SPECIAL` for transformers: BOS first by default, padding on the left."""
     bos = SPECIAL[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
@@ -105,7 +105,7 @@ def llama_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> MllamaProcessor:
-    """Up to four tiles of `TILE` pixels, colours normalised as in the original."""
+    """Return a processor for up to four tiles of `TILE` pixels, colours normalised as in the original."""
     images = MllamaImageProcessor(
         size={"height": TILE, "width": TILE},
         max_image_tiles=4,
@@ -116,7 +116,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> MllamaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGeneration:
-    """The untrained model, its gates half open (at zero, as transformers starts them, nothing would be seen)."""
+    """Return the untrained model, its gates half open: at zero, transformers' default, it would see no image."""
     token = tokenizer.convert_tokens_to_ids
     eos = [token("<|end_of_text|>"), token("<|eom_id|>"), token("<|eot_id|>")]
     config = MllamaConfig(
@@ -171,7 +171,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> MllamaForConditionalGenera
 
 
 def save(model: MllamaForConditionalGeneration, processor: MllamaProcessor, folder: Path) -> None:
-    """Writes the checkpoint as save_pretrained does, weights in bfloat16."""
+    """Write the checkpoint as save_pretrained does, weights in bfloat16."""
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=weights)
@@ -186,11 +186,11 @@ TILE_EMBEDDINGS = (
 
 
 def clear_padding_embeddings(tensors: dict[str, torch.Tensor], config: MllamaConfig) -> None:
-    """Zeros, in place, for the embeddings of the tiles beyond each canvas, as transformers' converter leaves them in
-    Meta's checkpoints: padding tiles then are all alike (`ov_mllama.export.graphs.VisionEncoder`).
+    """Set the embeddings of the tiles beyond each canvas to zero, in place, as transformers' converter does for Meta's
+    checkpoints: all padding tiles are then equal (`ov_mllama.export.graphs.VisionEncoder`).
 
     Args:
-        tensors: of a state dict, by name; others than TILE_EMBEDDINGS are left as they are.
+        tensors: of a state dict, by name; those other than TILE_EMBEDDINGS are not changed.
     """
     vision = config.vision_config
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Exact match of the demo checkpoint on held-out questions: python -m demo_model.evaluate --questions 2000
 
-PyTorch in f32, the real processor, greedy `generate`: what a user would run.
+It runs PyTorch in f32 with the checkpoint's processor and greedy `generate`.
 """
 
 import argparse
@@ -21,8 +21,8 @@ SIZES = ((112, 112), (224, 112), (112, 224), (224, 224), (336, 112), (112, 448),
 
 
 def heldout_samples(count: int, seed: int = 2026, follow_ups: bool = False) -> Iterator[dict]:
-    """`count` held-out questions as {"image": PIL picture, "question", "answer", "task"}, one for each picture; with
-    `follow_ups` also what was asked and rightly answered "before"."""
+    """Yield `count` held-out questions as {"image": PIL image, "question", "answer", "task"}, one for each image; with
+    `follow_ups` also an earlier question and its right answer, as "before"."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         scene = random_scene(rng, *SIZES[rng.integers(len(SIZES))], held_out=True)
@@ -35,14 +35,14 @@ def heldout_samples(count: int, seed: int = 2026, follow_ups: bool = False) -> I
 
 
 def ask(model, processor, samples: list[dict], max_new_tokens: int = 80) -> list[str]:
-    """The model's greedy answers to a batch of samples."""
+    """Return the model's greedy answers to a batch of samples."""
     inputs = prompts_about(processor, samples)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def main() -> None:
-    """The command line: exact match by kind of question."""
+    """Print the exact match by task."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent)
     parser.add_argument("--questions", type=int, default=2000)

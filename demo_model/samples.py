@@ -1,8 +1,8 @@
-"""Writes demo_model/samples: a dozen held-out pictures of all sizes and tasks, with questions and right answers.
+"""Write demo_model/samples: a dozen held-out images of all sizes and tasks, with questions and right answers.
 
     python -m demo_model.samples [--seed N]
 
-The folder is in `imagefolder` form, metadata.jsonl beside the pictures, for datasets.load_dataset("imagefolder", ...).
+The folder is in `imagefolder` form, metadata.jsonl beside the images, for datasets.load_dataset("imagefolder", ...).
 """
 
 import argparse
@@ -15,7 +15,7 @@ from PIL import Image
 from demo_model.scenes import draw, random_scene
 
 # (task, width, height) in pixels; a tile of the demo model is 112 x 112
-WANTED = (
+IMAGES = (
     ("unusual", 224, 224),
     ("unusual", 112, 112),
     ("describe", 224, 112),
@@ -33,10 +33,10 @@ WANTED = (
 
 
 def make_samples(folder: Path, seed: int) -> None:
-    """A picture for each of WANTED: the first held-out scene of that size with that task and more than one thing."""
+    """Write an image for each of IMAGES: the first held-out scene of its size and task with more than one thing."""
     rng, lines = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
-    for task, width, height in WANTED:
+    for task, width, height in IMAGES:
         questions = []
         while not questions:
             scene = random_scene(rng, width, height, held_out=True)

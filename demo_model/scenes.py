@@ -1,8 +1,8 @@
-"""Drawn pictures with questions and right answers: the data that the demo checkpoint is trained on and tested with.
+"""Drawn images with questions and right answers: the demo checkpoint's training and test data.
 
-Pure functions of a `numpy.random.Generator`. A scene is first a specification (what is where), then pixels. Which split
-a scene belongs to follows from a hash of its specification, and the handwritten digits are split by drawing, so nothing
-that is tested was trained on. This file knows nothing of models or tokens.
+All are pure functions of a `numpy.random.Generator`. A scene is first a specification, then pixels. A hash of its
+specification assigns it to a split, and the handwritten digits are split by drawing, so no test item was trained on.
+This file knows nothing of models or tokens.
 """
 
 import functools
@@ -25,12 +25,12 @@ BACKGROUNDS = ((255, 255, 255), (240, 240, 236), (250, 243, 224), (228, 238, 246
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 TASKS = ("describe", "count", "place", "colour", "unusual", "digits")
-HELD_OUT = 8  # one specification in eight
+HELD_OUT = 8  # one specification in so many
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape or a handwritten digit; x, y, size are fractions of the picture's width, height and smaller side."""
+    """A shape or a handwritten digit; x, y, size are fractions of the image's width, height and smaller side."""
 
     kind: str
     colour: str
@@ -47,7 +47,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, how large it is in pixels, and every question that can be asked about it."""
+    """The content of an image, its size in pixels, and all questions about it."""
 
     things: tuple[Thing, ...]
     width: int
@@ -55,12 +55,12 @@ class Scene:
     questions: tuple[tuple[str, str, str], ...]  # (task, question, answer)
 
 
-# ---- What is where --------------------------------------------------------------------------------------------------
+# ---- Specifications -------------------------------------------------------------------------------------------------
 
 
 def random_scene(rng: np.random.Generator, width: int, height: int, held_out: bool = False, makers=None) -> Scene:
-    """A scene of `width` x `height` pixels from the training or the held-out split, by one of `makers`, default
-    MAKERS."""
+    """Return a scene of `width` x `height` pixels from the training or the held-out split, by one of `makers` (default
+    MAKERS)."""
     makers = makers or MAKERS
     maker = makers[rng.integers(len(makers))]
     while True:
@@ -71,7 +71,7 @@ def random_scene(rng: np.random.Generator, width: int, height: int, held_out: bo
 
 
 def placed_scene(rng, width, height, held_out) -> Scene:
-    """One to four different things, at most one in each quarter of the picture."""
+    """Return a scene of one to four different things, at most one in each quarter of the image."""
     places = sorted(rng.choice(4, size=rng.integers(1, 5), replace=False))
     names = rng.choice(len(SHAPES) * len(COLOURS), size=len(places), replace=False)
     things = []
@@ -112,7 +112,7 @@ def placed_scene(rng, width, height, held_out) -> Scene:
 
 
 def counted_scene(rng, width, height, held_out) -> Scene:
-    """One to six things of two or three kinds on a grid."""
+    """Return a scene of one to six things of one to three kinds on a grid."""
     cells = grid(rng, width, height)
     kinds = [(pick(rng, *SHAPES), pick(rng, *COLOURS)) for _ in range(rng.integers(1, 4))]
     chosen = cells[: rng.integers(1, min(6, len(cells)) + 1)]
@@ -122,7 +122,7 @@ def counted_scene(rng, width, height, held_out) -> Scene:
 
 
 def unusual_scene(rng, width, height, held_out) -> Scene:
-    """Three or more things alike, and perhaps one of them of another shape or colour."""
+    """Return a scene of three or more equal things, perhaps one of them of another shape or colour."""
     cells = grid(rng, width, height)
     chosen = cells[: rng.integers(3, min(6, len(cells)) + 1)]
     shape, colour, way = pick(rng, *SHAPES), pick(rng, *COLOURS), rng.integers(5)
@@ -144,7 +144,7 @@ def unusual_scene(rng, width, height, held_out) -> Scene:
 
 
 def digit_scene(rng, width, height, held_out) -> Scene:
-    """One to three handwritten digits in a row."""
+    """Return a scene of one to three handwritten digits in a row."""
     images, labels = digit_drawings(held_out)
     room = max(1, min(3, round(2 * width / height)))
     count = rng.integers(1, room + 1)
@@ -170,7 +170,7 @@ MAKERS = (placed_scene, placed_scene, counted_scene, unusual_scene, digit_scene)
 
 
 def grid(rng, width, height) -> list[tuple[float, float, float]]:
-    """Shuffled cells as (x, y, size) with jitter; two or more cells along the smaller side."""
+    """Return shuffled cells as (x, y, size) with jitter; two or more cells along the smaller side."""
     side = min(width, height) / 2
     if min(width, height) > 150 and rng.random() < 0.4:
         side /= 1.5
@@ -185,7 +185,7 @@ def grid(rng, width, height) -> list[tuple[float, float, float]]:
 
 
 def count_question(rng, things) -> tuple[str, str, str]:
-    """How many shapes there are, of a kind or colour or in all; now and then of one that is not there."""
+    """Return a question for the number of shapes, of a kind, a colour or in all; sometimes of an absent kind."""
     way, thing = rng.integers(6), things[rng.integers(len(things))]
     if way == 0:
         noun, count = "shape", len(things)
@@ -200,17 +200,17 @@ def count_question(rng, things) -> tuple[str, str, str]:
 
 
 def plural(noun: str) -> str:
-    """Of a regular noun."""
+    """Return the plural of a regular noun."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
 def capital(text: str) -> str:
-    """The text with its first letter capital, the rest as it is."""
+    """Return the text with its first letter capitalised."""
     return text[0].upper() + text[1:]
 
 
 def pick(rng, *options):
-    """One of the options, each as likely as the others."""
+    """Return one of the options, drawn uniformly."""
     return options[rng.integers(len(options))]
 
 
@@ -218,7 +218,7 @@ def pick(rng, *options):
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene as uint8 [height, width, 3], smooth-edged; `rng` chooses background, tilt and shade."""
+    """Draw the scene as uint8 [height, width, 3], antialiased; `rng` chooses background, tilt and shade."""
     canvas = np.empty((scene.height, scene.width, 3), np.float32)
     canvas[:] = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     for thing in scene.things:
@@ -240,7 +240,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def shape_mask(kind: str, tilt: int) -> Image.Image:
-    """A shape's coverage, 8 bit, 240 x 240, turned by `tilt` degrees."""
+    """Return a shape's coverage, 8 bit, 240 x 240, rotated by `tilt` degrees."""
     full, image = 240, Image.new("L", (240, 240))
     pen, low, high, middle = ImageDraw.Draw(image), 12, 228, 120
     if kind in ("circle", "ring"):
@@ -266,7 +266,7 @@ def shape_mask(kind: str, tilt: int) -> Image.Image:
 
 @functools.cache
 def digit_drawings(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's handwritten digits, uint8 [n, 8, 8], and their labels; every fifth drawing is held out."""
+    """Return scikit-learn's handwritten digits, uint8 [n, 8, 8], and their labels; every fifth drawing is held out."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -275,7 +275,7 @@ def digit_drawings(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_mask(thing: Thing, side: int, rng) -> np.ndarray:
-    """An enlarged drawing, a little turned and stretched."""
+    """Return an enlarged drawing, slightly rotated and stretched."""
     images, _ = digit_drawings(False) if thing.drawing < 10_000 else digit_drawings(True)
     drawing = Image.fromarray(images[thing.drawing % 10_000])
     image = drawing.resize((side, side), Image.BICUBIC).rotate(rng.uniform(-8, 8), Image.BICUBIC)

@@ -1,9 +1,9 @@
-"""Trains the demo checkpoint on two CPU cores, from nothing or on from another: python -m demo_model.train
+"""Train the demo checkpoint on two CPU cores, from scratch or from another: python -m demo_model.train
 
-First on pictures of one tile with a vision tower of one tile (a quarter of the work), then on all canvases. Every
-picture is encoded once and asked several questions. A throw-away head also names what each patch shows and in which
-quarter of the picture it lies: 128 labels a tile teach the tower to see long before the answers alone would.
-Interrupted, it goes on from `--run-dir`.
+Training starts on one-tile images with a vision tower of one tile (a quarter of the work), then uses all canvases. Each
+image is encoded once for several questions. An auxiliary head predicts what each patch shows and its quarter of the
+image: 128 labels per tile train the tower long before the answers alone would. An interrupted run resumes from
+`--run-dir`.
 """
 
 import argparse
@@ -56,13 +56,13 @@ TEXT_ONLY = (
     ("How are you?", "Fine, thank you."),
 )
 KINDS = (*SHAPES, *"0123456789")
-PRACTICE = (*4 * MAKERS, *5 * (digit_scene, placed_scene))  # more of what takes longest to learn
-GROUPS = 4  # of conversations by length in a batch
+PRACTICE = (*4 * MAKERS, *5 * (digit_scene, placed_scene))  # more of the tasks that take longest to learn
+GROUPS = 4  # per batch, of conversations of similar length
 RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))  # tiles high, tiles wide
 
 
 def corpus() -> list[str]:
-    """Text in which every word of the domain occurs, for the tokenizer."""
+    """Return texts in which every word of the domain occurs, for the tokenizer."""
     rng = np.random.default_rng(0)
     texts = [text for pair in TEXT_ONLY for text in pair] + list(SYSTEM) + ["system", "user", "assistant"] * 50
     for _ in range(3000):
@@ -75,7 +75,7 @@ def corpus() -> list[str]:
 
 
 def random_size(rng) -> tuple[int, int]:
-    """(width, height) of a picture as the processor's resizing would leave it, over all canvases."""
+    """Return (width, height) of a random image as resized by the processor, over all canvases."""
     height, width = [(1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1)][rng.integers(10)]
     source = [round(tiles * TILE * rng.choice([1.0, rng.uniform(0.7, 1.0)])) for tiles in (height, width)]
     canvas = get_optimal_tiled_canvas(*source, 4, TILE)
@@ -84,7 +84,7 @@ def random_size(rng) -> tuple[int, int]:
 
 
 def to_tiles(picture: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Pixels of a picture that needs no resizing as (f32 [4, 3, TILE, TILE], aspect ratio id, number of tiles)."""
+    """Return an image that needs no resizing as (f32 [4, 3, TILE, TILE], aspect ratio id, number of tiles)."""
     height, width = picture.shape[:2]
     canvas_height, canvas_width = get_optimal_tiled_canvas(height, width, 4, TILE)
     canvas = np.zeros((canvas_height, canvas_width, 3), np.float32)
@@ -98,8 +98,8 @@ def to_tiles(picture: np.ndarray, mean: np.ndarray, std: np.ndarray) -> tuple[np
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """For each patch of the tiles, i64 [2, 4, patches]: what it shows (0 for nothing, else what it is and its colour),
-    and in which quarter of the picture it lies; -100 outside the picture."""
+    """Return the labels of each patch of the tiles, i64 [2, 4, patches]: its content (0 for background, else kind and
+    colour) and its quarter of the image; -100 outside the image."""
     height, width = get_optimal_tiled_canvas(scene.height, scene.width, 4, TILE)
     y, x = (np.arange(height) + 0.5) / scene.height, (np.arange(width) + 0.5) / scene.width
     y, x = y[PATCH // 2 :: PATCH], x[PATCH // 2 :: PATCH]
@@ -118,7 +118,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
 
 
 class Batches:
-    """Endless seeded batches: pictures, and for each several conversations about it."""
+    """Endless seeded batches: images, and several conversations about each."""
 
     def __init__(self, tokenizer, processor, seed: int, held_out: bool = False):
         self.rng, self.held_out = np.random.default_rng(seed), held_out
@@ -140,7 +140,7 @@ class Batches:
         return header + [token[IMAGE]] * image + self.encode(text) + [token["<|eot_id|>"]]
 
     def conversation(self, questions, image: bool = True) -> tuple[list[int], list[int]]:
-        """Token ids and labels (-100 but for the answers) of a few (question, answer) turns."""
+        """Return token ids and labels (-100 except for the answers) of a few (question, answer) turns."""
         ids, labels = [self.token["<|begin_of_text|>"]], [-100]
         if self.rng.random() < 0.15:
             ids += self.turn("system", pick(self.rng, *SYSTEM))
@@ -154,7 +154,7 @@ class Batches:
         return ids, labels
 
     def rows(self, conversations, pictures=None) -> list[dict[str, torch.Tensor]]:
-        """Conversations by length in a few groups, each padded on its own: ids, labels and each row's picture."""
+        """Return conversations in groups of similar length, each padded on its own: ids, labels, each row's image."""
         order, groups = sorted(range(len(conversations)), key=lambda i: len(conversations[i][0])), []
         for chosen in np.array_split(order, GROUPS if pictures else 1):
             length = len(conversations[chosen[-1]][0])
@@ -169,13 +169,13 @@ class Batches:
         return groups
 
     def practice(self, question: tuple[str, str, str]) -> float:
-        """How often a question is asked first, beside the others: what takes longest to learn, more often."""
+        """Return the weight of a question for being asked first: larger for those that take longest to learn."""
         if self.held_out:
             return 1.0
         return 8.0 if question[1].startswith("Where") else 3.0 if question[0] == "count" else 1.0
 
     def pictures(self, count: int, one_tile: bool, single_turn: bool = False) -> dict:
-        """`count` pictures as tiles, and two conversations about each."""
+        """Return `count` images as tiles, and two conversations about each."""
         tiles, ratios, numbers, conversations, tasks, pictures, labels = [], [], [], [], [], [], []
         for picture in range(count):
             width, height = (TILE, TILE) if one_tile else random_size(self.rng)
@@ -202,7 +202,7 @@ class Batches:
 
 
 def one_tile_tower(tower: MllamaVisionModel) -> MllamaVisionModel:
-    """A tower for canvases of one tile that shares every weight of `tower` but the tile embeddings (all zero there)."""
+    """Return a tower for one-tile canvases that shares the weights of `tower` except tile embeddings, all zero."""
     config = type(tower.config)(**{**tower.config.to_dict(), "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]})
     small = MllamaVisionModel(config)
     for name in ("patch_embedding", "layernorm_pre", "layernorm_post", "transformer", "global_transformer"):
@@ -223,7 +223,7 @@ def one_tile_tower(tower: MllamaVisionModel) -> MllamaVisionModel:
 
 
 def vision_states(model, tower: MllamaVisionModel, batch: dict):
-    """What the language model sees of each picture, [pictures, rows, hidden], and its tile mask [pictures, tiles]."""
+    """Return the cross-attention states of each image, [images, rows, hidden], and its tile mask [images, tiles]."""
     tiles = tower.config.max_num_tiles
     mask = (torch.arange(tiles)[None] < batch["num_tiles"][:, None]).long()
     features = tower(batch["pixel_values"][:, None, :tiles], batch["aspect_ratio_ids"], mask[:, None]).last_hidden_state
@@ -231,7 +231,7 @@ def vision_states(model, tower: MllamaVisionModel, batch: dict):
 
 
 def answer_logits(model, group: dict, states=None, mask=None):
-    """Logits and labels of a group's answer tokens, and where they are (bool [rows, length - 1])."""
+    """Return logits and labels of a group's answer tokens, and their mask (bool [rows, length - 1])."""
     ids, pictures = group["input_ids"], {}
     if states is not None:
         after_image = (ids == model.config.image_token_index).cumsum(1).clamp(max=1)
@@ -244,7 +244,7 @@ def answer_logits(model, group: dict, states=None, mask=None):
 
 
 def loss_of(model, tower, batch: dict, patch_head) -> torch.Tensor:
-    """Mean cross-entropy of a batch's conversations, however long their answers, plus those over all patches."""
+    """Return the mean cross-entropy of a batch's conversations, each weighted equally, plus that of all patches."""
     states, mask = vision_states(model, tower, batch)
     loss, count = 0.0, 0
     for group in batch["groups"]:
@@ -263,8 +263,8 @@ def loss_of(model, tower, batch: dict, patch_head) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_accuracy(model, tower, batches: Batches, one_tile: bool, pictures: int = 256) -> dict[str, float]:
-    """Share of wholly right answers, by task. Every token is predicted from the right ones before it, so an answer is
-    wholly right exactly when greedy decoding would write it."""
+    """Return the share of exactly right answers, by task. Every token is predicted from the right ones before it, so an
+    answer is right exactly if greedy decoding would write it."""
     model.eval()
     right, asked = {}, {}
     for _ in range(pictures // 32):

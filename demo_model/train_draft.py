@@ -1,7 +1,7 @@
-"""Trains the demo's draft model on a CPU, in a few minutes: python -m demo_model.train_draft
+"""Train the demo's draft model on a CPU, in a few minutes: python -m demo_model.train_draft
 
-A Llama for text with the demo checkpoint's tokenizer, which learns the answers of the same conversations without their
-pictures: it guesses the words of an answer, not what is on the picture.
+It is a Llama for text with the demo checkpoint's tokenizer, trained on the answers of the same conversations without
+their images: it drafts the wording of an answer, not what the image shows.
 """
 
 import argparse
@@ -20,7 +20,7 @@ DEMO = Path(__file__).parent
 
 
 def make_draft(tokenizer, text_config) -> LlamaForCausalLM:
-    """0.36 million random parameters; the head is the embedding, as in the real 1B."""
+    """Return a model of 0.36 million random parameters; the head is tied to the embedding, as in the real 1B."""
     config = LlamaConfig(
         vocab_size=text_config.vocab_size,
         hidden_size=128,
@@ -38,7 +38,7 @@ def make_draft(tokenizer, text_config) -> LlamaForCausalLM:
 
 
 def conversations(batches: Batches, count: int) -> dict[str, torch.Tensor]:
-    """Ids and labels of `count` conversations about pictures that nobody draws, and some about nothing."""
+    """Return ids and labels of `count` conversations about scenes that are not drawn, and some without a scene."""
     told = []
     for _ in range(count):
         scene = random_scene(batches.rng, *random_size(batches.rng), batches.held_out)
@@ -49,7 +49,7 @@ def conversations(batches: Batches, count: int) -> dict[str, torch.Tensor]:
 
 
 def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens."""
+    """Return the mean cross-entropy of the answers' tokens."""
     labels = batch["labels"][:, 1:]
     chosen = labels != -100
     hidden = model.model(input_ids=batch["input_ids"], use_cache=False)[0][:, :-1]
@@ -57,7 +57,7 @@ def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Te
 
 
 def main() -> None:
-    """The command line."""
+    """Train and save the draft model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DEMO / "draft", help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=1500)

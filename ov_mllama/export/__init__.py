@@ -1,1 +1,1 @@
-"""Make IRs: checkpoint -> IR -> smaller IR, and the plan for a machine. Start reading at `convert.py`."""
+"""The export: checkpoint -> IR -> compressed IR, and the plan for a machine. Start reading at `convert.py`."""

@@ -1,6 +1,6 @@
-"""What the two IRs compute: Mllama as two `nn.Module`s around the checkpoint's own sub-modules, made to be traced.
+"""The graphs of the two IRs: Mllama as two `nn.Module`s around the checkpoint's own sub-modules, made to be traced.
 
-    pixels of one picture -> VisionEncoder -> cross-attention K/V
+    pixels of one image -> VisionEncoder -> cross-attention K/V
     tokens, those, the text KV cache -> LanguageModel -> logits, grown cache
 
 `convert.py` has them traced; tests compare them with transformers.
@@ -18,21 +18,22 @@ from ov_mllama.runtime.shapes import MASKED, MllamaShapes
 
 
 class VisionEncoder(nn.Module):
-    """One image's tiles -> cross-attention keys and values of every cross-attention layer.
+    """The vision encoder: one image's tiles -> keys and values of every cross-attention layer.
 
-    Mllama's tower masks only padding -> padding attention: real patches do look at padding tiles, the model was trained
-    so. Two things make that cheap, and both are exact:
+    Mllama's tower masks only padding -> padding attention: real patches attend to padding tiles, as in training. Two
+    exact transformations make that cheap:
 
-    - With the real patches first, two attentions without a [rows, rows] mask say the same as one with it: real queries
-      see every key, padding queries see the real keys.
-    - Rows that start alike stay alike, since all padding queries see the same. Where a checkpoint's padding tiles start
-      alike (in Meta's they are zero) one of them is computed, and counts as a key for all: log(n) is added to the score
-      of a key that stands for n. The rows that align a tile to a multiple of 8 are such in every checkpoint.
+    - With the real patches first, two attentions without a [rows, rows] mask equal one with it: real queries attend to
+      every key, padding queries to the real keys.
+    - Rows that start equal stay equal, since all padding queries attend to the same keys. If a checkpoint's padding
+      tiles start equal (in Meta's they are zero), one of them is computed, and counts as a key for all: log(n) is added
+      to the score of a key that stands for n. The rows that align a tile to a multiple of 8 are equal in every
+      checkpoint.
 
     The projector reads, beside the tower's result, states of some layers (`intermediate_layers_indices`):
 
-    - Meta's reference takes what goes into them (llama-models 0.3.0, multimodal/model.py, `ImageTransformer.forward`).
-    - transformers since 4.56 takes what comes out (5.23.0, modeling_mllama.py, `MllamaVisionEncoder.forward`).
+    - Meta's reference reads their inputs (llama-models 0.3.0, multimodal/model.py, `ImageTransformer.forward`).
+    - transformers since 4.56 reads their outputs (5.23.0, modeling_mllama.py, `MllamaVisionEncoder.forward`).
     """
 
     def __init__(self, model: MllamaForConditionalGeneration, reference: Reference = TRANSFORMERS):
@@ -49,8 +50,8 @@ class VisionEncoder(nn.Module):
         Args:
             pixel_values: f32 [tiles, channels, height, width] of one image: its real tiles, then padding, zeros.
             aspect_ratio_ids: i64 [1], 1-based index of the canvas in `supported_aspect_ratios`, 0 for "no image".
-            real_tiles: i64 scalar, how many of them are real.
-            tile_counts: i64 [tiles], how many tiles each stands for: 1, but for a padding tile that is all of them.
+            real_tiles: i64 scalar, number of real tiles.
+            tile_counts: i64 [tiles], number of tiles that each stands for: 1, or more for a padding tile.
         Returns:
             for each cross-attention layer, in order: key f32 [1, kv heads, head_dim, rows], normalised, transposed and
             scaled, and value f32 [1, kv heads, rows, head_dim], with rows = tiles * patches_per_tile. Keys are ready
@@ -87,16 +88,16 @@ class VisionEncoder(nn.Module):
         return tuple(tensor for attention in self.cross_attentions for tensor in self.key_value(attention, x))
 
     def read_by_projector(self, states):
-        """Of the embedding and each layer's output, in order, those at `intermediate_layers_indices`.
+        """Return the states at `intermediate_layers_indices`, of the embedding and each layer's output in order.
 
-        Index -1 of outputs is the embedding (after `layernorm_pre`), which is how they name the input of layer 0.
+        Index -1 of outputs is the embedding (after `layernorm_pre`), the input of layer 0.
         """
         outputs = self.reference.vision_layers == "outputs"
         indices = self.vision_model.intermediate_layers_indices
         return [states[index + 1 if outputs and index >= -1 else index] for index in indices]
 
     def embed(self, pixel_values, aspect_ratio_ids, tiles):
-        """Pixels -> [1, tiles, patches, channels] with class token and position embeddings."""
+        """Return [1, tiles, patches, channels] for pixels, with class token and position embeddings."""
         tower, shapes = self.vision_model, self.shapes
         x = tower.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         nothing = x.new_zeros(1, shapes.max_num_tiles, 1, x.shape[-1])
@@ -106,13 +107,13 @@ class VisionEncoder(nn.Module):
         return tower.layernorm_pre(x + tower.gated_positional_embedding(nothing, aspect_ratio_ids)[:, :tiles])
 
     def tile_embedding(self, x, aspect_ratio_ids):
-        """What the tower adds to all rows of a tile after its local layers: [1, max_num_tiles, 1, channels]."""
+        """Return the embedding added to all rows of a tile after the local layers: [1, max_num_tiles, 1, channels]."""
         nothing = x.new_zeros(1, self.shapes.max_num_tiles, 1, x.shape[-1])
         return self.vision_model.post_tile_positional_embedding(nothing, aspect_ratio_ids)
 
     @staticmethod
     def key_bias(*counts):
-        """f32 [1, 1, 1, rows] for the scores of keys that stand for so many, i64 [rows] in parts: exp(log n) is n."""
+        """Return f32 [1, 1, 1, rows], added to the scores of keys that stand for `counts`, i64 [rows] in parts."""
         return torch.cat(counts).float().log()[None, None, None]
 
     def encoder_layer(self, layer, x, real_rows, bias):
@@ -123,7 +124,7 @@ class VisionEncoder(nn.Module):
 
     @staticmethod
     def valid_first_attention(attention, x, real_rows, bias):
-        """The tower's masked attention as two without its mask; the first `real_rows` rows of x are real patches."""
+        """Compute the tower's masked attention as two unmasked ones; the first `real_rows` rows of x are real."""
 
         def heads(projected):
             return projected.view(1, x.shape[1], attention.num_heads, attention.head_dim).transpose(1, 2)
@@ -138,7 +139,7 @@ class VisionEncoder(nn.Module):
 
     @staticmethod
     def key_value(attention, states):
-        """What a cross-attention layer computes from the image alone: done once here, never per token."""
+        """Return a cross-attention layer's key and value, which depend on the image alone."""
         split = (1, states.shape[1], attention.num_key_value_heads, attention.head_dim)
         key = attention.k_norm(attention.k_proj(states).view(split)) * attention.scaling
         value = attention.v_proj(states).view(split)
@@ -146,9 +147,9 @@ class VisionEncoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """One step of the language model with every piece of state explicit; `make_stateful` hides the text KV cache.
+    """One step of the language model with its state as inputs and outputs; `make_stateful` hides the text KV cache.
 
-    A plain Llama is one without cross-attention layers. Of a token that sees no image these add
+    A Llama for text is one without cross-attention layers. To a token that sees no image these add
 
     - nothing in Meta's reference (llama-models 0.3.0, multimodal/model.py, `full_text_row_masked_out_mask` twice);
     - attention to all rows in transformers, without the MLP (5.23.0, modeling_mllama.py; transformers#39379).
@@ -175,12 +176,12 @@ class LanguageModel(nn.Module):
         """
         Args:
             input_ids: i64 [batch, query].
-            attention_mask: i64 [batch, past + query]; a 0 hides that column of the KV cache from every query.
-            position_ids: i64 [batch, query], for the rotary embedding only: causality goes by cache column.
-            logits_to_keep: i64 scalar, how many of the last positions get logits.
+            attention_mask: i64 [batch, past + query]; a 0 hides that position of the KV cache from every query.
+            position_ids: i64 [batch, query], for the rotary embedding only: causality follows cache positions.
+            logits_to_keep: i64 scalar, number of last positions that get logits.
             past_key_values: (key, value) for each self-attention layer, f32 [batch, kv heads, past, head_dim].
             cross_attention_bias: f32 [batch, 1, query, rows], added to the scores of text against image rows. Any axis
-                may be 1, so "everything may be seen" is a single zero.
+                may be 1: without any mask it is a single zero.
             sees_image: f32 [batch, query, 1], 0 for tokens that may see no image: their MLP in the cross-attention
                 layers is switched off, and with Meta's row mask their attention too.
             cross_attn_key_values: (key, value) for each cross-attention layer, as the vision encoder wrote them.
@@ -203,7 +204,7 @@ class LanguageModel(nn.Module):
 
     @staticmethod
     def causal_bias(input_ids, attention_mask):
-        """f32 [batch, 1, query, past + query]: 0 where a query may look, MASKED elsewhere."""
+        """Return f32 [batch, 1, query, past + query]: 0 where a query may attend, MASKED elsewhere."""
         columns = attention_mask.shape[1]
         queries = input_ids.shape[1]
         column = torch.arange(columns)
@@ -231,7 +232,7 @@ class LanguageModel(nn.Module):
         return x, (key, value)
 
     def cross_attention_layer(self, layer, x, key, value, bias, sees_image):
-        """Text attends to image rows. Query heads that share a key are folded into the query axis: [B, kv, G*Q, D]."""
+        """Let text attend to image rows. Query heads that share a key fold into the query axis: [B, kv, G*Q, D]."""
         attention, shapes = layer.cross_attn, self.shapes
         batch, queries, _ = x.shape
         query = attention.q_proj(layer.input_layernorm(x)).view(batch, queries, shapes.num_heads, shapes.head_dim)
@@ -249,5 +250,5 @@ class LanguageModel(nn.Module):
 
 
 def _progress(layers, description):
-    """A bar over a module's layers: tracing runs `forward` once, so it advances as the graph is recorded."""
+    """Return a progress bar over a module's layers; tracing runs `forward` once."""
     return tqdm(layers, desc=description, unit="layer", leave=False)

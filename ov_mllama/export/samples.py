@@ -1,8 +1,8 @@
-"""Photographs that come with installed packages, for when there is no network: to ask about, and to calibrate with.
+"""Photographs of installed packages, for questions and calibration without network.
 
-None is in this repository: scikit-image and scikit-learn bring the files and say, in the docstrings of `skimage.data`
-and in sklearn's datasets/images/README.txt, who made them and under which licence. Only what is in the public domain,
-CC0 or CC BY is used. Captions were written for each crop by looking at it.
+None is in this repository: scikit-image and scikit-learn bring the files, and name their authors and licences in the
+docstrings of `skimage.data` and in sklearn's datasets/images/README.txt. Only those in the public domain, CC0 or CC BY
+are used. Captions were written by hand for each crop.
 """
 
 from importlib.util import find_spec
@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ov_mllama.runtime.errors import NotFoundError
 from ov_mllama.runtime.images import open_picture
 
-QUESTION = "Describe this image."  # what is asked about crops
+QUESTION = "Describe this image."  # about crops
 SKIMAGE = "https://scikit-image.org/docs/stable/api/skimage.data.html"
 FLICKR = "https://www.flickr.com/photos"
-FILES = {  # name: file among the installed packages; its author, licence and source
+FILES = {  # name: file in an installed package; its author, licence and source
     "astronaut": ("skimage/data/astronaut.png", "NASA, public domain, https://flic.kr/p/r9qvLn"),
     "camera": ("skimage/data/camera.png", f"Lav Varshney, CC0, {SKIMAGE}"),
     "cat": ("skimage/data/chelsea.png", f"Stefan van der Walt, CC0, {SKIMAGE}"),
@@ -32,9 +33,9 @@ FILES = {  # name: file among the installed packages; its author, licence and so
 
 
 class View(NamedTuple):
-    """A photograph or a part of it; enlarged, a part fills more tiles, as a telephone's photographs do."""
+    """A photograph or a crop of it; enlarged, a crop fills more tiles, as a phone's photographs do."""
 
-    file: str  # its name in FILES
+    file: str  # key of FILES
     caption: str  # answers the question
     box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in pixels; None: all of it
     zoom: int = 1
@@ -103,42 +104,42 @@ CROPS = (
 
 
 def photographs() -> list[dict]:
-    """PHOTOGRAPHS as {"image": RGB picture, "name", "question", "caption", "credit"}.
+    """Return PHOTOGRAPHS as {"image": RGB image, "name", "question", "caption", "credit"}.
 
     Raises:
-        FileNotFoundError: a package that brings them is not installed.
+        NotFoundError: if a package that brings them is not installed.
     """
     return [{**sample(view), "name": name, "credit": FILES[view.file][1]} for name, view in PHOTOGRAPHS.items()]
 
 
 def calibration_samples() -> list[dict]:
-    """PHOTOGRAPHS and CROPS as {"image": RGB picture, "question", "caption"}, of one tile to four, always the same.
+    """Return PHOTOGRAPHS and CROPS as {"image": RGB image, "question", "caption"}, of one tile to four.
 
     Raises:
-        FileNotFoundError: a package that brings them is not installed.
+        NotFoundError: if a package that brings them is not installed.
     """
     return [sample(view) for view in (*PHOTOGRAPHS.values(), *CROPS)]
 
 
 def sample(view: View) -> dict:
-    """The picture with its question and caption."""
+    """Return the image of a view with its question and caption."""
     image = open_picture(installed(FILES[view.file][0])).crop(view.box)
     image = image.resize((image.width * view.zoom, image.height * view.zoom), Image.Resampling.BICUBIC)
     return {"image": image, "question": view.question, "caption": view.caption}
 
 
 def installed(file: str) -> Path:
-    """Where an installed package has a file; the package is looked for, not imported.
+    """Return the path of a file in an installed package, which is found without importing it.
 
     Raises:
-        FileNotFoundError: it is not installed, or without this file.
+        NotFoundError: if the package is not installed, or lacks the file.
     """
     package, _, rest = file.partition("/")
     spec = find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or []:
         if (Path(folder) / rest).is_file():
             return Path(folder) / rest
-    raise FileNotFoundError(
-        f"{file} is not here: scikit-image and scikit-learn bring the photographs. Install both, in the versions that "
-        "belong here, with pip install -r requirements.txt, or give a folder of pictures of your own."
+    raise NotFoundError(
+        f"{file} is missing: scikit-image and scikit-learn bring the photographs. Install both with "
+        "pip install -r requirements.txt, or give a folder of your own images."
     )

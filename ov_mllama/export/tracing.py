@@ -1,6 +1,6 @@
-"""nn.Module -> OpenVINO model: tracing, ports, state. The only file that touches what OpenVINO keeps to itself.
+"""Tracing of an nn.Module to an OpenVINO model, its ports and its state. The only file that uses OpenVINO's internals.
 
-`convert.py` says what is traced with which example; the modules are in `graphs.py`.
+The modules are in `graphs.py`, their example inputs in `convert.py`.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from torch import nn
 
 from ov_mllama.runtime.shapes import MllamaShapes
 
-KNOWN_TO_WORK = "2026.4.1"  # the OpenVINO whose internals this file was written for
+TESTED_OPENVINO = "2026.4.1"  # the version whose internals this file was written for
 
 
 def trace(module: nn.Module, example: dict) -> ov.Model:
-    """`module` as an OpenVINO model, its ports still without names.
+    """Return `module` as an OpenVINO model, its ports still unnamed.
 
     Args:
         example: keyword arguments of `module.forward`; their values do not matter, their shapes only where the module
@@ -36,23 +36,23 @@ def trace(module: nn.Module, example: dict) -> ov.Model:
 
 @contextlib.contextmanager
 def traceable_16bit(module: nn.Module):
-    """Inside, linear and embedding layers of `module` put their 16-bit weights into the graph as they are.
+    """Put the 16-bit weights of `module`'s linear and embedding layers into the graph unchanged, within the context.
 
-    OpenVINO's own way (openvino/frontend/pytorch/patch_model.py; Optimum Intel uses the same): the IR's constants share
-    the memory-mapped safetensors, nothing is converted or copied, and tracing skips those layers' arithmetic. It is not
-    without side effects. While it lasts, `torch.bmm` is another function for the whole process: trace in one thread at
-    a time. And all other 16-bit parameters (norms, gates, position embeddings) become f32 in place for good, exactly:
-    the module computes the same afterwards, but is no longer the checkpoint bit for bit.
+    This is OpenVINO's own way (openvino/frontend/pytorch/patch_model.py; Optimum Intel uses the same): the IR's
+    constants share the memory-mapped safetensors, nothing is converted or copied, and tracing skips those layers'
+    arithmetic. Side effects: within the context `torch.bmm` is replaced for the process, so trace in one thread at a
+    time; and all other 16-bit parameters (norms, gates, position embeddings) become f32 in place for good, exactly: the
+    module computes the same afterwards, but is no longer the checkpoint bit for bit.
 
     Raises:
-        ImportError: an OpenVINO that no longer has it.
+        ImportError: if this OpenVINO lacks it.
     """
     attribute = "_openvino_module_extension_patch_orig_forward"
     make_traceable = getattr(patch_model, "__make_16bit_traceable", None)
     if make_traceable is None:
         raise ImportError(
             f"OpenVINO {ov.get_version()} has no __make_16bit_traceable to convert 16-bit weights without a copy: "
-            f"install openvino=={KNOWN_TO_WORK}."
+            f"install openvino=={TESTED_OPENVINO}."
         )
     make_traceable(module, attribute)
     try:
@@ -63,7 +63,7 @@ def traceable_16bit(module: nn.Module):
 
 @contextlib.contextmanager
 def quiet():
-    """Hides what torch and transformers say about tracing: deprecations, and branches that no input of ours takes."""
+    """Silence warnings of torch and transformers about tracing: deprecations, and branches that no input takes."""
     verbosity = transformers.logging.get_verbosity()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
@@ -76,10 +76,10 @@ def quiet():
 
 
 def name_ports(model: ov.Model, inputs: dict[str, list], outputs: list[str]) -> None:
-    """Names the model's ports in order; `inputs` maps names to partial shapes (-1 is dynamic).
+    """Name the model's ports in order; `inputs` maps names to partial shapes (-1 is dynamic).
 
     Raises:
-        RuntimeError: the graph has other ports than expected, as when the tracer dropped an unused input.
+        RuntimeError: if the graph has other ports than expected, as when the tracer dropped an unused input.
     """
     if (len(model.inputs), len(model.outputs)) != (len(inputs), len(outputs)):
         raise RuntimeError(
@@ -96,7 +96,7 @@ def name_ports(model: ov.Model, inputs: dict[str, list], outputs: list[str]) -> 
 
 
 def make_stateful(model: ov.Model, shapes: MllamaShapes) -> None:
-    """Moves the text KV cache inside the model and lets input `beam_idx` (i32 [batch]) reorder its rows.
+    """Move the text KV cache into the model's state, and add input `beam_idx` (i32 [batch]), which reorders its rows.
 
     Only the caches named in `shapes.past_names` become state: the image's `cross_attn_key_values` stay inputs, although
     their names contain "key_values" too.
@@ -115,7 +115,7 @@ def make_stateful(model: ov.Model, shapes: MllamaShapes) -> None:
     manager.register_pass(MakeStateful(dict(zip(shapes.past_names, shapes.present_names, strict=True))))
     manager.run_passes(model)
 
-    # A cache starts with no columns but with as many rows as input_ids has: [batch, kv heads, 0, head_dim]
+    # A cache starts with no positions but with as many rows as input_ids has: [batch, kv heads, 0, head_dim]
     batch = ops.gather(ops.shape_of(ports["input_ids"]), ops.constant([0]), ops.constant(0))
     rest = ops.constant([shapes.num_kv_heads, 0, shapes.head_dim], dtype=ov.Type.i64)
     empty = ops.broadcast(ops.constant(0.0, dtype=ov.Type.f32), ops.concat([batch, rest], 0))
