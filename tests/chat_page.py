@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from playwright.sync_api import expect
+from playwright.sync_api import expect as check
 
 from conftest import DEMO
 from ov_mllama.runtime.image_cache import EncodingTimes
@@ -23,12 +23,14 @@ class Slow(OVMLlamaForConditionalGeneration):
 
     Attributes:
         picture_s, step_s: seconds that each picture and each step of the language model take.
+        free_steps: so many of the next steps take no time.
         looks: moments at which a picture was begun.
         given_up: how many were.
     """
 
     def __init__(self, *args, **options):
         self.picture_s = self.step_s = 0.0
+        self.free_steps = 0
         super().__init__(*args, **options)
         self.as_new()
         self._look, self.image_encoder._infer = self.image_encoder._infer, self.look
@@ -37,7 +39,7 @@ class Slow(OVMLlamaForConditionalGeneration):
     def as_new(self, picture_s=0.0, step_s=0.0):
         self.forget()
         self.image_encoder._clock = EncodingTimes()
-        self.picture_s, self.step_s, self.looks, self.given_up = picture_s, step_s, [], 0
+        self.picture_s, self.step_s, self.free_steps, self.looks, self.given_up = picture_s, step_s, 0, [], 0
 
     def look(self, inputs, stop):
         self.looks.append(time.perf_counter())
@@ -51,7 +53,10 @@ class Slow(OVMLlamaForConditionalGeneration):
         return self._look(inputs, stop)
 
     def step(self, request, inputs):
-        time.sleep(self.step_s)
+        began = time.perf_counter()
+        while time.perf_counter() - began < self.step_s and not self.free_steps:  # which may change meanwhile
+            time.sleep(0.02)
+        self.free_steps = max(0, self.free_steps - 1)
         return self._step(request, inputs)
 
 
@@ -76,7 +81,7 @@ def ahead_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "pictures ahead"]
 
 
-def wait_until(condition, seconds=8.0) -> float:
+def wait_until(condition, seconds=30.0) -> float:
     """Seconds until something holds."""
     started = time.perf_counter()
     while not condition():
@@ -88,6 +93,26 @@ def wait_until(condition, seconds=8.0) -> float:
 def path_of(sample: dict) -> Path:
     """Of a sample's picture."""
     return DEMO / "samples" / sample["file_name"]
+
+
+class expect:  # noqa: N801
+    """Playwright's assertions about a locator, tried every 20 ms; Playwright itself soon tries only every second."""
+
+    def __init__(self, locator):
+        self._locator, self._assertions = locator, check(locator)
+
+    def __getattr__(self, name: str):
+        def soon(*expected, timeout=5000, **options) -> None:
+            deadline = time.monotonic() + timeout / 1000
+            while True:
+                try:
+                    return getattr(self._assertions, name)(*expected, timeout=1, **options)
+                except AssertionError:
+                    if time.monotonic() > deadline:
+                        raise
+                self._locator.page.wait_for_timeout(20)
+
+        return soon
 
 
 class Tab:

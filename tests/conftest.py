@@ -238,15 +238,23 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def profile(browser):
+    """A browser's profile: what it has loaded of the page it need not load again."""
+    return browser.new_context(viewport={"width": 1100, "height": 900})
+
+
 @pytest.fixture
-def page(browser, url, model):
-    """A tab with the chat of a test file's `url`, answered by its `model`."""
+def page(profile, url, model):
+    """A tab with the chat of a test file's `url`, answered by its `model`, of somebody who was never here."""
     from chat_page import Tab  # it imports from here
 
-    page = Tab(browser, url)
+    profile.clear_cookies()
+    page = Tab(profile, url)
     yield page
     assert not page.errors
-    page.close()
+    for tab in profile.pages:
+        tab.close()
 
 
 @pytest.fixture
@@ -277,24 +285,103 @@ def slow_demo(one_slow_demo):
 
 
 @pytest.fixture(scope="module")
-def server(slow_demo, processor):
+def scheduler(slow_demo, processor):
+    """What answers the requests of `server`."""
+    from ov_mllama.serving.scheduler import Scheduler
+
+    return Scheduler(slow_demo, processor, max_batch=4, max_queue=6)
+
+
+@pytest.fixture(scope="module")
+def server(scheduler):
     """The address of the OpenAI-compatible server, answered by `slow_demo`."""
     from openai_client import KEY, served
     from ov_mllama.serving.app import create_app
-    from ov_mllama.serving.scheduler import Scheduler
 
-    with served(
-        create_app(Scheduler(slow_demo, processor, size=4, max_queue=6), "demo", KEY, max_bytes=2_000_000)
-    ) as url:
+    with served(create_app(scheduler, "demo", KEY, max_bytes=2_000_000)) as url:
         yield url
 
 
 @pytest.fixture
 def client(server, slow_demo):
     """OpenAI's, of `server`, whose model is as new."""
-    import openai
-
-    from openai_client import KEY
+    from openai_client import openai_client
 
     slow_demo.as_new()
-    return openai.OpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0)
+    return openai_client(server)
+
+
+# ---- TESTS-B: programs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Where programs of tests are forked from."""
+    from programs import Nursery
+
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def start(nursery, tmp_path):
+    """`start(code, *arguments, **environment)`: a program, killed at the end of the test."""
+    programs = []
+
+    def start(code: str, *arguments, **environment):
+        programs.append(nursery.start(tmp_path, code, *arguments, **environment))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.kill()
+
+
+# ---- TESTS-B: a page of the chat, and programs that send it something -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the conversations of a file's page are kept."""
+    return tmp_path_factory.mktemp("conversations")
+
+
+@pytest.fixture(scope="module")
+def make(slow_demo, processor, folder):
+    """`make()`: a page of `slow_demo`, with two examples."""
+    from data_preprocessing import questions_about
+    from gradio_helper import make_demo
+
+    examples = questions_about(DEMO)[:2]
+    return lambda: make_demo(slow_demo, processor, examples, folder)
+
+
+@pytest.fixture(scope="module")
+def demo(make):
+    return make()
+
+
+@pytest.fixture(scope="module")
+def url(demo):
+    """The address of `demo`."""
+    from chat_client import launched
+
+    with launched(demo) as url:
+        yield url
+
+
+@pytest.fixture
+def model(slow_demo):
+    """What answers on the page, as new."""
+    slow_demo.as_new()
+    return slow_demo
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A picture of the user's that nobody has uploaded."""
+    from chat_client import SECRET
+
+    SECRET.save(tmp_path / "secret.png")
+    return tmp_path / "secret.png"

@@ -15,9 +15,8 @@ import torch
 from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client, handle_file
 from PIL import Image, ImageChops
-from playwright.sync_api import expect
 
-from chat_page import SELF, WHO, Tab, path_of
+from chat_page import SELF, WHO, Tab, expect, path_of
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import LAUNCH, make_demo, written

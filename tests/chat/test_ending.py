@@ -13,9 +13,8 @@ import time
 import httpx
 import openai
 import pytest
-from playwright.sync_api import expect
 
-from chat_page import WHO, Tab, path_of, wait_until
+from chat_page import WHO, Tab, expect, path_of, wait_until
 from conftest import DEMO, ROOT, demo_samples
 from ov_mllama.chat.store import STOPPED
 from ov_mllama_helper import convert_mllama

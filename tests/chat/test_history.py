@@ -3,73 +3,37 @@
 import contextlib
 import io
 import re
-import socket
-import subprocess
-import sys
 import zipfile
 from urllib.parse import unquote
 
 import httpx
-import pytest
 from PIL import Image, ImageChops
-from playwright.sync_api import expect
-from transformers import AutoProcessor
 
-from chat_page import SELF, WHO, Slow, Tab, path_of, wait_until
-from conftest import DEMO, ROOT, demo_samples
-from gradio_helper import make_demo
-from ov_mllama_helper import convert_mllama
+from chat_page import SELF, WHO, Tab, expect, path_of, wait_until
+from conftest import demo_samples
+from openai_client import HTTP, is_busy
+from programs import free_port
 
 SAMPLES = demo_samples()
 CROSSES, SHAPES = SAMPLES[0], SAMPLES[2]
 HOW_MANY, TWO = "How many shapes are there?", "There are two shapes."  # of SHAPES
 DONE = "tokens per second"  # in the remark on a whole answer
-STEP_OVERHEAD_S = re.compile("^I describe")  # SELF under way
-SLOW = dict(picture_s=0.2, step_s=0.3)
+FIRST_WORDS = re.compile("^I describe")  # SELF under way
 
 SERVER = """
 import sys, time
 from transformers import AutoProcessor
 from gradio_helper import make_demo
+from ov_mllama.chat import answers
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
 model_dir, folder, port = sys.argv[1:]
 model = OVMLlamaForConditionalGeneration(model_dir, check_golden=False)
 step = model.language_model.infer
 model.language_model.infer = lambda *arguments: time.sleep(0.3) or step(*arguments)
-demo = make_demo(model, AutoProcessor.from_pretrained(model_dir), folder=folder)
-input()
-demo.launch(server_port=int(port))
+answers.SAVE_EVERY_S = 0.3
+make_demo(model, AutoProcessor.from_pretrained(model_dir), folder=folder).launch(server_port=int(port))
 """
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("history") / "ov")
-
-
-@pytest.fixture(scope="module")
-def loaded(model_dir):
-    return Slow(model_dir)
-
-
-@pytest.fixture
-def model(loaded):
-    loaded.as_new(**SLOW)
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("conversations")
-
-
-@pytest.fixture(scope="module")
-def url(loaded, folder):
-    demo = make_demo(loaded, AutoProcessor.from_pretrained(DEMO), folder=folder)
-    _, address, _ = demo.launch(prevent_thread_lock=True)
-    yield address
-    demo.close()
 
 
 def reload(page) -> None:
@@ -95,10 +59,11 @@ def address(page) -> str:
 
 
 def begin(page, model) -> str:
-    """Asks WHO, and gives the first of the answer's words; the rest of them takes a while."""
-    model.step_s = 0.5
+    """Asks WHO, and gives the first of the answer's words; the rest of them comes as the model's steps are freed."""
+    model.step_s, model.free_steps = 60, 5
     page.ask(WHO)
-    expect(page.bot.last).to_have_text(STEP_OVERHEAD_S, timeout=20_000)
+    expect(page.bot.last).to_have_text(FIRST_WORDS, timeout=20_000)
+    wait_until(lambda: not model.free_steps)
     return page.bot.last.inner_text()
 
 
@@ -148,7 +113,7 @@ def test_a_page_that_is_loaded_again_shows_what_it_showed(page, model):
 
 
 def test_two_tabs_write_at_once_and_none_is_lost(page, url, model):
-    model.step_s = 0.1
+    model.step_s = 0.02
     second = Tab(page.context, url)
     page.ask(WHO)
     second.ask(SHAPES["question"], path_of(SHAPES))
@@ -168,12 +133,12 @@ def test_two_tabs_write_at_once_and_none_is_lost(page, url, model):
 
 def test_a_conversation_in_two_tabs_shows_the_same_words_while_they_come(page, url, model):
     words = begin(page, model)
-    model.step_s = 0.9  # or a slow browser opens the second tab when the answer is there
     second = Tab(page.context, url, address(page))
     expect(second.user).to_have_text([WHO])
     expect(second.bot.first).to_contain_text(words)
-    expect(page.bot.first).to_have_text(re.compile("count"))
-    expect(second.bot.first).to_have_text(re.compile("count"), timeout=1000)
+    model.free_steps = 3
+    for tab in (page, second):
+        expect(tab.bot.first).to_have_text(re.compile("count"))
     second.stop.click()
     for tab in (second, page):
         tab.expect_answers("count", "Stopped.")
@@ -207,14 +172,13 @@ def test_somebody_else_sees_none_of_it(page, browser, url, model):
 def test_a_new_chat_during_an_answer(page, model):
     begin(page, model)
     page.new_chat()
-    for _ in range(3):
-        page.tab.wait_for_timeout(300)
-        assert (page.user.count(), page.bot.count()) == (0, 0)
+    model.free_steps = 1
+    wait_until(lambda: not model.free_steps)
+    page.tab.wait_for_timeout(500)
+    assert (page.user.count(), page.bot.count()) == (0, 0)
     page.ask(SHAPES["question"], path_of(SHAPES))
     expect(page.user).to_have_count(2)
     expect(page.bot).to_contain_text(["Waiting for another conversation’s answer"])
-    model.step_s = 0.2
-    expect(page.bot).to_contain_text([SHAPES["answer"][:5]], timeout=20_000)
     model.step_s = 0
     page.expect_answers(SHAPES["answer"], "1 picture")
     reopen(page, WHO)
@@ -241,8 +205,10 @@ def test_an_earlier_chat_during_an_answer_and_back(page, model):
 def test_retry_during_an_answer(page, model):
     begin(page, model)
     page.press("Retry")
+    expect(page.bot.last).not_to_have_text(FIRST_WORDS)  # begun anew
+    model.free_steps = 1  # of the old answer
     expect(page.bot.last).to_have_text(re.compile("Reading|^I"))
-    expect(page.bot).not_to_contain_text([STEP_OVERHEAD_S])  # begun anew
+    expect(page.bot).not_to_contain_text([FIRST_WORDS])
     model.step_s = 0
     page.expect_answers(SELF, DONE)
     expect(page.user).to_have_count(1)
@@ -254,12 +220,10 @@ def test_undo_during_an_answer(page, model):
     expect(page.box).to_have_value(WHO)
     for nothing in (page.user, page.bot, page.history):
         expect(nothing).to_have_count(0)
-    page.tab.wait_for_timeout(700)
-    steps = len(model.llm_infer_time)
-    page.tab.wait_for_timeout(700)
-    assert len(model.llm_infer_time) == steps  # nobody waits for the rest of it
-    page.expect_ready()
     model.step_s = 0
+    wait_until(lambda: not is_busy(model))
+    assert len(model.llm_infer_time) < 10  # nobody waits for the rest of it
+    page.expect_ready()
     page.send.click()
     page.expect_answers(SELF, DONE)
     expect(page.user).to_have_text([WHO])
@@ -270,12 +234,14 @@ def test_edit_during_an_answer(page, model):
     model.step_s = 0
     page.ask(SHAPES["question"], path_of(SHAPES))
     page.expect_answers(SHAPES["answer"], DONE)
-    model.step_s = 0.8
+    model.step_s, model.free_steps = 60, 4
     page.ask(WHO)
     expect(page.bot.last).to_have_text(re.compile("^A"), timeout=20_000)  # about the picture again
+    words = page.bot.last.inner_text()
     page.press("Edit")
     page.tab.locator(".edit-textarea").fill(HOW_MANY)
-    page.tab.wait_for_timeout(1000)  # while words come
+    model.free_steps = 3
+    expect(page.tab.locator("[role=log]")).to_contain_text(re.compile(rf"{words}\s*\S"))  # words come
     expect(page.tab.locator(".edit-textarea")).to_have_value(HOW_MANY)
     page.tab.get_by_label("Submit").first.click()
     expect(page.user.last).to_have_text(HOW_MANY)
@@ -310,48 +276,24 @@ def test_back_and_forward_go_through_conversations(page, model):
     assert address(page) == shapes
 
 
-@pytest.fixture
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def serves(program, port: int) -> bool:
+    """Whether a program takes questions."""
+    assert program.poll() is None, program.said()
+    with contextlib.suppress(httpx.TransportError):
+        return HTTP.get(f"http://127.0.0.1:{port}/config").is_success
+    return False
 
 
-@pytest.fixture
-def servers(model_dir, tmp_path, port):
-    """Two processes that serve the same conversations, one after the other, once they are told to begin."""
-    command = [sys.executable, "-c", SERVER, str(model_dir), str(tmp_path), str(port)]
-    environment = {"PYTHONPATH": str(ROOT), "CI": "true", "PATH": ""}
-    servers = [subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) for _ in range(2)]  # noqa: S603
-    yield servers
-    for server in servers:
-        server.kill()
-        server.communicate()
-
-
-def serve(server, port) -> None:
-    """Lets a server begin, and waits until it takes questions."""
-    server.stdin.write(b"\n")
-    server.stdin.flush()
-
-    def answers() -> bool:
-        assert server.poll() is None
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"http://127.0.0.1:{port}/config").is_success
-        return False
-
-    wait_until(answers, 60)
-
-
-def test_an_open_page_goes_on_after_the_server_was_killed(browser, servers, port):
-    first, second = servers
-    serve(first, port)
+def test_an_open_page_goes_on_after_the_server_was_killed(browser, start, demo_dir, tmp_path):
+    port = free_port()
+    first = start(SERVER, demo_dir, tmp_path, port)
+    wait_until(lambda: serves(first, port), 60)
     page = Tab(browser, f"http://127.0.0.1:{port}/")
     page.ask(SHAPES["question"], path_of(SHAPES))
     expect(page.bot.last).to_have_text(re.compile("top right"), timeout=20_000)  # by then some of it was kept
     first.kill()
-    first.wait()
-    serve(second, port)
+    second = start(SERVER, demo_dir, tmp_path, port)
+    wait_until(lambda: serves(second, port), 60)
     stopped = "Stopped. The program ended before the answer did."
     page.expect_answers("A", stopped)
     expect(page.history).to_have_text([SHAPES["question"]])
@@ -413,7 +355,7 @@ def test_a_conversation_is_deleted_only_when_its_owner_is_sure(page, url, folder
     expect(page.history).to_have_text([WHO])
 
 
-def test_a_deleted_conversation_is_not_written_on(page, folder, model):
+def test_a_deleted_conversation_is_not_written_on(page, demo, folder, model):
     begin(page, model)
     key = address(page).partition("=")[2]
     page.tab.once("dialog", lambda dialog: dialog.accept())
@@ -421,7 +363,9 @@ def test_a_deleted_conversation_is_not_written_on(page, folder, model):
     expect(page.bot).to_have_count(0)
     expect(page.history).to_have_count(0)
     page.expect_ready()
-    page.tab.wait_for_timeout(800)
+    model.step_s = 0
+    wait_until(lambda: not is_busy(model))
+    demo.chat.flush()
     assert key.encode() not in (folder / "chat.sqlite3").read_bytes()
 
 

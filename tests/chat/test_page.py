@@ -6,10 +6,9 @@ import re
 import pillow_heif
 import pytest
 from PIL import Image
-from playwright.sync_api import expect
 from transformers import AutoProcessor
 
-from chat_page import CONTRAST, FOCUSED, SELF, WHO, Slow, Tab, drop, path_of
+from chat_page import CONTRAST, FOCUSED, SELF, WHO, Slow, Tab, drop, expect, path_of
 from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import make_demo

@@ -5,9 +5,8 @@ import logging
 import time
 
 import pytest
-from playwright.sync_api import expect
 
-from chat_page import SELF, WHO, Slow, Tab, ahead_threads, path_of, wait_until
+from chat_page import SELF, WHO, Slow, Tab, ahead_threads, expect, path_of, wait_until
 from conftest import DEMO, demo_samples
 from gradio_helper import make_demo
 from ov_mllama.chat.answers import GRACE_S, Chat, GenerationSettings, Prefetcher

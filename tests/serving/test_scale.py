@@ -19,31 +19,27 @@ import pytest
 from PIL import Image
 
 from chat_page import SELF, WHO, path_of, wait_until
-from conftest import DEMO, ROOT, demo_samples
+from conftest import ROOT, demo_samples
+from openai_client import openai_client
 from ov_mllama_compression import compress
-from ov_mllama_helper import convert_mllama
-
-pytestmark = pytest.mark.alone
+from programs import free_port
 
 SAMPLES = demo_samples()
 QUESTION = "Describe this image."
+COUNT = len(SAMPLES) + 2  # pictures of the folder, the broken one among them
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("scale") / "ov")
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """The samples, one of them twice, and what is none."""
-    folder = tmp_path / "pictures"
+def pictures(tmp_path_factory):
+    """The samples, one of them twice, one whose name is no text, and what is none."""
+    folder = tmp_path_factory.mktemp("scale") / "pictures"
     (folder / "more").mkdir(parents=True)
     for sample in SAMPLES:
         shutil.copy(path_of(sample), folder)
     shutil.copy(path_of(SAMPLES[0]), folder / "more" / "again.png")
     (folder / "broken.png").write_bytes(b"\x89PNG broken")
     (folder / "notes.txt").write_text("no picture")
+    Image.effect_noise((112, 112), 5).save(folder / os.fsdecode(b"p\xeacture.png"))
     return folder
 
 
@@ -52,25 +48,38 @@ def ray_here():
     import ray
     from ray import serve
 
-    from ov_mllama.serving.caption import begin
+    from ov_mllama.serving.caption import init_ray
 
-    begin()
+    init_ray()
     yield
     serve.shutdown()
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def captioned(ray_here, demo_dir, pictures, tmp_path_factory):
+    """Captions of the pictures, made once."""
+    from ov_mllama.serving.caption import caption
+
+    out = tmp_path_factory.mktemp("captioned") / "captions.parquet"
+    assert caption(pictures, QUESTION, out, demo_dir) == COUNT
+    return out
+
+
+@pytest.fixture
+def out(captioned, tmp_path):
+    """A copy of those captions."""
+    return shutil.copytree(captioned, tmp_path / "captions.parquet")
+
+
 # ---- A folder of pictures -------------------------------------------------------------------------------------------
 
 
-def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictures, tmp_path):
+def test_every_picture_once_and_what_is_none_says_why(out, demo_dir, pictures):
     from ov_mllama.serving.caption import caption
 
-    out, strange = tmp_path / "captions.parquet", os.fsdecode(b"p\xeacture.png")
-    Image.effect_noise((112, 112), 5).save(pictures / strange)
-    assert caption(pictures, QUESTION, out, model_dir) == len(SAMPLES) + 2
     table = pd.read_parquet(out)
-    assert len(table) == table["id"].nunique() == len(SAMPLES) + 2
+    assert len(table) == table["id"].nunique() == COUNT
     broken = table[table["error"].notna()]
     assert broken["path"].tolist() == [str(pictures / "broken.png")]
     assert "not an image" in broken["error"].item()
@@ -82,29 +91,29 @@ def test_every_picture_once_and_what_is_none_says_why(ray_here, model_dir, pictu
 
     (out / ".env").write_text("mine")
     (out / f".{'0' * 32}.123").write_text("half a file")
-    assert caption(pictures, "How many shapes are there?", out, model_dir) == len(SAMPLES) + 2
-    assert caption(pictures, QUESTION, out, model_dir) == 0
+    assert caption(pictures, "How many shapes are there?", out, demo_dir) == COUNT
+    assert caption(pictures, QUESTION, out, demo_dir) == 0
     table = pd.read_parquet(out)
-    assert table.groupby("question")["id"].nunique().tolist() == [len(SAMPLES) + 2] * 2
-    assert len(table) == 2 * (len(SAMPLES) + 2)
+    assert table.groupby("question")["id"].nunique().tolist() == [COUNT] * 2
+    assert len(table) == 2 * COUNT
     assert {path.name for path in out.glob(".*")} <= {".env", ".lock"}
     assert (out / ".env").read_text() == "mine"
 
 
-def test_a_folder_with_something_else_and_more_threads_than_cores(ray_here, model_dir, pictures, tmp_path):
+def test_a_folder_with_something_else_and_more_threads_than_cores(ray_here, demo_dir, pictures, tmp_path):
     from ov_mllama.serving.caption import caption
 
     (tmp_path / "other.parquet").write_text("something else")
-    with pytest.raises(ValueError, match=r"other.parquet is no file of captions"):
-        caption(pictures, QUESTION, tmp_path, model_dir)
+    with pytest.raises(ValueError, match=r"other.parquet is not a file of captions"):
+        caption(pictures, QUESTION, tmp_path, demo_dir)
     with pytest.raises(ValueError, match="64 cores"):
-        caption(pictures, QUESTION, tmp_path / "out", model_dir, threads=64)
+        caption(pictures, QUESTION, tmp_path / "out", demo_dir, threads=64)
 
 
-def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(model_dir, tmp_path, monkeypatch):
-    from ov_mllama.serving.caption import Captioner, answered
+def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(demo_dir, tmp_path, monkeypatch):
+    from ov_mllama.serving.caption import Captioner, finished_ids
 
-    captioner = Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
+    captioner = Captioner(str(demo_dir), QUESTION, str(tmp_path), 128, None)
     paths = [str(path_of(sample)) for sample in SAMPLES[:3]]
     generate, sizes = captioner.model.generate, []
 
@@ -116,23 +125,23 @@ def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(model_dir, t
 
     monkeypatch.setattr(captioner.model, "generate", small)
     batch = {"id": ["0", "1", "2"], "path": list(map(os.fsencode, paths))}
-    assert captioner(batch)["left"] == ["", "", "2 GB too little"]
+    assert captioner(batch)["skipped"] == ["", "", "2 GB too little"]
     assert sizes == [3, 1, 1, 1]
-    assert answered(tmp_path, QUESTION) == {"0", "1"}
+    assert finished_ids(tmp_path, QUESTION) == {"0", "1"}
     monkeypatch.undo()
-    assert captioner({"id": ["2"], "path": batch["path"][2:]})["left"] == [""]
+    assert captioner({"id": ["2"], "path": batch["path"][2:]})["skipped"] == [""]
     table = pd.read_parquet(tmp_path).sort_values("id")
     assert table["answer"].tolist()[2] == SAMPLES[2]["answer"]
     assert table["error"].isna().all()
 
 
-def test_what_cannot_be_read_now_is_asked_another_time(model_dir, tmp_path):
-    from ov_mllama.serving.caption import Captioner, answered
+def test_what_cannot_be_read_now_is_asked_another_time(demo_dir, tmp_path):
+    from ov_mllama.serving.caption import Captioner, finished_ids
 
-    captioner = Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
+    captioner = Captioner(str(demo_dir), QUESTION, str(tmp_path), 128, None)
     batch = {"id": ["0", "1"], "path": [os.fsencode(path_of(SAMPLES[0])), b"/gone/p\xeacture.png"]}
-    assert captioner(batch)["left"] == ["", "/gone/p\ufffdcture.png cannot be read (No such file or directory)."]
-    assert answered(tmp_path, QUESTION) == {"0"}
+    assert captioner(batch)["skipped"] == ["", "/gone/p\ufffdcture.png cannot be read (No such file or directory)."]
+    assert finished_ids(tmp_path, QUESTION) == {"0"}
 
 
 @pytest.mark.parametrize(
@@ -145,19 +154,19 @@ def test_what_cannot_be_read_now_is_asked_another_time(model_dir, tmp_path):
         (OSError("out of memory error when reading image file"), "too little memory"),
     ],
 )
-def test_picture_that_the_machine_cannot_open_is_left_for_another_run(model_dir, tmp_path, monkeypatch, error, said):
-    from ov_mllama.serving.caption import Captioner, answered
+def test_picture_that_the_machine_cannot_open_is_left_for_another_run(demo_dir, tmp_path, monkeypatch, error, said):
+    from ov_mllama.serving.caption import Captioner, finished_ids
 
     def failing(*arguments, **options):
         raise error
 
-    captioner, path = Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None), path_of(SAMPLES[0])
+    captioner, path = Captioner(str(demo_dir), QUESTION, str(tmp_path), 128, None), path_of(SAMPLES[0])
     with monkeypatch.context() as patch:
         patch.setattr("PIL.PngImagePlugin.PngImageFile.load", failing)
-        [left] = captioner({"id": ["0"], "path": [os.fsencode(path)]})["left"]
+        [left] = captioner({"id": ["0"], "path": [os.fsencode(path)]})["skipped"]
     assert left == f"{path} cannot be read ({said})."
-    assert answered(tmp_path, QUESTION) == set()
-    assert captioner({"id": ["0"], "path": [os.fsencode(path)]})["left"] == [""]
+    assert finished_ids(tmp_path, QUESTION) == set()
+    assert captioner({"id": ["0"], "path": [os.fsencode(path)]})["skipped"] == [""]
     assert pd.read_parquet(tmp_path)["error"].isna().all()
 
 
@@ -165,101 +174,97 @@ def test_picture_that_the_machine_cannot_open_is_left_for_another_run(model_dir,
 
 
 @pytest.fixture(scope="module")
-def smaller(model_dir, tmp_path_factory):
+def smaller(demo_dir, tmp_path_factory):
     """The same model with its language model in 8 bit, in a folder of another name."""
-    folder = shutil.copytree(model_dir, tmp_path_factory.mktemp("smaller") / "smaller")
+    folder = shutil.copytree(demo_dir, tmp_path_factory.mktemp("smaller") / "smaller")
     compress(folder, algo="int8_asym")
     return folder
 
 
-def test_another_model_is_asked_anew_beside_the_first(ray_here, model_dir, smaller, pictures, tmp_path):
+def test_another_model_is_asked_anew_beside_the_first(out, demo_dir, smaller, pictures, tmp_path):
     from ov_mllama.serving.caption import caption
 
-    out, count = tmp_path / "captions.parquet", len(SAMPLES) + 1
-    assert caption(pictures, QUESTION, out, model_dir) == count
-    assert caption(pictures, QUESTION, out, smaller) == count
-    assert caption(pictures, QUESTION, out, model_dir) == caption(pictures, QUESTION, out, smaller) == 0
+    assert caption(pictures, QUESTION, out, smaller) == COUNT
+    assert caption(pictures, QUESTION, out, demo_dir) == caption(pictures, QUESTION, out, smaller) == 0
     table = pd.read_parquet(out)
-    assert table.groupby("model")["id"].nunique().to_dict() == {model_dir.name: count, "smaller": count}
-    assert len(table) == 2 * count
+    assert table.groupby("model")["id"].nunique().to_dict() == {demo_dir.name: COUNT, "smaller": COUNT}
+    assert len(table) == 2 * COUNT
     for name, column in (("format=int8_asym", "language_model"), ("format=16 bit", "vision_encoder")):
         assert table[table["model"] == "smaller"][column].str.contains(name).all()
     assert table["language_model"].nunique() == 2
     assert table["vision_encoder"].nunique() == 1
-    moved = shutil.copytree(model_dir, tmp_path / "moved")  # the same IRs under another name are the same model
+    moved = shutil.copytree(demo_dir, tmp_path / "moved")  # the same IRs under another name are the same model
     assert caption(pictures, QUESTION, out, moved) == 0
 
 
-def test_folder_of_an_earlier_version_is_read_and_asked_anew(ray_here, model_dir, pictures, tmp_path):
+def test_folder_of_an_earlier_version_is_read_and_asked_anew(out, demo_dir, pictures):
     from ov_mllama.serving.caption import caption
 
-    out = tmp_path / "captions.parquet"
-    count = caption(pictures, QUESTION, out, model_dir)
     earlier = ["id", "path", "question", "answer", "finish", "error"]
     for number, part in enumerate(sorted(out.glob("*.parquet"))):
         table = pq.read_table(part).select(earlier)
         pq.write_table(table, out / f"{'0f'[number % 2]}{part.name}")  # before and behind the new files
         part.unlink()
     assert pd.read_parquet(out).columns.tolist() == earlier
-    assert caption(pictures, QUESTION, out, model_dir) == count
+    assert caption(pictures, QUESTION, out, demo_dir) == COUNT
     table = pd.read_parquet(out)
-    assert len(table) == 2 * count
-    assert table["model"].isna().sum() == table["max_new_tokens"].isna().sum() == count
-    assert set(table["model"].dropna()) == {model_dir.name}
-    assert caption(pictures, QUESTION, out, model_dir) == 0
+    assert len(table) == 2 * COUNT
+    assert table["model"].isna().sum() == table["max_new_tokens"].isna().sum() == COUNT
+    assert set(table["model"].dropna()) == {demo_dir.name}
+    assert caption(pictures, QUESTION, out, demo_dir) == 0
 
 
-def test_answers_cut_by_a_lower_limit_are_asked_again_with_a_higher_one(model_dir, tmp_path):
-    from ov_mllama.serving.caption import Captioner, answered, identity
+def test_answers_cut_by_a_lower_limit_are_asked_again_with_a_higher_one(demo_dir, tmp_path):
+    from ov_mllama.serving.caption import Captioner, finished_ids, identity
 
     batch = {"id": ["0", "2"], "path": [os.fsencode(path_of(SAMPLES[i])) for i in (0, 2)]}
-    asked = identity(model_dir)
+    asked = identity(demo_dir)
 
     def done(limit: int) -> set[str]:
-        return answered(tmp_path, QUESTION, asked | {"max_new_tokens": limit})
+        return finished_ids(tmp_path, QUESTION, asked | {"max_new_tokens": limit})
 
-    Captioner(str(model_dir), QUESTION, str(tmp_path), 2, None)(batch)
+    Captioner(str(demo_dir), QUESTION, str(tmp_path), 2, None)(batch)
     assert pd.read_parquet(tmp_path)["finish"].tolist() == ["length"] * 2
     assert done(2) == done(1) == {"0", "2"}
     assert done(3) == done(128) == set()
-    Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)(batch)
+    Captioner(str(demo_dir), QUESTION, str(tmp_path), 128, None)(batch)
     table = pd.read_parquet(tmp_path).sort_values("max_new_tokens")
     assert table["max_new_tokens"].tolist() == [2, 2, 128, 128]
     assert table["finish"].tolist() == ["length"] * 2 + ["stop"] * 2
     assert done(128) == done(2) == done(1000) == {"0", "2"}
-    assert answered(tmp_path, QUESTION, asked | {"language_model": "another", "max_new_tokens": 1}) == set()
+    assert finished_ids(tmp_path, QUESTION, asked | {"language_model": "another", "max_new_tokens": 1}) == set()
     assert table.groupby(["id", "question", "model"]).last()["answer"].tolist()[1] == SAMPLES[2]["answer"]
 
 
 def test_parquet_files_of_something_else_are_refused_and_stay(tmp_path):
-    from ov_mllama.serving.caption import answered
+    from ov_mllama.serving.caption import finished_ids
 
     pd.DataFrame({"id": ["0"], "price": [1.0]}).to_parquet(tmp_path / "prices.parquet")
     before = (tmp_path / "prices.parquet").read_bytes()
-    with pytest.raises(ValueError, match="prices.parquet is no file of captions"):
-        answered(tmp_path, QUESTION)
+    with pytest.raises(ValueError, match="prices.parquet is not a file of captions"):
+        finished_ids(tmp_path, QUESTION)
     assert (tmp_path / "prices.parquet").read_bytes() == before
 
 
-def test_where_no_more_can_be_written_it_ends(model_dir, tmp_path, monkeypatch):
+def test_where_no_more_can_be_written_it_ends(demo_dir, tmp_path, monkeypatch):
     from ov_mllama.serving import caption
 
-    captioner = caption.Captioner(str(model_dir), QUESTION, str(tmp_path), 128, None)
+    captioner = caption.Captioner(str(demo_dir), QUESTION, str(tmp_path), 128, None)
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(caption.pq, "write_table", full)
-    [end] = captioner({"id": ["0"], "path": [os.fsencode(path_of(SAMPLES[0]))]})["end"]
+    [end] = captioner({"id": ["0"], "path": [os.fsencode(path_of(SAMPLES[0]))]})["fatal"]
     assert "cannot be written to" in end
     assert "No space" in end
 
 
-def test_workers_share_a_machine_without_taking_the_same_cores(model_dir):
+def test_workers_share_a_machine_without_taking_the_same_cores(demo_dir):
     """Bound to cores, two workers of one thread each both took the first: half of the pictures a minute."""
     from ov_mllama.serving import load
 
-    model, _ = load(model_dir, threads=1)
+    model, _ = load(demo_dir, threads=1)
     for compiled in (model.language_model.compiled, model.image_encoder._compile().get_compiled_model()):
         assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
         assert compiled.get_property("ENABLE_CPU_PINNING") is False
@@ -268,11 +273,11 @@ def test_workers_share_a_machine_without_taking_the_same_cores(model_dir):
 def test_a_folder_without_pictures(tmp_path):
     from ov_mllama.serving.caption import caption
 
-    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+    with pytest.raises(FileNotFoundError, match="holds no images"):
         caption(tmp_path, QUESTION, tmp_path / "out", tmp_path)
 
 
-def run(model_dir, pictures, out) -> subprocess.Popen:
+def run(demo_dir, pictures, out) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
@@ -284,19 +289,20 @@ def run(model_dir, pictures, out) -> subprocess.Popen:
         "--out",
         str(out),
     ]
-    command += ["--model-dir", str(model_dir), "--batch", "1"]
+    command += ["--model-dir", str(demo_dir), "--batch", "1"]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)  # noqa: S603
 
 
-def test_killed_at_random_moments_it_asks_each_picture_once(ray_here, model_dir, pictures, tmp_path, times):
+def test_killed_at_random_moments_it_asks_each_picture_once(ray_here, demo_dir, pictures, tmp_path, times):
     from ov_mllama.serving.caption import caption
 
     out, kills, more = tmp_path / "captions.parquet", times(1, 10), times(20, 80)
+    pictures = shutil.copytree(pictures, tmp_path / "pictures")
     for i in range(more):
         Image.effect_noise((112, 112), i + 1).convert("RGB").save(pictures / f"noise-{i}.png")
     rows: list[int] = []
     for _ in range(kills):
-        process, seen = run(model_dir, pictures, out), len(list(out.glob("*.parquet"))) if out.exists() else 0
+        process, seen = run(demo_dir, pictures, out), len(list(out.glob("*.parquet"))) if out.exists() else 0
         wait_until(lambda seen=seen: out.exists() and len(list(out.glob("*.parquet"))) > seen, 120)
         time.sleep(random.uniform(0, 0.3))  # noqa: S311
         for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
@@ -304,10 +310,10 @@ def test_killed_at_random_moments_it_asks_each_picture_once(ray_here, model_dir,
                 each.send_signal(signal.SIGKILL)
         process.wait()
         rows.append(len(pd.read_parquet(out)))
-    assert rows[-1] < len(SAMPLES) + more + 1, "it was over before it was killed"
-    caption(pictures, QUESTION, out, model_dir, batch=1)
+    assert rows[-1] < COUNT + more, "it was over before it was killed"
+    caption(pictures, QUESTION, out, demo_dir, batch=1)
     table = pd.read_parquet(out)
-    assert len(table) == table["id"].nunique() == len(SAMPLES) + more + 1
+    assert len(table) == table["id"].nunique() == COUNT + more
     assert [path.name for path in out.glob(".*")] in ([], [".lock"])
 
 
@@ -318,13 +324,14 @@ def replicas() -> list[psutil.Process]:
     return [each for each in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(each.cmdline())]
 
 
-def test_a_killed_replica_loses_no_request(ray_here, model_dir):
+def test_a_killed_replica_loses_no_request(ray_here, demo_dir):
     from ray import serve
 
     from ov_mllama.serving.replicas import Arguments, app
 
-    serve.start(http_options={"host": "127.0.0.1", "port": 8123})
-    client = openai.OpenAI(base_url="http://127.0.0.1:8123/v1", api_key="none", max_retries=0, timeout=60)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    client = openai_client(f"http://127.0.0.1:{port}", timeout=60)
 
     def ask(_=None) -> str:
         question = [{"role": "user", "content": WHO}]
@@ -333,7 +340,7 @@ def test_a_killed_replica_loses_no_request(ray_here, model_dir):
         except openai.APIError as error:
             return type(error).__name__
 
-    serve.run(app(Arguments(model_dir=str(model_dir), replicas=2, threads=1)), name="chat", route_prefix="/")
+    serve.run(app(Arguments(model_dir=str(demo_dir), replicas=2, threads=1)), name="chat", route_prefix="/")
     assert ask() == SELF
     assert len(replicas()) == 2
     with ThreadPoolExecutor(8) as pool:

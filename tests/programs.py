@@ -1,0 +1,132 @@
+"""Programs that tests start, interrupt and kill. Each is forked from one process that has imported the package with its
+page and its server: a start then costs no seconds of imports. Also ports that no other worker of pytest-xdist uses."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from chat_page import wait_until
+from conftest import ROOT
+
+# Reads requests from stdin: a program to start, whose number is answered, or the number of one, whose status is
+NURSERY = """
+import gc, json, os, signal, sys
+import gradio, chat_page, ov_mllama.__main__, ov_mllama.chat.layout, ov_mllama.serving.app, ov_mllama.export.calibration
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+gc.freeze()  # programs then share its memory
+answers = os.fdopen(os.dup(1), "w")
+for line in sys.stdin:
+    asked = json.loads(line)
+    if isinstance(asked, int):
+        pid, status = os.waitpid(asked, os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    elif answer := os.fork():
+        pass
+    else:
+        break
+    print(json.dumps(answer), file=answers, flush=True)
+else:
+    os._exit(0)  # as pytest ends
+answers.close()
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+output = os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(output, 1)
+os.dup2(output, 2)
+os.environ.clear()
+os.environ.update(asked["environment"])
+os.chdir(asked["folder"])
+sys.argv = ["program", *asked["arguments"]]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+exec(asked["code"], {"__name__": "__main__"})
+"""
+
+
+class Program:
+    """A program under way, as `subprocess.Popen` has it.
+
+    Attributes:
+        returncode: None while it runs; negative where a signal ended it.
+    """
+
+    def __init__(self, nursery: "Nursery", request: dict):
+        self.nursery, self.output, self.returncode = nursery, Path(request["output"]), None
+        self.pid = nursery.ask(request)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.nursery.ask(self.pid)
+        return self.returncode
+
+    def wait(self, seconds: float = 60) -> int:
+        wait_until(lambda: self.poll() is not None, seconds)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+    def said(self) -> str:
+        """What it has written so far."""
+        return self.output.read_text(encoding="utf-8")
+
+
+class Nursery:
+    """The process that programs are forked from."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-c", NURSERY],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, request: dict | int) -> int | None:
+        self.process.stdin.write(f"{json.dumps(request)}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, folder: Path, code: str, *arguments: str, **environment: str) -> Program:
+        """Start a program.
+
+        Args:
+            folder: for its output.
+            code: that it runs.
+            environment: variables that differ from those of the tests.
+        """
+        output = folder / f"program-{random.randrange(10**9)}.txt"  # noqa: S311
+        request = {
+            "code": code,
+            "arguments": [str(argument) for argument in arguments],
+            "environment": {**os.environ, **environment},
+            "output": str(output),
+            "folder": str(ROOT),
+        }
+        return Program(self, request)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def free_port() -> int:
+    """A port below those that the system gives out, so that none is taken before a program listens there; each worker
+    of pytest-xdist has its own."""
+    first = 20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in random.sample(range(first, first + 1000), 1000):
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
