@@ -2,16 +2,17 @@
 #   make notebook   run mllama-3.2.ipynb from top to bottom without a screen
 #   make test       run the tests
 #   make quick      a minute of it: parity on one checkpoint, sessions, the layout
-#   make torture    hostile pictures and prompts, faults and kills, long; says what was tried and what went wrong
+#   make torture    hostile pictures and prompts, faults and kills, in their long form; prints counts
 #   make lab        open the notebook in JupyterLab
 #   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on
-#                   MODEL_DIR=<converted>; DRAFT=<hub id or folder> guesses ahead; REFERENCE=meta or transformers says
-#                   with which code the weights were trained, where the checkpoint does not (docs/upstream.md)
+#                   MODEL_DIR=<converted>; DRAFT=<hub id or folder>: draft model; REFERENCE=meta or transformers: code that
+#                   the weights were trained with, where the checkpoint does not say (docs/upstream.md)
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
 #                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
 #   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, a Parquet data set
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb, types of the package, spelling
+# chat, serve and caption call `ov-mllama`, which does the same without make.
 # MODEL_ID=<hub id or folder> runs the notebook on another checkpoint; its other settings go the same way, such as
 # CALIBRATION_DATA=photographs QUESTIONS=0.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch from there (0.2 GB) instead of PyPI (5 GB).
@@ -53,14 +54,14 @@ build/slice/config.json: .venv/.run
 	$(BIN)/python -m benchmarks.make_checkpoint --out build/slice --text-layers 5 --vision-layers 4 --global-layers 1
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
-	$(BIN)/python -m pytest -m alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m 'not alone'
+	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m alone
 
 quick: .venv/.dev
 	$(BIN)/python -m pytest tests/runtime/test_parity.py tests/runtime/test_sessions.py tests/test_house.py -k 'gqa-llama3 or sessions or house'
 
 torture: .venv/.dev
-	$(BIN)/python -m pytest -m torture --torture
+	$(BIN)/python -m pytest -m torture --torture --timeout 7200 -o faulthandler_timeout=7260
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -76,7 +77,7 @@ clean:
 
 .venv/.torch: .venv/bin/python
 ifneq ($(TORCH_INDEX),)
-	$(PIP) --extra-index-url $(TORCH_INDEX) $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.txt)
+	$(PIP) --extra-index-url $(TORCH_INDEX) $$(grep -ohE '^(torch|torchvision)==[0-9.]+' requirements.txt requirements-dev.txt)
 endif
 	touch $@
 

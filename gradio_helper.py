@@ -1,9 +1,9 @@
-"""The chat page. Its parts, each in a file of its own:
+"""The chat page. Its modules:
 
-- `ov_mllama/chat/layout.py`: the components and what connects them (`make_demo`).
-- `ov_mllama/chat/pages.py`: handlers of the page's events.
-- `ov_mllama/chat/shown.py`: conversations as the page shows them.
-- `ov_mllama/chat/answers.py`: answers questions one at a time, and encodes images ahead of them.
+- `ov_mllama/chat/layout.py`: components and their events (`make_demo`).
+- `ov_mllama/chat/pages.py`: event handlers; `ov_mllama/chat/tabs.py`: open tabs.
+- `ov_mllama/chat/render.py`: conversations as Gradio messages and Markdown.
+- `ov_mllama/chat/answers.py`: answer queue and image prefetching.
 - `ov_mllama/chat/store.py`: conversations on disk.
 """
 

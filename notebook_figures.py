@@ -1,12 +1,7 @@
-"""What the notebook draws: answers, tiles, a layer's weights, what variants lose. Each picture has words for those who
-cannot see it.
-
-It knows arrays and tables, nothing of files or models.
-"""
+"""Figures of the notebook, each with alternative text: answers, tiles, a layer's weights, what variants lose."""
 
 import base64
 import io
-import math
 import textwrap
 from html import escape
 
@@ -15,10 +10,11 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 
 def show_picture(picture, alt: str) -> None:
-    """Shows a picture, with words for those who cannot see it.
+    """Show a picture with alternative text.
 
     Args:
         picture: PIL picture or matplotlib figure, which is closed.
@@ -36,8 +32,8 @@ def show_picture(picture, alt: str) -> None:
 
 
 def show_answers(samples, answers: list[str]) -> None:
-    """Shows each sample's picture with its question and the model's answer, a long one shortened; where the right ones
-    are known, green if it is that, else red, and their count.
+    """Show each sample's picture with its question and the model's answer, a long one shortened; if the right ones are
+    known, right ones in green, others in red, and the count.
 
     Args:
         samples: of columns "image", "question" and, if it is known, "answer" (the right one).
@@ -71,7 +67,7 @@ def show_answers(samples, answers: list[str]) -> None:
 
 
 def show_tiles(image, inputs, processor, padding_alike: bool) -> None:
-    """Draws how the model gets a picture: whole, then its tiles, then the empty ones.
+    """Draw a picture as the model receives it: the original, its tiles, the empty ones.
 
     Args:
         image: PIL picture.
@@ -101,7 +97,7 @@ def show_tiles(image, inputs, processor, padding_alike: bool) -> None:
 
 
 def show_weights(before: np.ndarray, after: np.ndarray, group_size: int, name: str) -> None:
-    """Draws a layer's weights before and after compression: all of them, two groups of a row, and the groups' scales.
+    """Draw a layer's weights before and after compression: all of them, two groups of a row, and the groups' scales.
 
     Args:
         before, after: f32 [rows, channels], as the layer multiplies with them; of many rows the first ones are drawn.
@@ -130,8 +126,8 @@ def show_weights(before: np.ndarray, after: np.ndarray, group_size: int, name: s
 
 
 def show_price_list(rows: list[dict]) -> None:
-    """Shows what each variant costs: a table, a plot of what it loses with intervals of two standard errors, and where
-    right answers are known, what so many questions can tell.
+    """Show what each variant costs: a table, a plot of what it loses with intervals of two standard errors, and which
+    differences are significant, if right answers are known.
 
     Args:
         rows: as `ov_mllama.export.quality.price_list` returns them.
@@ -165,13 +161,12 @@ def show_price_list(rows: list[dict]) -> None:
 
 
 def conclusion(table: pd.DataFrame) -> str:
-    """What can be said of variants that were asked the same questions as the first row. An answer that is right in both
-    or wrong in both tells nothing; of `lost` and `won`, either is as likely if the variant is as good (sign test).
-    With so many variants one of them will look bad by chance: what is named is unlikely for all of them together."""
+    """Return a sentence on which variants differ significantly from the first row, by a sign test on `lost` and `won`
+    (answers right in both or wrong in both carry no information), with Bonferroni's correction for their number."""
     others = table.iloc[1:]
     rare = 0.05 / len(others)
     counts = zip(others.index, others["lost"].tolist(), others["won"].tolist(), strict=True)
-    apart = [name for name, lost, won in counts if by_chance(lost, won) < rare]
+    apart = [name for name, lost, won in counts if lost + won and binomtest(lost, lost + won).pvalue < rare]
     words = f"Of {table['questions'].iloc[0]} questions, the variants answer up to {others['lost'].max()} wrong that "
     words += f"{table.index[0]} has right, and up to {others['won'].max()} the other way round. "
     if apart:
@@ -179,14 +174,8 @@ def conclusion(table: pd.DataFrame) -> str:
     return words + f"Chance alone may well make that of {len(others)} variants as good as it."
 
 
-def by_chance(lost: int, won: int) -> float:
-    """How often so uneven a share comes of heads and tails."""
-    throws, fewer = lost + won, min(lost, won)
-    return min(1.0, 2 * sum(math.comb(throws, count) for count in range(fewer + 1)) / 2**throws)
-
-
 def show_references(layers: int, indices: list[int], reads: str) -> None:
-    """Draws which states of the vision encoder's layers the projector reads, by each code.
+    """Draw which states of the vision encoder's layers the projector reads, in each version of the code.
 
     Args:
         layers: of the local encoder.

@@ -1,7 +1,6 @@
-"""The small things that notebook cells need: versions, resources, a device list, evidence, and a run without a screen.
+"""Helpers of notebook cells: versions, the log, a plan, a device list, ports and sizes of IRs, headless execution.
 
-It knows files, OpenVINO devices and notebooks, nothing of what the model computes. What cells draw is in
-`notebook_figures.py`.
+Figures are in `notebook_figures.py`.
 """
 
 import ast
@@ -13,7 +12,6 @@ import platform
 import re
 from pathlib import Path
 
-import httpx
 import ipywidgets
 import nbformat
 import openvino as ov
@@ -24,18 +22,25 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 
+from ov_mllama import cli
+
 GB = 1e9
 
 
+def show_log() -> None:
+    """Show the package's log in the cells that run, once however often it is called."""
+    cli.show_log()
+
+
 def show_versions(*packages: str) -> None:
-    """Prints the processor and the versions of Python and `packages`: whoever compares figures later needs them."""
+    """Print the processor and the versions of Python and `packages`, for comparing figures later."""
     print(f"{ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, {psutil.cpu_count(logical=False)} cores")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     print(", ".join([f"Python {platform.python_version()}", *versions]))
 
 
 def follow(model, reference):
-    """Has a model of transformers follow the reference that IRs do, for a comparison, by hooks on its layers.
+    """Make a model of transformers follow the reference of IRs, by hooks on its layers, and return it.
 
     Args:
         model: `MllamaForConditionalGeneration` of transformers 5.
@@ -59,7 +64,7 @@ def follow(model, reference):
 
 
 def show_plan(plan) -> None:
-    """Shows what is free here, each step with its time, memory and disk, and what there is too little of.
+    """Show free memory and disk, the time, memory and disk of each step, and shortfalls.
 
     Args:
         plan: `ov_mllama.export.plan.Plan`.
@@ -70,31 +75,8 @@ def show_plan(plan) -> None:
     display(Markdown(str(plan)))
 
 
-def download_file(url: str, filename: str | Path | None = None, directory: str | Path = ".") -> Path:
-    """Fetches a file over http(s), its certificate checked, whole or not at all; one that is there already is kept.
-
-    Args:
-        filename: default the last part of the address.
-    Returns:
-        its path.
-    Raises:
-        httpx.HTTPError: it could not be fetched.
-    """
-    path = Path(directory) / (filename or Path(httpx.URL(url).path).name)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response:
-            response.raise_for_status()
-            part = path.with_name(f".{path.name}.part")
-            with part.open("wb") as file:
-                for chunk in response.iter_bytes():
-                    file.write(chunk)
-        part.replace(path)
-    return path
-
-
 def device_widget(default: str = "CPU", exclude: tuple[str, ...] | list[str] = ()) -> ipywidgets.Dropdown:
-    """A drop-down of this machine's OpenVINO devices; its `.value` is usable without a browser too.
+    """Return a drop-down of this machine's OpenVINO devices; its `.value` is usable without a browser too.
 
     Args:
         default: the device chosen at first; "AUTO" where this machine lacks it.
@@ -105,12 +87,12 @@ def device_widget(default: str = "CPU", exclude: tuple[str, ...] | list[str] = (
 
 
 def ir_megabytes(ir_path: Path) -> float:
-    """Of both its files on disk; 0 where it was never written."""
+    """Return the size of an IR's two files; 0 if it does not exist."""
     return sum(path.stat().st_size for path in (ir_path, ir_path.with_suffix(".bin")) if path.is_file()) / 1e6
 
 
 def show_ports(ir_path: Path) -> None:
-    """Prints what an IR takes and gives: names, element types and shapes (? is any length), and its size on disk."""
+    """Print an IR's inputs and outputs with element types and shapes (? is any length), and its size on disk."""
     model = ov.Core().read_model(ir_path)
     print(f"{ir_path.name}: {ir_megabytes(ir_path):.1f} MB, {len(model.get_variables())} states")
     for direction, ports in (("takes", model.inputs), ("gives", model.outputs)):
@@ -120,7 +102,7 @@ def show_ports(ir_path: Path) -> None:
 
 
 def show_sizes(original: Path, smaller: Path) -> None:
-    """Prints the size on disk of two IRs; of the smaller one alone where the original was never written."""
+    """Print the size on disk of two IRs; of the smaller one alone if the original was not written."""
     size, whole = ir_megabytes(smaller), ir_megabytes(original) if smaller != original else 0
     if whole:
         print(f"{whole:10.1f} MB: {original.name}")
@@ -129,7 +111,7 @@ def show_sizes(original: Path, smaller: Path) -> None:
 
 
 def settings(source: str, given: dict) -> dict:
-    """What is given for a notebook's parameters, with the types of their defaults: "False" of a command line is False.
+    """Return a notebook's parameters with the types of their defaults: "False" of a command line is False.
 
     Args:
         source: of the cell with the defaults, one `NAME = value` a line.
@@ -152,7 +134,7 @@ def settings(source: str, given: dict) -> dict:
 
 
 def execute(notebook: str | Path, out_dir: str | Path, timed: bool = False, **parameters) -> Path:
-    """Runs a notebook from top to bottom without a screen and prints its answers.
+    """Execute a notebook headless and print its answers.
 
     Args:
         notebook: the .ipynb, run in its own folder and left as it is.
@@ -207,7 +189,7 @@ def execute(notebook: str | Path, out_dir: str | Path, timed: bool = False, **pa
 
 
 def with_pictures(nb, folder: Path):
-    """A copy of a notebook that holds the pictures which its text shows. (HTMLExporter's own `embed_images` closes each
+    """Return a copy of a notebook with its text's pictures embedded. (HTMLExporter's own `embed_images` closes each
     <details> at its first line, so that nothing stays folded.)
 
     Args:
@@ -233,7 +215,7 @@ def with_pictures(nb, folder: Path):
 
 
 def readable(output, picture: str | None = None):
-    """An output without what only a live kernel can show: bars and pages become nothing, a widget its picture or text.
+    """Return an output without what only a live kernel can show: no bars and pages, a widget's picture or text instead.
 
     Args:
         picture: of the cell's widget, in Markdown, `![words](docs/....png)`.

@@ -1,12 +1,11 @@
-"""IR -> smaller IR: what the notebook calls, and the widgets that choose.
+"""Compress the IRs: the functions that the notebook calls, and its widgets.
 
-- Which settings there are and go together: `ov_mllama/export/settings.py`; what NNCF is told:
+- Settings and their combinations: `ov_mllama/export/settings.py`; their translation for NNCF:
   `ov_mllama/export/compress.py`.
-- What it will take in memory, disk and time: `ov_mllama/export/costs.py`.
-- Where calibration samples come from: `data_preprocessing.py`, loaded only where they are needed.
+- Memory, disk and time: `ov_mllama/export/costs.py`.
+- Calibration samples: `ov_mllama/export/calibration.py`, imported only if needed.
 """
 
-from functools import cache, partial
 from pathlib import Path
 
 import ipywidgets
@@ -14,7 +13,6 @@ import ipywidgets
 from ov_mllama.export.compress import DATA_METRICS, compress_language_model, make_vision_encoder, vision_encoder_path
 from ov_mllama.export.settings import (
     DATA_METRIC,
-    DEFAULT_SOURCES,
     DEFAULT_VISION_OPTION,
     GROUP_SIZES,
     INT4,
@@ -22,9 +20,8 @@ from ov_mllama.export.settings import (
     VISION_OPTIONS,
     Settings,
 )
-from ov_mllama.runtime.ir import ir_stamp
 
-WIDE = {"description_width": "initial"}  # else a widget's name is cut
+WIDE = {"description_width": "initial"}  # else a widget's name is truncated
 
 __all__ = [
     "VISION_OPTIONS",
@@ -43,61 +40,27 @@ def compress(
     force: bool = False,
     **settings,
 ) -> Path:
-    """Compresses the language model's weights; an IR of the same settings that is there already is kept.
+    """Compress the language model's weights, unless a current IR of the same settings exists.
 
     Args:
         model_dir: folder written by `convert_mllama`.
         source: of calibration samples, see `data_preprocessing.load_samples`.
         checkpoint: the original, as given to `convert_mllama`: then the 16-bit IR is neither needed nor written.
-        force: make it anew.
+        force: write it anew.
         settings: `algo`, `ratio`, `sm`, `awq`, `scale_estimation`, `lora`, `gptq`, `group_size`, `all_layers`,
             `dataset_size`, `int8_layers`, as `ov_mllama.export.settings.Settings` explains them.
     Returns:
         path of the compressed .xml in `model_dir`, its name composed from the settings.
     Raises:
-        TypeError, ValueError, FileNotFoundError, OSError, MemoryError: as `compress_language_model`, each with the fix.
+        TypeError: for a setting that does not exist.
+        InputError, NotFoundError, DiskError, OutOfMemoryError: as `compress_language_model`, each with the fix.
     """
-    chosen = Settings.of(**settings)
-    chosen_samples = cache(
-        partial(available_samples, Path(model_dir) / chosen.file_name, chosen.dataset_size, source, force)
-    )
-    return compress_language_model(
-        model_dir,
-        chosen,
-        lambda: language_samples(model_dir, *chosen_samples()),
-        lambda: "{} of {}".format(*chosen_samples()),
-        checkpoint,
-        force,
-    )
+    chosen, samples = Settings.of(**settings), None
+    if chosen.dataset_size > 0:
+        from ov_mllama.export.calibration import CalibrationSet, language_samples
 
-
-def available_samples(path: Path, count: int, source: str | Path | None, force: bool) -> tuple[int, str | Path]:
-    """The number and source of calibration samples, as the IR's stamp names them.
-
-    Args:
-        count: that were asked for; a smaller source has fewer, see `count_samples`.
-        source: None for the default that the IR at `path` was made with, else the default that is in reach.
-    """
-    from ov_mllama.export.calibration import count_samples, default_source
-
-    if source is None:
-        _, _, made_with = ir_stamp(path).get("samples", "").partition(" of ")
-        source = made_with if made_with in DEFAULT_SOURCES and not force else default_source()
-    return count_samples(source, count), source
-
-
-def language_samples(model_dir: str | Path, count: int, source: str | Path | None):
-    """Samples for the language model, each picture encoded by the uncompressed vision encoder when its turn comes."""
-    from transformers import AutoConfig, AutoProcessor
-
-    from ov_mllama.export.calibration import prepare_dataset_llm
-    from ov_mllama.runtime.ir import VISION_ENCODER_NAME
-    from ov_mllama.runtime.shapes import MllamaShapes
-    from ov_mllama.runtime.vision import OVImageEncoder
-
-    shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
-    encoder = OVImageEncoder(Path(model_dir) / VISION_ENCODER_NAME, shapes, cache_bytes=0)
-    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir, backend="pil"), encoder, count, source)
+        samples = CalibrationSet(language_samples, model_dir, chosen.file_name, chosen.dataset_size, source, force)
+    return compress_language_model(model_dir, chosen, samples, checkpoint, force)
 
 
 def optimize_vision_encoder(
@@ -107,59 +70,47 @@ def optimize_vision_encoder(
     source: str | Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Makes the vision encoder smaller; an IR of the same option that is there already is kept.
+    """Make the vision encoder smaller, unless a current IR of the same option exists.
 
     Args:
-        option: one of VISION_OPTIONS. "INT8 weights compression" needs no pictures: weights are stored in 8 bit, and
-            where the CPU can, multiplied in 8 bit with activations that are rounded as they come. "INT8 quantization"
-            has fixed ranges for them, found with pictures (NNCF runs each of them three times); "FP16" changes nothing.
-        dataset_size: pictures to calibrate with. For the demo model 13 lose nothing, 4 cost 0.3 points, 1 costs 1.3
-            (benchmarks/README.md).
-        source: of the pictures, see `data_preprocessing.load_samples`.
+        option: one of VISION_OPTIONS. "INT8 weights compression" needs no images: weights are stored in 8 bit and, if
+            the CPU can, multiplied in 8 bit with activations rounded at run time. "INT8 quantization" has fixed ranges
+            for activations, calibrated on images (NNCF runs each of them three times); "FP16" changes nothing.
+        dataset_size: images to calibrate with. With 13 the demo model answers as well as without quantisation, with 4
+            it loses 0.3 points, with 1 it loses 1.3 (benchmarks/README.md).
+        source: of the images, see `data_preprocessing.load_samples`.
+        force: write it anew.
     Returns:
         path of the .xml in `model_dir`.
     Raises:
-        ValueError, FileNotFoundError, OSError, MemoryError: as `make_vision_encoder`, each with the fix.
+        InputError, NotFoundError, DiskError, OutOfMemoryError: as `make_vision_encoder`, each with the fix.
     """
-    path = vision_encoder_path(Path(model_dir), option)
-    chosen_samples = cache(partial(available_samples, path, dataset_size, source, force))
-    return make_vision_encoder(
-        model_dir,
-        option,
-        dataset_size,
-        lambda: image_samples(model_dir, *chosen_samples()),
-        lambda: "{} of {}".format(*chosen_samples()),
-        force,
-    )
+    path, samples = vision_encoder_path(Path(model_dir), option), None
+    if option == "INT8 quantization":
+        from ov_mllama.export.calibration import CalibrationSet, vision_samples
 
-
-def image_samples(model_dir: str | Path, count: int, source: str | Path | None):
-    """Samples for the vision encoder."""
-    from transformers import AutoProcessor
-
-    from ov_mllama.export.calibration import prepare_dataset_vision
-
-    return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir, backend="pil"), count, source)
+        samples = CalibrationSet(vision_samples, model_dir, path.name, dataset_size, source, force)
+    return make_vision_encoder(model_dir, option, samples, force)
 
 
 # ---- Widgets --------------------------------------------------------------------------------------------------------
 
 
 def vision_encoder_selection_widget(device: str = "CPU") -> ipywidgets.Dropdown:
-    """A drop-down of VISION_OPTIONS.
+    """Return a drop-down of VISION_OPTIONS.
 
     Args:
-        device: there for the published notebook's sake: the same is chosen at first for all.
+        device: ignored, accepted for the published notebook: the default is the same for all devices.
     """
     options = {"options": list(VISION_OPTIONS), "value": DEFAULT_VISION_OPTION}
     return ipywidgets.Dropdown(**options, description="Vision encoder", style=WIDE)
 
 
 def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.Widget]]:
-    """A box to show, and in it the widget of each setting of `compress`:
+    """Return a box to display, and the widget of each setting of `compress`:
     `compress(model_dir, **{name: widget.value for name, widget in widgets.items()})`.
 
-    Choosing the route or the algorithm sets the rest to defaults that go with it, and locks what it has no use for.
+    Choosing the route or the algorithm sets the other widgets to fitting defaults and disables those without effect.
     """
     route = ipywidgets.RadioButtons(options=["data-free", "data-aware"])
     widgets = {

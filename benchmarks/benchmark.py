@@ -1,4 +1,4 @@
-"""This project beside PyTorch on one checkpoint: time, memory, disk. Prints a table and, as the last line, JSON.
+"""Time, memory and disk of this project beside PyTorch on one checkpoint. Prints a table and, as the last line, JSON.
 
     python -m benchmarks.benchmark --checkpoint DIR [--variants pytorch-bf16 fp16 int4-int8] [--json FILE]
 
@@ -80,9 +80,9 @@ CALIBRATE = (
 
 
 def measured_process(code: str) -> tuple[float, float]:
-    """Runs Python code in a process of its own: seconds, and its peak of anonymous memory in GB, sampled every 0.1 s.
+    """Run Python code in a new process; return seconds and its peak anonymous memory in GB, sampled every 0.1 s.
 
-    Mapped files are not in it: the system drops their pages when it needs the room.
+    Mapped files are not in it: the system drops their pages when memory is short.
 
     Raises:
         subprocess.CalledProcessError: the code failed.
@@ -98,7 +98,7 @@ def measured_process(code: str) -> tuple[float, float]:
 
 
 def anonymous(pid: int) -> float:
-    """GB of a process's anonymous memory now; 0 when it has gone."""
+    """Return a process's anonymous memory in GB; 0 after its end."""
     try:
         memory = psutil.Process(pid).memory_info()
     except psutil.NoSuchProcess:
@@ -107,7 +107,7 @@ def anonymous(pid: int) -> float:
 
 
 def convert(checkpoint: Path, out: Path, variants: list[str], pictures: int) -> dict:
-    """Makes the IRs that `variants` need; those there already are not measured again."""
+    """Make the IRs that `variants` need; those there already are not measured again."""
     files = {name for variant in variants for name in VARIANTS[variant] or ()}
     steps = {"convert_s": (CONVERT, VISION_ENCODER_NAME), "compress_s": (COMPRESS, INT4_NAME)}
     steps |= {"vision_int8_s": (CALIBRATE, CALIBRATED_NAME), "vision_int8_weights_s": (ROUND, ROUNDED_NAME)}
@@ -126,14 +126,14 @@ def convert(checkpoint: Path, out: Path, variants: list[str], pictures: int) -> 
 
 
 class Subject:
-    """One variant, loaded; the same questions for OpenVINO and PyTorch, which the subclasses put to their models."""
+    """A loaded variant; the same measurements for OpenVINO and PyTorch, implemented by subclasses."""
 
     def __init__(self, checkpoint: Path):
         transformers.logging.disable_progress_bar()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
 
     def inputs(self, tiles: int = 1):
-        """The processor's tensors for a picture of so many tiles and a prompt of PROMPT_TOKENS tokens."""
+        """Return the processor's tensors for a picture of so many tiles and a prompt of PROMPT_TOKENS tokens."""
         side = self.processor.image_processor.size["height"]
         width, height = TILES[tiles]
         pixels = np.random.default_rng(tiles).integers(0, 256, (side * height, side * width, 3), dtype=np.uint8)
@@ -146,7 +146,7 @@ class Subject:
         return inputs
 
     def words(self, start: int, count: int) -> torch.LongTensor:
-        """`count` token ids that follow one another from `start` on: [1, count]."""
+        """Return `count` token ids that follow one another from `start` on: [1, count]."""
         return torch.arange(start, start + count)[None] % self.model.config.text_config.vocab_size
 
     @torch.inference_mode()
@@ -155,7 +155,7 @@ class Subject:
 
     @torch.inference_mode()
     def measure(self, tiles: list[int], new_tokens: int) -> dict:
-        """One round."""
+        """Measure one round."""
         vision, decode = {}, {}
         for count in tiles[::-1]:  # one tile last: its picture is the one that is asked about
             inputs = self.inputs(count)
@@ -175,7 +175,7 @@ class Subject:
         }
 
     def decode(self, output, inputs, new_tokens: int):
-        """Median seconds of so many steps of one token, and the last step's output."""
+        """Return the median seconds of so many steps of one token, and the last step's output."""
         seconds = []
         for token in range(new_tokens):
             took, output = self.step(output.past_key_values, inputs, 1, start=token)
@@ -189,7 +189,7 @@ class Subject:
         return time.perf_counter() - started, result
 
     def footprint(self) -> dict:
-        """GB resident, on disk, and read by a decode step (which is without embedding and vision encoder)."""
+        """Return GB resident, on disk, and read by a decode step (which is without embedding and vision encoder)."""
         return {
             "rss_gb": psutil.Process().memory_info().rss / 1e9,
             "anon_gb": anonymous(os.getpid()),
@@ -207,25 +207,25 @@ class PyTorchSubject(Subject):
         self.model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
 
     def encode(self, inputs):
-        """One picture -> the projected states that the language model reads."""
+        """Encode an image: the projected states that the language model reads."""
         vision = self.model.model.vision_model(**{name: inputs[name] for name in PICTURE}).last_hidden_state
         states = self.model.model.multi_modal_projector(vision.to(torch.bfloat16))
         return states.reshape(-1, vision.shape[-2], states.shape[-1])
 
     def prefill(self, inputs, picture):
-        """Seconds without the picture's encoding, and the output."""
+        """Return the seconds of a prompt without encoding its image, and the output."""
         text = {name: inputs[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
         options = {"past_key_values": None, "use_cache": True, "logits_to_keep": 1}
         return self.timed(self.model, **text, cross_attention_states=picture, **options)
 
     def step(self, past, inputs, q: int, start: int = 0):
-        """Seconds of a step of q tokens, and its output."""
+        """Return the seconds of a step of q tokens, and its output."""
         mask = inputs["cross_attention_mask"][:, -1:].expand(-1, q, -1, -1)
         options = {"past_key_values": past, "use_cache": True, "logits_to_keep": q}
         return self.timed(self.model, input_ids=self.words(start + 2000, q), cross_attention_mask=mask, **options)
 
     def weights_per_token(self) -> int:
-        """Bytes."""
+        """Return the bytes of the weights."""
         modules = self.model.model
         unused = [modules.vision_model, modules.multi_modal_projector, modules.language_model.embed_tokens]
         crosses = [layer.cross_attn for layer in modules.language_model.layers if hasattr(layer, "cross_attn")]
@@ -235,7 +235,7 @@ class PyTorchSubject(Subject):
 
 
 class OpenVINOSubject(Subject):
-    """This project, with the given IRs."""
+    """This project with the given IRs."""
 
     def __init__(self, checkpoint: Path, model_dir: Path, files: tuple[str, str]):
         super().__init__(checkpoint)
@@ -244,7 +244,7 @@ class OpenVINOSubject(Subject):
         self.model = Assisted(model_dir, language_model_name=language, image_encoder_name=vision, warm_up=False)
 
     def measure(self, tiles: list[int], new_tokens: int) -> dict:
-        """One round, with what only this project is asked: a picture's rows beside none, and assisted decoding."""
+        """Measure one round, with decoding beside no image and assisted decoding."""
         result = super().measure(tiles, new_tokens)
         text = {"input_ids": self.words(1000, PROMPT_TOKENS)}
         _, output = self.prefill(text, None)
@@ -254,7 +254,7 @@ class OpenVINOSubject(Subject):
         return result | {"assisted": self.assisted(text, max(new_tokens, 32))}
 
     def padding_one_by_one(self, tiles: int) -> float:
-        """Seconds for a picture whose empty tiles are all computed, as for checkpoints in which they differ."""
+        """Return the seconds of an image whose empty tiles are all computed, as where they differ."""
         encoder, inputs = self.model.image_encoder, self.inputs(tiles)
         encoder.padding_alike, alike = False, encoder.padding_alike
         seconds, _ = self.timed(self.encode, inputs)
@@ -263,7 +263,7 @@ class OpenVINOSubject(Subject):
         return seconds
 
     def assisted(self, text, new_tokens: int) -> dict:
-        """Tokens per second relative to greedy decoding's, by number of drafts, where all or none of them are right."""
+        """Return tokens per second over greedy decoding's, by number of drafts, all or none of them right."""
         answer = torch.cat([text["input_ids"], self.words(3000, new_tokens)], dim=1)
         options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None}
         options["logits_processor"] = LogitsProcessorList([Dictated(answer)])
@@ -278,27 +278,27 @@ class OpenVINOSubject(Subject):
         return result
 
     def encode(self, inputs):
-        """One picture -> the K/V that the language model reads; kept for the prefill that follows."""
+        """Encode an image: the K/V that the language model reads, cached for the prefill that follows."""
         self.model.forget()  # what another round left
         return self.model.image_encoder.encode(ImageInputs(*(inputs[name].numpy() for name in ImageInputs._fields)))
 
     def prefill(self, inputs, picture):
-        """Seconds of a prompt whose picture is encoded already, and the output."""
+        """Return the seconds of a prompt whose image is encoded already, and the output."""
         return self.timed(self.model, **inputs, logits_to_keep=1)
 
     def step(self, past, inputs, q: int, start: int = 0):
-        """Seconds of a step of q tokens, and its output."""
+        """Return the seconds of a step of q tokens, and its output."""
         return self.timed(self.model, input_ids=self.words(start + 2000, q), past_key_values=past, logits_to_keep=q)
 
     def weights_per_token(self) -> int:
-        """Bytes."""
+        """Return the bytes of the weights."""
         text, language = self.model.config.text_config, self.weights[0]
         embedding = text.vocab_size * text.hidden_size * (1 if "int" in language.name else 2)
         return language.stat().st_size - embedding
 
 
 class Dictated(LogitsProcessor):
-    """Makes a given answer the likeliest: random weights' own changes with each near tie, and repeats nothing."""
+    """Logits processor that dictates an answer: random weights' own changes with each near tie, and repeats nothing."""
 
     def __init__(self, answer: torch.LongTensor):
         self.answer = answer
@@ -309,7 +309,7 @@ class Dictated(LogitsProcessor):
 
 
 class KnownDrafts(CandidateGenerator):
-    """Drafts the next `count` tokens of a text."""
+    """Candidate generator that drafts the next `count` tokens of a text."""
 
     requires_model_outputs = False
 
@@ -338,7 +338,7 @@ _subject: Subject | None = None  # of this worker process
 
 
 def load(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None) -> dict:
-    """Makes this worker's subject: seconds until it is there and of its first inference."""
+    """Load this worker's subject; return the seconds of loading and of its first inference."""
     global _subject
     make = (OpenVINOSubject, checkpoint, model_dir, files) if files else (PyTorchSubject, checkpoint)
     seconds, _subject = Subject.timed(*make)
@@ -346,12 +346,12 @@ def load(checkpoint: Path, model_dir: Path, files: tuple[str, str] | None) -> di
 
 
 def measure(tiles: list[int], new_tokens: int) -> dict:
-    """`Subject.measure` of this worker's."""
+    """Call this worker's `Subject.measure`."""
     return _subject.measure(tiles, new_tokens)
 
 
 def footprint() -> dict:
-    """`Subject.footprint` of this worker's."""
+    """Call this worker's `Subject.footprint`."""
     return _subject.footprint()
 
 
@@ -359,20 +359,20 @@ def footprint() -> dict:
 
 
 def bandwidth() -> float:
-    """GB a second that all threads read from memory together: the best of five sums of 4 GB."""
+    """Return the GB a second that all threads read from memory together: the best of five sums of 4 GB."""
     values = torch.ones(1_000_000_000)
     return 4 / min(Subject.timed(values.sum)[0] for _ in range(5))
 
 
 def median(rounds: list):
-    """Of numbers, or of each entry of equal dicts."""
+    """Return the median of numbers, or of each entry of equal dicts."""
     if isinstance(rounds[0], dict):
         return {key: median([entry[key] for entry in rounds]) for key in rounds[0]}
     return statistics.median(rounds)
 
 
 def compare(checkpoint: Path, model_dir: Path, variants: list[str], options: argparse.Namespace) -> dict:
-    """All variants, loaded one after the other and measured in turn."""
+    """Measure all variants, loaded one after the other and measured in turn."""
     context = multiprocessing.get_context("spawn")
     workers = {name: ProcessPoolExecutor(1, mp_context=context) for name in variants}
     results, rounds = {}, {name: [] for name in variants}
@@ -390,7 +390,7 @@ def compare(checkpoint: Path, model_dir: Path, variants: list[str], options: arg
 
 
 def add_shares(variants: dict, bandwidth_gb_s: float) -> None:
-    """Share of the memory's bandwidth and ratios to PyTorch, where it was among the variants."""
+    """Add the share of the memory's bandwidth and, if PyTorch was measured, ratios to it."""
     reference = variants.get(PYTORCH)
     for result in variants.values():
         speed = result["weights_gb_per_token"] / (result["decode_ms"] / 1000)
@@ -403,7 +403,7 @@ def add_shares(variants: dict, bandwidth_gb_s: float) -> None:
 
 
 def print_table(variants: dict) -> None:
-    """The figures, rounded, one row a variant."""
+    """Print the figures, rounded, one row a variant."""
     columns = [
         "load_s",
         "first_infer_s",
@@ -429,21 +429,21 @@ def print_table(variants: dict) -> None:
 
 
 def rounded(value):
-    """Numbers to four significant digits, anywhere in a nest of dicts."""
+    """Round numbers to four significant digits, anywhere in a nest of dicts."""
     if isinstance(value, dict):
         return {str(key): rounded(entry) for key, entry in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def report(result: dict, path: Path | None) -> None:
-    """Prints the figures as JSON, in a line, and writes them to a file if one is named."""
+    """Print the figures as JSON, in a line, and writes them to a file if one is named."""
     if path:
         path.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rounded(result)))
 
 
 def provenance(module: str) -> dict:
-    """What every figure must come with: the machine, the versions, the command (folders by their names)."""
+    """Return what each result records: the machine, the versions, the command (folders by their names)."""
     names = ("torch", "transformers", "openvino", "nncf")
     return {
         "machine": f"{ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, {psutil.cpu_count(logical=False)} cores, "
@@ -454,7 +454,7 @@ def provenance(module: str) -> dict:
 
 
 def main() -> None:
-    """The command line: converts what is missing, measures, prints, and writes the JSON."""
+    """Run the benchmark: convert what is missing, measure, print, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder, such as make_checkpoint's")
     parser.add_argument("--out", type=Path, help="folder for the IRs; default: the checkpoint's with -ov appended")

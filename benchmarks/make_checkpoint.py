@@ -1,4 +1,4 @@
-"""Writes a random Mllama checkpoint of the true 11B widths: python benchmarks/make_checkpoint.py --out DIR
+"""Random Mllama checkpoints of the 11B's widths: python -m benchmarks.make_checkpoint --out DIR
 
 For measuring time and memory without the gated weights; its answers mean nothing. The same options and seed write the
 same files. Needs less than 2 GB of memory and, for the whole 11B shape, 21.3 GB of disk.
@@ -58,7 +58,7 @@ SHAPES = {
 
 
 def text_settings(text_layers: int, hidden_size: int, intermediate_size: int, heads: int) -> dict:
-    """What the language models of all shapes have in common."""
+    """Return the configuration that the language models of all shapes share."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden_size,
@@ -71,7 +71,7 @@ def text_settings(text_layers: int, hidden_size: int, intermediate_size: int, he
 
 
 def make_llama_config(**widths: int) -> LlamaConfig:
-    """The 1B's configuration, without its scaled rotary embedding.
+    """Return the 1B's configuration, without its scaled rotary embedding.
 
     Args:
         widths: of `text_settings`.
@@ -95,8 +95,8 @@ def make_config(
     heads: int = 32,
     vision_size: int = 1280,
 ) -> MllamaConfig:
-    """The 11B's configuration with fewer layers, or with other widths; the vision tower hands on those intermediate
-    outputs that remain."""
+    """Return the 11B's configuration with fewer layers or other widths; the vision tower returns those intermediate
+    states that remain."""
     indices = [i for i in (3, 7, 15, 23, 30) if i < vision_layers - 1] + [vision_layers - 1] * (vision_layers < 32)
     return MllamaConfig(
         text_config={
@@ -129,7 +129,7 @@ def make_config(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """The demo's tokenizer with the 11B's ids: words that it lacks are made up, so that an answer of random weights
+    """Save the demo's tokenizer with the 11B's ids: missing words are made up, so that an answer of random weights
     has something to show, and special tokens stand behind them. (They are in the vocabulary too, or would be numbered
     anew from its end.)"""
     tokenizer = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def random_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """bf16 values that keep activations finite, from a generator that only `name` and `seed` decide."""
+    """Return bf16 values that leave activations finite, from a generator that only `name` and `seed` decide."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     values = torch.empty(shape, dtype=torch.bfloat16)
     is_norm = "norm" in name and name.endswith("weight")
@@ -160,7 +160,7 @@ def random_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def write_weights(folder: Path, shapes: dict[str, torch.Size], config: MllamaConfig, seed: int) -> None:
-    """The safetensors shards and their index."""
+    """Write the safetensors shards and their index."""
     shards, size = [[]], 0
     for name, shape in shapes.items():
         if size and size + 2 * math.prod(shape) > SHARD_BYTES:
@@ -183,7 +183,7 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], config: MllamaCon
 
 
 def make_checkpoint(folder: Path, shape: str = "11b", seed: int = 0, **layers: int) -> None:
-    """Writes the checkpoint; the config last, so that an interrupted run leaves none.
+    """Write the checkpoint; the config last, so that an interrupted run leaves none.
 
     Args:
         shape: of SHAPES.
@@ -207,7 +207,7 @@ def make_checkpoint(folder: Path, shape: str = "11b", seed: int = 0, **layers: i
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="11b", help="90b: the wider language model")

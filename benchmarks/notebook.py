@@ -1,7 +1,7 @@
-"""Runs the notebook on a checkpoint, headless, and notes what each cell took: python -m benchmarks.notebook
+"""Seconds and memory of each notebook cell, executed headless: python -m benchmarks.notebook
 
 Seconds and, sampled twice a second, anonymous memory of the kernel and whatever it starts. Mapped files are not in it:
-the system drops their pages when it needs the room.
+the system drops their pages when memory is short.
 """
 
 import argparse
@@ -22,7 +22,7 @@ NOTEBOOK = "mllama-3.2.ipynb"
 
 
 class Sampler(threading.Thread):
-    """Notes the anonymous memory of this process's descendants, GB, until told to stop."""
+    """Thread that samples the anonymous memory of this process's descendants, GB, until told to stop."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -35,21 +35,21 @@ class Sampler(threading.Thread):
             self.samples.append((time.time(), sum(anonymous(process.pid) for process in processes)))
 
     def peak(self, start: float, end: float) -> float:
-        """Between two times, with the samples just around them."""
+        """Return the peak between two times, with the samples just around them."""
         return max((size for at, size in self.samples if start - 0.5 <= at <= end + 0.5), default=0.0)
 
 
 def cells(notebook, sampler: Sampler) -> list[dict]:
-    """Of each code cell: the heading it stands under, its last line, seconds, peak in GB."""
+    """Return a row for each code cell: its heading, last line, seconds, peak in GB."""
     rows, heading = [], ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             headings = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")]
             heading = headings[-1] if headings else heading
         elif "execution" in cell.metadata:
-            said = cell.metadata["execution"]
+            times = cell.metadata["execution"]
             start, end = (
-                datetime.fromisoformat(said[name].replace("Z", "+00:00")).timestamp()
+                datetime.fromisoformat(times[name].replace("Z", "+00:00")).timestamp()
                 for name in ("iopub.execute_input", "shell.execute_reply")
             )
             line = cell.source.splitlines()[-1].strip()
@@ -59,7 +59,7 @@ def cells(notebook, sampler: Sampler) -> list[dict]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("build"), help="folder for the executed copy")

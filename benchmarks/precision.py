@@ -1,4 +1,4 @@
-"""Which of the CPU plugin's settings suit an IR on this CPU: python -m benchmarks.precision MODEL_DIR/FILE.xml [...]
+"""Time and error of an IR by the CPU plugin's settings: python -m benchmarks.precision MODEL_DIR/FILE.xml [...]
 
 Every file is compiled once for each precision and group size of dynamic quantization, and all are measured in turn,
 round after round. A vision encoder gets pictures of 1, 2 and 4 tiles, a language model a step of 1, 32 and 256 tokens
@@ -27,7 +27,7 @@ RATIOS = {1: 1, 2: 2, 4: 6}  # number of tiles: a canvas of so many
 
 
 def inputs_of(model_dir: Path, vision: bool) -> dict[int, dict]:
-    """By tiles or tokens, the inputs of one inference."""
+    """Return the inputs of one inference, by number of tiles or tokens."""
     shapes, rng = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir)), np.random.default_rng(0)
     if not vision:
         words = {count: rng.integers(1000, 100_000, (1, count)) % shapes.vocab_size for count in TOKENS}
@@ -43,7 +43,7 @@ def inputs_of(model_dir: Path, vision: bool) -> dict[int, dict]:
 
 
 def infer(request: ov.InferRequest, inputs: dict) -> tuple[float, dict]:
-    """Seconds, and the outputs by name."""
+    """Run one inference; return its seconds, and the outputs by name."""
     if request.query_state():
         request.reset_state()
     started = time.perf_counter()
@@ -52,12 +52,12 @@ def infer(request: ov.InferRequest, inputs: dict) -> tuple[float, dict]:
 
 
 def error(outputs: dict, exact: dict) -> float:
-    """The largest of all outputs' relative errors."""
+    """Return the largest of all outputs' relative errors."""
     return max(float(np.linalg.norm(outputs[name] - exact[name]) / np.linalg.norm(exact[name])) for name in exact)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="IRs of one kind; the first is what errors are relative to")
     parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"])

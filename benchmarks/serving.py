@@ -1,4 +1,4 @@
-"""What a server and a captioning process get through: python -m benchmarks.serving MODEL_DIR [--json FILE]
+"""Throughput of a server and of captions: python -m benchmarks.serving MODEL_DIR [--json FILE]
 
 Clients ask one question after another about one kept picture, each answered with --tokens tokens; those that wait share
 the model's steps. Then a folder of photographs is captioned, in batches and with two processes. Keys of the JSON:
@@ -24,13 +24,13 @@ from ov_mllama.serving.scheduler import Scheduler
 
 
 def question(picture: ImageFile, words: str, tokens: int) -> GenerationRequest:
-    """About a picture."""
+    """Return a question about an image."""
     content = [{"type": "image"}, {"type": "text", "text": words}]
     return GenerationRequest([{"role": "user", "content": content}], [picture], tokens)
 
 
 async def ask_all(batches: Scheduler, picture, clients: int, rounds: int, tokens: int) -> float:
-    """Tokens a second of so many clients, each with so many questions."""
+    """Return tokens a second of so many clients, each with so many questions."""
     total = 0
 
     async def client(number: int) -> None:
@@ -47,7 +47,7 @@ async def ask_all(batches: Scheduler, picture, clients: int, rounds: int, tokens
 
 
 def captioned(model_dir: Path, pictures: Path, workers: int, batch: int, tokens: int) -> float:
-    """Pictures a minute, from the first results on: without the loading of the models."""
+    """Return images a minute, from the first results on, without loading the models."""
     from ov_mllama.serving.caption import caption
 
     with tempfile.TemporaryDirectory() as out:
@@ -57,7 +57,7 @@ def captioned(model_dir: Path, pictures: Path, workers: int, batch: int, tokens:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])

@@ -1,4 +1,4 @@
-"""Where a token's time goes: python -m benchmarks.token_time MODEL_DIR [--plot FILE.svg]
+"""Parts of a token's time: python -m benchmarks.token_time MODEL_DIR [--plot FILE.svg]
 
 The plugin's counters of steps of one token behind a picture of four tiles and a question, summed by what they are for,
 beside the bytes that each part reads and the share of the memory's speed that it reaches; what is left of the step is
@@ -39,12 +39,12 @@ STEPS = 20
 
 
 def part_of(name: str) -> str:
-    """Of PARTS, or REST."""
+    """Return the part that an operation belongs to, of PARTS, or REST."""
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), REST)
 
 
 def steps(model, inputs, count: int):
-    """After each of `count` steps of one token behind a prompt: its infer request, and the seconds it took."""
+    """Yield the infer request and the seconds of each of `count` steps of one token behind a prompt."""
     images = image_arrays(*(inputs[name] for name in ImageInputs._fields))
     ids, session = inputs["input_ids"].numpy(), model.language_model.session()
     prompt = Prompt(ids, seen=tiles_seen(images.cross_attention_mask, ids.shape[1]), image_keys=image_keys(images))
@@ -56,13 +56,13 @@ def steps(model, inputs, count: int):
 
 
 def read_bytes(config, rows: int, in_bf16: bool) -> dict[str, float]:
-    """Bytes that a token reads of each part of a model with INT4 weights, its head in INT8."""
+    """Return the bytes that a token reads of each part of a model with INT4 weights, its head in INT8."""
     size, text = costs.weights(config), config.text_config
-    in_4_bit = costs.SCALES * (1 - costs.INT4_SAVING)
+    in_4_bit = costs.INT8_BYTES_PER_WEIGHT * (1 - costs.INT4_SAVING)
     head_dim = text.hidden_size // text.num_attention_heads
     layers = len(text.cross_attention_layers)
     return {
-        "head": costs.SCALES * size.head,
+        "head": costs.INT8_BYTES_PER_WEIGHT * size.head,
         "MLPs' weights": in_4_bit * 3 * size.mlp,
         "attention's weights": in_4_bit * size.attention,
         "attention over the picture": (2 if in_bf16 else 4) * 2 * layers * rows * text.num_key_value_heads * head_dim,
@@ -70,7 +70,7 @@ def read_bytes(config, rows: int, in_bf16: bool) -> dict[str, float]:
 
 
 def plot(seconds: dict[str, float], path: Path) -> None:
-    """One bar, part beside part."""
+    """Plot one bar, part beside part."""
     figure, axis = plt.subplots(figsize=(9, 1.9), layout="constrained")
     left = 0.0
     for part, taken in seconds.items():
@@ -82,7 +82,7 @@ def plot(seconds: dict[str, float], path: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--picture", default="galaxies", help="of ov_mllama.export.samples; default one of four tiles")

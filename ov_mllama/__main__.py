@@ -32,32 +32,32 @@ from ov_mllama.runtime.speculative import OVDraftModel
 
 DEMO = "demo_model"
 SERVING = {
-    "serve": ("ov_mllama.serving.app", "answer other programs as OpenAI's API does"),
+    "serve": ("ov_mllama.serving.app", "serve an OpenAI-compatible API"),
     "caption": ("ov_mllama.serving.caption", "ask one question about every image of a folder"),
 }
 REFERENCE: dict = {
     "choices": ("auto", *NAMES),
     "default": "auto",
-    "help": "code that the checkpoint's weights were trained with; default: as its config.json says",
+    "help": "code that the checkpoint's weights were trained with; default: from its config.json",
 }
-DRAFT_HELP = "hub id or folder of a small Llama with the same tokenizer, to guess ahead"
+DRAFT_HELP = "hub id or folder of a small Llama with the same tokenizer, for assisted decoding"
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    """Says what this machine would do with a checkpoint, for a chat."""
+    """Print the plan for a checkpoint on this machine, for a chat."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
     made = plan_here(options.checkpoint, model_dir, options.draft, True, options.reference)
     print(made, *made.shortfalls, sep="\n")
 
 
 def run_prepare(options: argparse.Namespace) -> Path:
-    """Converts and compresses a checkpoint as planned, where that is not done yet."""
+    """Convert and compress a checkpoint as planned, unless that is done."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
     return prepare(options.checkpoint, model_dir, options.draft, options.reference)
 
 
 def run_chat(options: argparse.Namespace) -> None:
-    """Loads a model, opens the page, waits for Ctrl-C."""
+    """Load a model and serve the chat page until Ctrl-C."""
     from ov_mllama.chat.layout import make_demo
     from ov_mllama.chat.store import Conversations
     from ov_mllama.export.calibration import questions_about
@@ -68,7 +68,7 @@ def run_chat(options: argparse.Namespace) -> None:
         options.model_dir = run_prepare(options)
     model_dir = options.model_dir
     language, vision = files_to_load(model_dir, options.language_model, options.image_encoder)
-    draft = load_draft(options) if options.draft else None  # what it takes to make it, while nothing large is in memory
+    draft = load_draft(options) if options.draft else None  # made before the large model is in memory
     examples = questions_about(options.checkpoint or model_dir)[:3]
     print_load_estimate(
         model_dir, options.device, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft)
@@ -79,25 +79,27 @@ def run_chat(options: argparse.Namespace) -> None:
     drafting: dict = {"assistant_model": draft} if draft else {}
     demo = make_demo(model, AutoProcessor.from_pretrained(model_dir, backend="pil"), examples, **drafting)
     users = users_from(options.auth, options.auth_file)
-    _, url, _ = demo.launch(server_port=options.port, auth=users or None, prevent_thread_lock=True)
-    # weights are repacked, half a minute of the 11B, while somebody reads the page and a first picture is encoded
+    _, url, _ = demo.launch(
+        server_name=options.host, server_port=options.port, auth=users or None, prevent_thread_lock=True
+    )
+    # repacking the 11B's weights takes half a minute: meanwhile the page is open, and a first image is encoded
     parts: list = [model, *drafting.values()]
     threading.Thread(target=lambda: [part.language_model.warm_up() for part in parts], daemon=True).start()
-    print(f"✅ The chat is at {url} – Ctrl-C ends it. Conversations are kept in {Conversations().folder}", flush=True)
+    print(f"✅ The chat is at {url} – Ctrl-C ends it. Conversations are stored in {Conversations().folder}", flush=True)
     demo.block_thread()
     sys.stdout.flush()
-    os._exit(0)  # what is kept has been written; else Python waits for the step under way, or is aborted within it
+    os._exit(0)  # everything is saved; Python would wait for the step under way, or crash within it
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    """Says which reference finds right captions likelier."""
+    """Print which reference gives right captions the higher probability."""
     from ov_mllama.export.calibration import questions_about
     from ov_mllama.export.quality import compare_references, verdict
 
     folder = options.out or default_folder(options.checkpoint).with_name(f"{Path(options.checkpoint).name}-references")
-    asked = questions_about(options.checkpoint)
-    known = "answer" in asked[0]  # the checkpoint's own
-    samples = [{**sample, "caption": sample["answer"]} for sample in asked] if known else calibration_samples()
+    questions = questions_about(options.checkpoint)
+    answered = "answer" in questions[0]  # the checkpoint's own
+    samples = [{**sample, "caption": sample["answer"]} for sample in questions] if answered else calibration_samples()
     rows = compare_references(options.checkpoint, folder, samples)
     cells = [(row["picture"], *(f"{row[name]:.4f}" for name in NAMES)) for row in rows]
     cells.append(("mean", *(f"{sum(row[name] for row in rows) / len(rows):.4f}" for name in NAMES)))
@@ -111,17 +113,17 @@ def run_compare(options: argparse.Namespace) -> None:
 
 
 def users_from(auth: list[str] | None, file: Path | None) -> list[tuple[str, str]]:
-    """Names and passwords that the page asks for; none: it asks for none.
+    """Return names and passwords for the page's login; none for a page without login.
 
     Args:
-        auth: name and password of the command line, which all users of this machine see in its list of processes.
-        file: of lines NAME:PASSWORD.
+        auth: name and password from the command line, visible to all users of this machine.
+        file: with lines NAME:PASSWORD.
     Raises:
         OSError: if the file cannot be read.
         InputError: if a line has no name or no password, or the file has no line.
     """
     if auth:
-        print("❗ All users of this machine see --auth in its list of processes: use --auth-file.")
+        print("❗ The password of --auth is visible to all users of this machine: use --auth-file.")
         return [(auth[0], auth[1])]
     if file is None:
         return []
@@ -133,7 +135,7 @@ def users_from(auth: list[str] | None, file: Path | None) -> list[tuple[str, str
 
 
 def load_draft(options: argparse.Namespace) -> OVDraftModel:
-    """The draft model, made first where that is not done yet."""
+    """Load the draft model; convert it first unless that is done."""
     from ov_mllama.export.compress import make_draft_model
 
     draft = OVDraftModel(make_draft_model(options.draft, options.model_dir / DRAFT_FOLDER), options.device)
@@ -152,27 +154,28 @@ def run_serving(options: argparse.Namespace) -> None:
 
 
 def add_chat_arguments(page: argparse.ArgumentParser) -> None:
-    """Arguments of `chat`."""
+    """Add the arguments of `chat`."""
     page.add_argument("--checkpoint", help=f"hub id or folder; default, without --model-dir: {DEMO}")
     page.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<checkpoint's name>")
-    page.add_argument("--language-model", help="its .xml; default: the compressed one made last, else the 16-bit one")
+    page.add_argument("--language-model", help="its .xml; default: the latest compressed one, else the 16-bit one")
     page.add_argument("--image-encoder", help="its .xml; default likewise")
     page.add_argument("--draft", help=DRAFT_HELP)
     page.add_argument("--reference", **REFERENCE)
     page.add_argument("--device", default="CPU")
-    page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    page.add_argument("--host", help="address to listen on; default: GRADIO_SERVER_NAME, else 127.0.0.1")
+    page.add_argument("--port", type=int, help="default: the first free one from GRADIO_SERVER_PORT, else 7860, on")
     users = page.add_mutually_exclusive_group()
-    users.add_argument("--auth-file", type=Path, help="lines NAME:PASSWORD; each user sees their own chats alone")
-    users.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"), help="for all users of this machine to see")
+    users.add_argument("--auth-file", type=Path, help="lines NAME:PASSWORD; users see only their own chats")
+    users.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"), help="visible to all users of this machine")
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `serve` and `caption` parse their own arguments."""
+    """Return the parser of all commands; `serve` and `caption` parse their own arguments."""
     parser = argparse.ArgumentParser(prog="ov-mllama", description="Llama 3.2 Vision on OpenVINO.")
-    parser.add_argument("--verbose", action="store_true", help="log where an error was raised")
+    parser.add_argument("--verbose", action="store_true", help="log tracebacks")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, run, summary in (
-        ("plan", run_plan, "print what this machine does with a checkpoint: minutes, memory, disk"),
+        ("plan", run_plan, "print the steps for a checkpoint on this machine: minutes, memory, disk"),
         ("prepare", run_prepare, "convert and compress a checkpoint as planned"),
     ):
         command = commands.add_parser(name, help=summary)
@@ -181,7 +184,7 @@ def argument_parser() -> argparse.ArgumentParser:
         command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
         command.add_argument("--draft", help=DRAFT_HELP)
         command.add_argument("--reference", **REFERENCE)
-    page = commands.add_parser("chat", help="open the chat page on a model, prepared first if need be")
+    page = commands.add_parser("chat", help="serve the chat page for a model, prepared first if needed")
     page.set_defaults(run=run_chat)
     add_chat_arguments(page)
     for name, (_, summary) in SERVING.items():

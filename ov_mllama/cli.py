@@ -1,8 +1,9 @@
-"""Errors without a traceback, a console of any encoding, prompt shutdown: what the commands share."""
+"""Shared by the commands: errors without a traceback, consoles of any encoding, prompt shutdown."""
 
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 
 from ov_mllama.runtime.errors import UserError
@@ -10,38 +11,58 @@ from ov_mllama.runtime.errors import UserError
 logger = logging.getLogger("ov_mllama")
 
 SHUTDOWN_TIMEOUT_S = 1
-EXTRAS = {  # packages that an extra of `pip install` brings
+EXTRAS = {  # package -> extra that installs it
     **dict.fromkeys(("gradio", "starlette", "platformdirs"), "chat"),
     **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic", "pyarrow"), "serve"),
 }
 
 
 def shutdown_promptly(server) -> None:
-    """Make a `uvicorn.Server` cancel what is running once it is told to exit. By default it waits for every open page
-    and for every answer to end, minutes on the 11B. Errors that come of the cancellation are not logged."""
+    """Make a `uvicorn.Server` cancel running requests on exit. By default it waits for open pages and for answers,
+    minutes on the 11B. Errors caused by the cancellation are not logged."""
     server.config.timeout_graceful_shutdown = SHUTDOWN_TIMEOUT_S
     logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
 
 
+class StdoutHandler(logging.Handler):
+    """Log messages as lines of `sys.stdout` as it is at that moment: notebooks and tests replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write and flush one line."""
+        sys.stdout.write(self.format(record) + "\n")
+        sys.stdout.flush()
+
+
+def show_log(level: int = logging.INFO) -> StdoutHandler:
+    """Show the package's log on stdout, and return the handler that does; there is never more than one."""
+    handler = next((each for each in logger.handlers if isinstance(each, StdoutHandler)), None) or StdoutHandler()
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    return handler
+
+
 def configure_console(verbose: bool = False) -> None:
-    """Show the package's log on stdout, and replace characters that the console's encoding lacks, such as a Windows
-    code page's, instead of failing."""
+    """Show other packages' log and one-line warnings on stderr, and replace characters that the console's encoding
+    lacks, such as a Windows code page."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not verbose:
+        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+    stderr = logging.StreamHandler()
+    stderr.addFilter(lambda record: not record.name.startswith(logger.name))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[stderr])
 
 
 @contextlib.contextmanager
 def exit_on_user_error(verbose: bool = False) -> Iterator[None]:
-    """Exit with the error's message alone if a command fails for a reason that its user can mend, and silently on
-    Ctrl-C.
+    """Show the log on stdout. Exit with the message alone after an error that the user can fix, and silently on Ctrl-C.
 
     Args:
         verbose: log the traceback too.
     """
     configure_console(verbose)
+    handler = show_log(logging.DEBUG if verbose else logging.INFO)
     try:
         yield
     except ModuleNotFoundError as error:
@@ -49,8 +70,10 @@ def exit_on_user_error(verbose: bool = False) -> Iterator[None]:
         if extra is None:
             raise
         sys.exit(f"❌ {error.name} is not installed: pip install 'ov-mllama[{extra}]'")
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         logger.debug("Raised here:", exc_info=True)
         sys.exit(f"❌ {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        logger.removeHandler(handler)

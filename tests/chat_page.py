@@ -78,7 +78,7 @@ class Says:
 
 def ahead_threads() -> list[threading.Thread]:
     """Those that encode pictures ahead."""
-    return [thread for thread in threading.enumerate() if thread.name == "pictures ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "image prefetch"]
 
 
 def wait_until(condition, seconds=30.0) -> float:
@@ -187,9 +187,9 @@ class Tab:
 
     def allow(self, tokens: int) -> None:
         """Sets the longest answer, again where the settings, just opened, set it back."""
-        shown = self.tab.get_by_label("range slider for Longest answer, tokens")
+        shown = self.tab.get_by_label("range slider for Max new tokens")
         for _ in range(20):
-            self.tab.get_by_label("number input for Longest answer, tokens").fill(str(tokens))
+            self.tab.get_by_label("number input for Max new tokens").fill(str(tokens))
             self.tab.keyboard.press("Tab")
             self.tab.wait_for_timeout(300)
             if shown.input_value() == str(tokens):

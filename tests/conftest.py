@@ -113,9 +113,9 @@ TRIED, WRONG = Counter(), {}
 
 
 def pytest_configure():
-    """Gives each worker of pytest-xdist a core of its own: two with two threads each are slower than one."""
+    """Gives each of several xdist workers a core of its own: two with two threads each are slower than one."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker and hasattr(os, "sched_setaffinity"):
+    if worker and os.environ["PYTEST_XDIST_WORKER_COUNT"] != "1" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
@@ -124,9 +124,9 @@ def pytest_addoption(parser):
     parser.addoption("--torture", action="store_true", help="the long form of the tests marked torture")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def times(request):
-    """`times(short, long)`: how often to try, without and with --torture."""
+    """`times(short, long)`: how often to try, or what, without and with --torture."""
     return lambda short, long: long if request.config.getoption("--torture") else short
 
 
@@ -183,6 +183,32 @@ def any_pair(request, tiny_folder):
 def pair(tiny_folder):
     """The checkpoint most like the real ones, for what does not depend on the architecture."""
     return Pair("gqa-llama3", tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def idle_models():
+    """Models of `pair` that are as new."""
+    return []
+
+
+@pytest.fixture
+def fresh_model(pair, idle_models):
+    """A model of `pair` that has seen nothing yet. One serves many tests: it is loaded anew after a test that has set
+    something on it, or broken it."""
+    model = idle_models.pop() if idle_models else OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+    before = attributes(model)
+    yield model
+    if attributes(model) == before:
+        model.forget()
+        model.stats = type(model.stats)()
+        idle_models.append(model)
+
+
+def attributes(model: OVMLlamaForConditionalGeneration) -> list[dict]:
+    """Return what a model and its parts hold, but for what each call sets."""
+    parts = model, model.sessions, model.language_model, model.image_encoder, model.image_encoder.cache
+    each_call = ("stats", "_watched")
+    return [{name: value for name, value in vars(part).items() if name not in each_call} for part in parts]
 
 
 @pytest.fixture(scope="session")

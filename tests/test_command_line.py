@@ -1,8 +1,17 @@
 """Options of `python -m ov_mllama`."""
 
+import io
+import sys
+import warnings
+from pathlib import Path
+
+import gradio as gr
 import pytest
 
-from ov_mllama.__main__ import users_from
+from gradio_helper import ChatPage
+from ov_mllama.__main__ import main, users_from
+from ov_mllama.cli import configure_console
+from ov_mllama.export.prepare import default_folder
 
 
 def test_users_are_read_from_a_file(tmp_path, capsys):
@@ -24,3 +33,76 @@ def test_password_on_the_command_line_is_warned_of(capsys):
     assert users_from(["alice", "one"], None) == [("alice", "one")]
     assert "--auth-file" in capsys.readouterr().out
     assert users_from(None, None) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("chat", "gradio", "chat"), ("serve", "fastapi", "serve"), ("caption", "ray", "serve")],
+)
+def test_missing_extra_is_named_in_one_sentence(command, package, extra, monkeypatch):
+    for module in ("chat.layout", "serving.app", "serving.caption"):
+        monkeypatch.delitem(sys.modules, f"ov_mllama.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it raises ModuleNotFoundError
+    monkeypatch.setattr(sys, "argv", ["ov-mllama", command])
+    monkeypatch.setattr("ov_mllama.__main__.bypass_proxy_for_loopback", lambda: None)
+    monkeypatch.setattr("ov_mllama.cli.configure_console", lambda verbose: None)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == f"❌ {package} is not installed: pip install 'ov-mllama[{extra}]'"
+
+
+@pytest.fixture
+def formatwarning(monkeypatch):
+    """Restored afterwards."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+
+def test_characters_that_the_console_lacks_are_replaced(monkeypatch, formatwarning):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="\n"))
+    configure_console()
+    print("✅ „ä“ – 1 → 2", flush=True)
+    assert sys.stdout.buffer.getvalue() == "? „ä“ – 1 ? 2\n".encode("cp1252")
+    print("✅", file=sys.stderr, flush=True)
+
+
+def test_warnings_take_one_line(formatwarning):
+    configure_console()
+    assert warnings.formatwarning("Use this.", UserWarning, "a.py", 3, "a = 1") == "UserWarning: Use this.\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        (None, None, "127.0.0.1"),
+        (None, "", "127.0.0.1"),
+        (None, "0.0.0.0", "0.0.0.0"),  # noqa: S104
+        ("127.0.0.1", "0.0.0.0", "127.0.0.1"),  # noqa: S104
+        ("::", None, "[::]"),
+        ("[::1]", None, "[::1]"),
+    ],
+)
+def test_host_is_the_option_else_the_environment_else_loopback(given, environment, expected, monkeypatch, recwarn):
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: options)
+    monkeypatch.setattr(ChatPage, "app_kwargs", lambda self: {})
+    monkeypatch.setattr("ov_mllama.chat.layout.bypass_proxy_for_loopback", lambda host: None)
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("GRADIO_SERVER_NAME", environment)
+    assert ChatPage().launch(server_name=given)["server_name"] == expected
+    assert any("--auth-file" in str(each.message) for each in recwarn) == (expected in ("0.0.0.0", "[::]"))  # noqa: S104
+
+
+def test_models_go_to_the_users_cache_if_the_current_folder_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "user"))
+    assert default_folder("a/new") == Path("models/new")
+    assert not [*tmp_path.iterdir()]
+    Path("models/old").mkdir(parents=True)
+
+    def fail(path, *args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    assert default_folder("a/old") == Path("models/old")
+    assert default_folder("a/new") == tmp_path / "user/ov-mllama/models/new"

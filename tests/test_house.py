@@ -30,7 +30,8 @@ FLOORS = {
     "serving": {"runtime", "export", "chat", "serving", "cli"},
     "cli": {"runtime"},
     "__main__": {"runtime", "export", "chat", "serving", "cli"},
-    "__init__": set(),
+    "__init__": {"deprecated"},
+    "deprecated": set(),
 }
 # What running a converted model must not need
 NOT_FOR_INFERENCE = {"nncf", "gradio", "datasets", "ipywidgets", "platformdirs", "starlette", "fastapi", "ray"}
@@ -316,6 +317,7 @@ NEEDS = {
     "cli": [],
     "__main__": [],
     "__init__": [],
+    "deprecated": [],
     "chat": ["chat"],
     "serving": ["serve", "chat"],
 }

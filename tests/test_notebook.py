@@ -49,18 +49,27 @@ def with_solutions(notebook):
     return notebook
 
 
-THREE = "variants = {name: variants[name] for name in [*variants][::4]}"  # of ten that are asked 20 questions
+def insert_behind(notebook, text: str, code: str) -> None:
+    """Add a cell behind the first one that holds a text."""
+    index = notebook.cells.index(cell_with(notebook, text))
+    notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(code))
+
+
+THREE = "variants = {name: variants[name] for name in [*variants][::3]}"  # of seven that are asked 20 questions
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The notebook and the solutions, run by the function that `make notebook` calls, in a folder of their own."""
+def executed(tmp_path_factory, times):
+    """The notebook and the solutions, run by the function that `make notebook` calls, in a folder of their own. What
+    is measured in its price list is in tests/export/test_demo_model.py; the list itself is made with --torture."""
     folder = tmp_path_factory.mktemp("notebook")
     notebook = with_solutions(apart(folder))
-    index = notebook.cells.index(cell_with(notebook, '"INT4 AWQ + scales"'))
-    notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(THREE))
+    insert_behind(notebook, '"INT4 AWQ + scales"', THREE)
+    if times(True, False):  # Ray takes half a minute to start; tests/serving/test_scale.py writes captions
+        notebook.cells.remove(cell_with(notebook, '"caption",'))
     nbformat.write(notebook, folder / NOTEBOOK.name)
-    return nbformat.read(notebook_utils.execute(folder / NOTEBOOK.name, folder / "build", QUESTIONS=20), as_version=4)
+    path = notebook_utils.execute(folder / NOTEBOOK.name, folder / "build", QUESTIONS=times(0, 20))
+    return nbformat.read(path, as_version=4)
 
 
 AS_WITH_16_GB = """import dataclasses
@@ -69,7 +78,7 @@ plan = dataclasses.replace(plan, write_16_bit=False, compare_with_pytorch=False)
 
 
 @pytest.fixture(scope="module")
-def on_a_small_machine(tmp_path_factory):
+def on_a_small_machine(tmp_path_factory, times):
     """The notebook in a folder of its own, on a random checkpoint with the 11B's vocabulary and tiles; one line in it
     plans as for a model that hardly fits. Returns the folder and what was executed."""
     folder = tmp_path_factory.mktemp("small")
@@ -78,8 +87,9 @@ def on_a_small_machine(tmp_path_factory):
     make_llama(VOCABULARY).half().save_pretrained(folder / "guessing")
     shutil.copy(folder / "random/tokenizer.json", folder / "guessing")
     shutil.copy(folder / "random/tokenizer_config.json", folder / "guessing")
-    index = notebook.cells.index(cell_with(notebook, "plan_here("))
-    notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(AS_WITH_16_GB))
+    insert_behind(notebook, "plan_here(", AS_WITH_16_GB)
+    insert_behind(notebook, "photographs()", f"compared = compared[:{times(1, 3)}]")
+    insert_behind(notebook, "questions_about(", f"samples = samples[:{times(4, 100)}]")
     nbformat.write(notebook, folder / NOTEBOOK.name)
     settings = {"MODEL_ID": "random", "CALIBRATION_DATA": "photographs", "MAX_NEW_TOKENS": 20}
     settings["DRAFT_MODEL"] = "guessing"
@@ -109,6 +119,7 @@ def test_streamed_answer_is_the_right_one(executed):
     assert re.fullmatch(r"First token latency [\d.]+ ms, Second token latency [\d.]+ ms", timing[1])
 
 
+@pytest.mark.torture
 def test_all_samples_are_answered_right(executed):
     count = len(demo_samples())
     assert printed(cell_with(executed, "show_answers(")).strip() == f"{count} of {count} answers are right"
@@ -178,6 +189,7 @@ def test_where_memory_is_short_nothing_large_is_written_or_loaded(on_a_small_mac
     assert not printed(cell_with(notebook, 'show_difference("default"'))
 
 
+@pytest.mark.torture
 def test_variants_of_any_model_are_priced_by_divergence(on_a_small_machine):
     _, notebook = on_a_small_machine
     table = cell_with(notebook, "show_price_list(price_list(").outputs[0].data["text/plain"]

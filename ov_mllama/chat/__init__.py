@@ -1,1 +1,1 @@
-"""The chat page and its conversations on disk. Start reading at `layout.py`."""
+"""Chat page, and its conversations on disk. Start reading at `layout.py`."""

@@ -2,7 +2,7 @@
 
 SOURCES = {
     "default-src": "'self'",
-    # Gradio's page starts from inline scripts and styles, and builds functions from strings
+    # Gradio's page needs inline scripts and styles, and `eval`
     "script-src": "'self' 'unsafe-inline' 'unsafe-eval'",
     "style-src": "'self' 'unsafe-inline'",
     "img-src": "'self' data: blob:",
@@ -13,7 +13,7 @@ SOURCES = {
     "object-src": "'none'",
     "base-uri": "'self'",
     "form-action": "'self'",
-    # a notebook shows the page in a frame: Jupyter from another port of this machine, VS Code from its own schemes
+    # notebooks frame the page: Jupyter from another port of this machine, VS Code from its own schemes
     "frame-ancestors": "'self' http://127.0.0.1:* http://localhost:* https://localhost:* vscode-webview: vscode-file:",
 }
 SECURITY_HEADERS = {
@@ -24,9 +24,8 @@ SECURITY_HEADERS = {
 
 
 class SecurityHeaders:
-    """ASGI middleware that adds SECURITY_HEADERS to every HTTP response: nothing is loaded from, or sent to, another
-    origin; no response is taken for another type than it declares; no address is passed on. A header that the response
-    has already stays as it is.
+    """ASGI middleware that adds SECURITY_HEADERS to every HTTP response: no requests to other origins, no type
+    sniffing, no referrer. Headers that the response has already stay.
 
         app.add_middleware(SecurityHeaders)
 

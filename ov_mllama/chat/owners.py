@@ -1,7 +1,6 @@
-"""Owners of conversations: the user or browser behind a request, and the files that it may be served.
+"""Owners of conversations: the user or browser behind a request, and the files that it may read.
 
-A user is known by the login (`auth`), a browser by a random token in a cookie that no script can read. Neither is a
-value that a page sends.
+A user is identified by the login (`auth`), a browser by a random token in an HttpOnly cookie. Pages send neither.
 """
 
 import re
@@ -19,9 +18,9 @@ from ov_mllama.chat.store import Conversations
 
 COOKIE, FRAMED_COOKIE = "ov_mllama", "ov_mllama_framed"
 TOKEN = re.compile("[0-9a-f]{64}")
-MAX_SESSIONS = 10_000  # of Gradio's queue, whose askers are remembered
-COOKIE_S = 400 * 24 * 60 * 60  # browsers keep none longer; every load of the page begins anew
-# Gradio's routes that the page does not use: deep links publish what any session shows, others fetch, run or write
+MAX_SESSIONS = 10_000  # of Gradio's queue, whose owners are remembered
+COOKIE_S = 400 * 24 * 60 * 60  # the longest that browsers accept; renewed by every load of the page
+# Gradio's routes that the page does not use: deep links publish any session's content, others fetch, run or write
 UNUSED = tuple(
     f"/{name}{rest}"
     for name in (
@@ -32,7 +31,7 @@ UNUSED = tuple(
     )
     for rest in ("", "/{path:path}")
 ) + ("/gradio_api/proxy={path:path}",)
-# what a browser may show of an upload; all else is downloaded
+# types of uploads that are served inline; others are attachments
 IMAGE_TYPES = {
     ".png": "image/png",
     ".jpg": "image/jpeg",
@@ -45,7 +44,7 @@ IMAGE_TYPES = {
 
 
 def browser_token(cookies: Mapping[str, str]) -> str | None:
-    """Return a browser's token; None without a cookie of ours."""
+    """Return a browser's token; None without a valid cookie."""
     given = (cookies.get(COOKIE), cookies.get(FRAMED_COOKIE))
     return next((token for token in given if token and TOKEN.fullmatch(token)), None)
 
@@ -56,8 +55,7 @@ def owner_of(username: str | None, cookies: Mapping[str, str], by_name: bool = T
     Args:
         username: of the login; None without one.
         cookies: of the request.
-        by_name: whether the login's name owns conversations; False: the browser's token does, as where everybody
-            logs in with one shared key under any name.
+        by_name: whether the login's name is the owner; False: the browser's token, as with one shared key and any name.
     """
     if username and by_name:
         return f"user:{username}"
@@ -66,10 +64,10 @@ def owner_of(username: str | None, cookies: Mapping[str, str], by_name: bool = T
 
 
 class OwnerCookie:
-    """ASGI middleware that gives each browser its token, with every HTML page.
+    """ASGI middleware that sets each browser's token, with every HTML page.
 
-    The token is in two cookies: one for the page in a tab of its own, one (partitioned, which browsers take from https
-    and from this machine only) for the page in the frame of a notebook at another address, such as localhost.
+    Two cookies hold it: one for the page in its own tab, one (partitioned, accepted over https and from this machine
+    only) for the page in a notebook's frame at another address, such as localhost.
 
     Args:
         app: the ASGI application.
@@ -95,7 +93,7 @@ class OwnerCookie:
                 headers = list(message.get("headers", ()))
                 if dict(headers).get(b"content-type", b"").startswith(b"text/html"):
                     headers += [(b"set-cookie", cookie.encode()) for cookie in cookies]
-                    headers.append((b"cache-control", b"no-store"))  # no cache may hand out somebody's token
+                    headers.append((b"cache-control", b"no-store"))  # caches must not share tokens
                     message = {**message, "headers": headers}
             await send(message)
 
@@ -103,10 +101,10 @@ class OwnerCookie:
 
 
 class SameOrigin:
-    """ASGI middleware that refuses what pages of other origins ask with their reader's cookies.
+    """ASGI middleware that rejects requests which pages of other origins send with a browser's cookies.
 
-    Cookies know no ports, so SameSite does not stop another user's page on this machine, and Gradio lets the scripts of
-    all of localhost read its answers. Browsers say where a request comes from, programs say nothing.
+    Cookies ignore ports, so SameSite does not stop another user's page on this machine, and Gradio allows all scripts
+    of localhost to read responses. Browsers send the origin of a request; programs send none and pass.
 
     Args:
         app: the ASGI application.
@@ -116,27 +114,27 @@ class SameOrigin:
         self.app = app
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and is_from_elsewhere(scope["method"], HTTPConnection(scope).headers):
-            response = PlainTextResponse("A page of another origin may not ask here.", 403)
+        if scope["type"] == "http" and is_cross_origin(scope["method"], HTTPConnection(scope).headers):
+            response = PlainTextResponse("Cross-origin requests are rejected.", 403)
             await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
 
-def is_from_elsewhere(method: str, headers: Mapping[str, str]) -> bool:
-    """Return whether a page of another origin sends a request; following a link from there is not meant."""
+def is_cross_origin(method: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a page of another origin has sent a request, other than by a link."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if origin is None and method in ("GET", "HEAD"):
         return False
-    if site is not None:  # of https and of this machine; right behind a proxy that changes Host, too
+    if site is not None:  # over https and on this machine; valid behind a proxy that changes Host
         return site not in ("same-origin", "none")
-    hosts = (headers.get("host"), headers.get("x-forwarded-host"))  # which no script of elsewhere can set
+    hosts = (headers.get("host"), headers.get("x-forwarded-host"))  # scripts cannot set them
     return origin is not None and origin.partition("://")[2] not in hosts
 
 
 class OwnQueue:
-    """ASGI middleware that gives a session's answers, which Gradio's queue sends to whoever names the session or one of
-    its events, to who asked alone (`record_queue_owners`).
+    """ASGI middleware that restricts a queue session's results to its owner (`record_queue_owners`). Gradio sends them
+    to anyone who names the session or one of its events.
 
     Args:
         app: the ASGI application.
@@ -148,58 +146,57 @@ class OwnQueue:
         self.app = app
 
     async def __call__(self, scope, receive, send) -> None:
-        wanted = self.PATHS.search(scope["path"]) if scope["type"] == "http" and scope["method"] == "GET" else None
-        if wanted:
+        match = self.PATHS.search(scope["path"]) if scope["type"] == "http" and scope["method"] == "GET" else None
+        if match:
             request = Request(scope)
             queue = request.app.get_blocks()._queue  # noqa: SLF001
-            session = wanted["event"] or request.query_params.get("session_hash")
+            session = match["event"] or request.query_params.get("session_hash")
             session = queue.sessions.get(session, session)
-            who = (login_of(request), browser_token(request.cookies))
-            if queue.askers.get(session, who) != who:
+            owner = (login_of(request), browser_token(request.cookies))
+            if queue.owners.get(session, owner) != owner:
                 await not_found(request)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
 
 def record_queue_owners(queue) -> None:
-    """Make Gradio's queue remember who began each session, and refuse the questions of others in it.
+    """Make Gradio's queue record the owner of each session, and reject events of others in it.
 
-    It gets `askers`, login and browser's token by session, and `sessions`, by event; those of long ago are forgotten,
-    answers long sent.
+    The queue gets `owners`, login and browser token by session, and `sessions`, by event; the oldest are dropped.
     """
-    queue.askers, queue.sessions, push = {}, {}, queue.push
+    queue.owners, queue.sessions, push = {}, {}, queue.push
 
-    async def push_of_one(body, request: Request, username: str | None):
-        who = (username, browser_token(request.cookies))
-        if queue.askers.get(body.session_hash, who) != who:
+    async def push_as_owner(body, request: Request, username: str | None):
+        owner = (username, browser_token(request.cookies))
+        if queue.owners.get(body.session_hash, owner) != owner:
             return False, "This session is another browser's.", "error"
-        if body.session_hash:  # before it is asked: the answer may be there at once
-            queue.askers[body.session_hash] = who
+        if body.session_hash:  # before the push, which may send the result at once
+            queue.owners[body.session_hash] = owner
         success, event, state = await push(body=body, request=request, username=username)
         if success:
             session = queue.sessions[event] = body.session_hash or event
-            queue.askers[session] = who
-        for kept in (queue.askers, queue.sessions):
-            while len(kept) > MAX_SESSIONS:
-                del kept[next(iter(kept))]
+            queue.owners[session] = owner
+        for recorded in (queue.owners, queue.sessions):
+            while len(recorded) > MAX_SESSIONS:
+                del recorded[next(iter(recorded))]
         return success, event, state
 
-    queue.push = push_of_one
+    queue.push = push_as_owner
 
 
 def login_of(request: Request) -> str | None:
-    """Return the name that a request to Gradio's app is logged in with, as Gradio finds it; None without a login."""
+    """Return the user name of a request to Gradio's app; None without a login."""
     app, cookies = request.app, request.cookies
     names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
     return app.tokens.get(cookies.get(names[0]) or cookies.get(names[1]))
 
 
 class Files:
-    """Serves the page's files in place of Gradio: pictures to their conversation's owner, examples, and uploads as
-    images or downloads, never as HTML, SVG or XML.
+    """Routes that replace Gradio's for files: images of conversations for their owner only, examples, and uploads as
+    images or attachments, never as HTML, SVG or XML.
 
     Args:
-        conversations: whose pictures and examples are served.
+        conversations: store of images and examples.
         uploads: Gradio's folder of uploads and exports.
         by_name: as for `owner_of`.
     """
@@ -208,7 +205,7 @@ class Files:
         self.conversations, self.uploads, self.by_name = conversations, uploads, by_name
 
     def app_kwargs(self) -> dict:
-        """Arguments of Gradio's app: these routes go before its own."""
+        """Return arguments for Gradio's app; these routes precede its own."""
         return {
             "routes": [
                 Route("/gradio_api/file={path:path}", self.serve),
@@ -224,7 +221,7 @@ class Files:
         }
 
     def serve(self, request: Request) -> Response:
-        """Respond with a file; 404 for all that the request's owner may not see."""
+        """Respond with a file; 404 if the request's owner may not read it."""
         username = login_of(request)
         if request.app.auth is not None and username is None:
             return not_found(request)
@@ -241,7 +238,7 @@ class Files:
         )
 
     def _path(self, name: str, owner: str | None) -> Path | None:
-        """Return an owner's picture, an example, or an upload or export, whose folder's name nobody can guess."""
+        """Return an owner's image, an example, or an upload or export, whose folder's name is a digest."""
         picture = file_within(self.conversations.pictures, name)
         if picture is not None:
             key = picture.relative_to(self.conversations.pictures).parts[0]
@@ -250,20 +247,20 @@ class Files:
 
 
 def file_within(folder: Path, name: object) -> Path | None:
-    """Return the path of a regular file in a folder, by its absolute name without links and dots; None for all else.
+    """Return the path of a regular file in a folder, by its absolute name without links and dots; else None.
 
     Args:
-        name: a value that somebody sent.
+        name: an untrusted value.
     """
     if not isinstance(name, str):
         return None
     try:
         path = folder.resolve() / Path(name).relative_to(folder)
         return path if path.is_file() and path == path.resolve(strict=True) else None
-    except (OSError, ValueError, RuntimeError):  # missing or outside; a null byte; links in a circle
+    except (OSError, ValueError, RuntimeError):  # missing or outside; a null byte; circular links
         return None
 
 
 def not_found(request: Request) -> Response:
-    """Respond that there is no such file, whether or not there is."""
+    """Respond with 404, which does not disclose whether a file exists."""
     return PlainTextResponse("Not found", 404)

@@ -1,5 +1,5 @@
 () => {
-  // On a narrow screen the list of chats is over the chat: it is closed at first, and when one was chosen
+  // On a narrow screen the list of chats covers the chat: close it on opening and after a choice
   const narrow = matchMedia("(max-width: 768px)");
   const closeList = () => { if (narrow.matches) document.querySelector(".sidebar.open > .toggle-button")?.click(); };
   closeList();
@@ -8,7 +8,7 @@
   });
   document.querySelector(".history").ariaLabel = "Earlier chats";
 
-  // Pictures open large, and close at a click or Escape
+  // Images open enlarged; a click or Escape closes them
   document.addEventListener("click", ({ target }) => {
     const picture = target.closest(".message.component")?.querySelector("img");
     if (!picture) return;
@@ -21,39 +21,39 @@
     dialog.showModal();
   });
 
-  // Text that grows is followed by who is at its end, not by who has scrolled up; a question brings everybody there
-  let follows = true, left = 0, asked = 0;
+  // Scroll with growing text unless the user has scrolled up; a new question scrolls to the end
+  let follows = true, lastTop = 0, lastQuestions = 0;
   const follow = () => {
     const log = document.querySelector("[role=log]"), questions = document.querySelectorAll(".user-row").length;
     if (!log) return;
-    if (questions !== asked || log.scrollTop + log.clientHeight > log.scrollHeight - 2) follows = true;
-    else if (log.scrollTop < left - 1) follows = false;
-    asked = questions;
+    if (questions !== lastQuestions || log.scrollTop + log.clientHeight > log.scrollHeight - 2) follows = true;
+    else if (log.scrollTop < lastTop - 1) follows = false;
+    lastQuestions = questions;
     if (follows) log.scrollTop = log.scrollHeight;
-    left = log.scrollTop;
+    lastTop = log.scrollTop;
   };
   for (const event of ["scroll", "load"]) document.addEventListener(event, follow, true);
-  // Questions come as character references, and answers with invisible joiners, so that no text is markup (shown.py)
-  const asTyped = (text) => text.replace(/&#(\d+);/g, (_, code) => String.fromCodePoint(code));
+  // Decode the character references of questions and remove the invisible joiners of answers (render.py)
+  const decode = (text) => text.replace(/&#(\d+);/g, (_, code) => String.fromCodePoint(code));
   const withoutJoiners = (text) => text.replaceAll("\u2060", "");
   const edited = new WeakSet();
-  const editAsTyped = () => {
+  const decodeEdited = () => {
     for (const area of document.querySelectorAll(".edit-textarea")) {
       if (edited.has(area)) continue;
       edited.add(area);
-      area.value = asTyped(area.value);
+      area.value = decode(area.value);
       area.dispatchEvent(new Event("input", { bubbles: true }));
     }
   };
   if (navigator.clipboard) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
-    navigator.clipboard.writeText = (text) => write(withoutJoiners(asTyped(text)));
+    navigator.clipboard.writeText = (text) => write(withoutJoiners(decode(text)));
   }
   document.addEventListener("copy", (event) => {
     const field = document.activeElement, inField = "selectionStart" in field;
     const text = inField ? field.value.slice(field.selectionStart, field.selectionEnd) : String(getSelection());
-    const unseen = field.parentElement === document.body;  // where Gradio copies from on a page without https
-    const plain = withoutJoiners(unseen ? asTyped(text) : text);
+    const hidden = field.parentElement === document.body;  // Gradio copies from it without https
+    const plain = withoutJoiners(hidden ? decode(text) : text);
     if (plain === text) return;
     event.clipboardData.setData("text/plain", plain);
     event.preventDefault();
@@ -61,12 +61,12 @@
 
   new MutationObserver(() => {
     follow();
-    editAsTyped();
+    decodeEdited();
     for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
       button.ariaLabel = "Open the picture large";
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
 
-  // Pictures may be dropped anywhere
+  // Images can be dropped anywhere
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", (event) => {
     if (!event.dataTransfer.files.length || event.target.closest(".multimodal-textbox")) return;
@@ -76,16 +76,16 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
   });
 
-  // What was typed is still there when the page is loaded again, as Gradio does when the server was away
+  // Typed text survives a reload, which Gradio triggers after a lost connection
   const box = document.querySelector("textarea[placeholder^='Ask a question']");
   try {
     box.value = sessionStorage.getItem("typed") ?? "";
     box.dispatchEvent(new Event("input", { bubbles: true }));
     window.addEventListener("pagehide", () => sessionStorage.setItem("typed", box.value));
   } catch (error) {
-    if (error.name !== "SecurityError") throw error;  // a notebook's frame, in a browser that lets it keep nothing
+    if (error.name !== "SecurityError") throw error;  // a notebook's frame without storage
   }
 
-  // Back and Forward go through conversations
+  // Back and Forward switch conversations
   window.addEventListener("popstate", () => location.reload());
 }

@@ -1,4 +1,4 @@
-"""Validation and bounds of what a browser sends to the chat page: any program may send anything."""
+"""Validation of requests to the chat page: any program may send anything."""
 
 import functools
 import html
@@ -12,111 +12,108 @@ from gradio.utils import get_upload_folder
 from ov_mllama.chat.answers import GenerationSettings
 from ov_mllama.chat.owners import file_within
 
-MAX_QUESTION, MAX_SYSTEM = 500_000, 20_000  # characters; a context of 131072 tokens is about half a million
-MAX_IMAGES = 100  # of a question
+MAX_QUESTION, MAX_SYSTEM = 500_000, 20_000  # characters; a context of 131072 tokens is about 500 000
+MAX_IMAGES = 100  # per question
 
 
-def refuse(sentence: object) -> gr.Error:
-    """An error that the page shows as text."""
-    return gr.Error(html.escape(str(sentence)), print_exception=False)
+def user_error(message: object) -> gr.Error:
+    """Return an error that the page shows as text."""
+    return gr.Error(html.escape(str(message)), print_exception=False)
 
 
-def showing_refusal(find: Callable, action: Callable) -> Callable:
-    """Wrap an event's function so that its page shows, below the text box, why it was refused: Gradio's page shows no
-    error of an event without queue.
+def report_errors(find: Callable, handler: Callable) -> Callable:
+    """Wrap an event handler so that its error is shown below the text box: Gradio shows none for events without queue.
 
     Args:
-        find: the page of a request; None where there is none.
+        find: returns the page of a request, or None.
     """
 
-    @functools.wraps(action)
-    async def shown(*given):
-        page = find(next(each for each in given if isinstance(each, gr.Request)))
+    @functools.wraps(handler)
+    async def wrapped(*arguments):
+        page = find(next(each for each in arguments if isinstance(each, gr.Request)))
         if page:
-            page.refused = ""
+            page.error = ""
         try:
-            return await action(*given)
+            return await handler(*arguments)
         except gr.Error as error:
             if page:
-                page.refused = html.unescape(str(error.message))
+                page.error = html.unescape(str(error.message))
             raise
 
-    return shown
+    return wrapped
 
 
 def images_of(message: dict | None) -> list[Path]:
-    """The uploads that a text box's message names: regular files of the upload folder, and nothing else.
+    """Return the uploads that a text box's message names: regular files of the upload folder.
 
-    Args:
-        message: whatever was sent.
     Raises:
-        gr.Error: anything else, or an upload that Gradio has deleted, after an hour.
+        gr.Error: for anything else, and for an upload that Gradio has deleted after an hour.
     """
     files = (message or {}).get("files") or []
     if len(files) > MAX_IMAGES:
-        raise refuse(f"The question has {len(files)} pictures: ask about at most {MAX_IMAGES}.")
+        raise user_error(f"The question has {len(files)} pictures: ask about at most {MAX_IMAGES}.")
     return [uploaded(file) for file in files]
 
 
 def uploaded(file: object) -> Path:
-    """The upload that a text box's file names, as `images_of`."""
+    """Return the upload that a text box's file names, as `images_of`."""
     name = file.get("path") if isinstance(file, dict) else file
     path = file_within(Path(get_upload_folder()), name)
-    if path is None:  # one sentence, which does not tell whether there is such a file elsewhere
-        raise refuse(f"{Path(str(name)).name[:100]} has waited too long, or is no upload: please add it again.")
+    if path is None:  # the same for files elsewhere, which are not disclosed
+        raise user_error(f"{Path(str(name)).name[:100]} has waited too long, or is no upload: please add it again.")
     return path
 
 
 def text_of(message: dict | None) -> str:
-    """The text of a text box's message.
+    """Return the text of a text box's message.
 
     Raises:
-        gr.Error: it is too long.
+        gr.Error: if it is too long.
     """
     return bounded_text((message or {}).get("text") or "", MAX_QUESTION, "question").strip()
 
 
 def bounded_text(text: object, limit: int, name: str) -> str:
-    """A text of at most so many characters.
+    """Return a text of at most `limit` characters.
 
     Raises:
-        gr.Error: it is longer, or no text.
+        gr.Error: if it is longer, or no text.
     """
     if not isinstance(text, str):
-        raise refuse(f"The {name} is no text.")
+        raise user_error(f"The {name} is no text.")
     if len(text) > limit:
-        raise refuse(f"The {name} has {len(text)} characters: use at most {limit}.")
+        raise user_error(f"The {name} has {len(text)} characters: use at most {limit}.")
     return text
 
 
 def checked_settings(values: Sequence) -> GenerationSettings:
-    """Settings as a page sends them.
+    """Return the settings that a page has sent.
 
     Raises:
-        gr.Error: they are not of their types, or out of bounds.
+        gr.Error: if a type is wrong, or a value out of bounds.
     """
     try:
         system, tokens, temperature, top_p = values
-        wishes = GenerationSettings(system or "", int(tokens), float(temperature), float(top_p))
+        settings = GenerationSettings(system or "", int(tokens), float(temperature), float(top_p))
     except (TypeError, ValueError, OverflowError) as error:
-        raise refuse("A setting is missing or no number: load the page again.") from error
-    bounded_text(wishes.system, MAX_SYSTEM, "system prompt")
-    if not (1 <= wishes.max_new_tokens <= 2048 and 0 <= wishes.temperature <= 2 and 0 < wishes.top_p <= 1):
-        raise refuse("A setting is out of its bounds: load the page again.")
-    return wishes
+        raise user_error("A setting is missing or no number: load the page again.") from error
+    bounded_text(settings.system, MAX_SYSTEM, "system prompt")
+    if not (1 <= settings.max_new_tokens <= 2048 and 0 <= settings.temperature <= 2 and 0 < settings.top_p <= 1):
+        raise user_error("A setting is out of its bounds: load the page again.")
+    return settings
 
 
-class Recent(OrderedDict):
-    """A mapping of bounded size: the entry used longest ago is evicted.
+class LruDict(OrderedDict):
+    """A mapping that evicts its least recently used entry.
 
     Args:
         size: entries at most.
-        evicted: called with the key of each entry that is evicted.
+        on_evict: called with the key of each evicted entry.
     """
 
-    def __init__(self, size: int, evicted: Callable = lambda key: None):
+    def __init__(self, size: int, on_evict: Callable = lambda key: None):
         super().__init__()
-        self.size, self.evicted = size, evicted
+        self.size, self.on_evict = size, on_evict
 
     def get(self, key, default=None):
         if key in self:
@@ -127,4 +124,4 @@ class Recent(OrderedDict):
         super().__setitem__(key, value)
         self.move_to_end(key)
         while len(self) > self.size:
-            self.evicted(self.popitem(last=False)[0])
+            self.on_evict(self.popitem(last=False)[0])

@@ -1,4 +1,4 @@
-"""Proxy settings of the environment, made fit for programs that talk to themselves over HTTP."""
+"""Proxy variables of the environment, corrected for programs that connect to themselves over HTTP."""
 
 import os
 
@@ -6,12 +6,11 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def bypass_proxy_for_loopback(*hosts: str) -> None:
-    """Add this machine's own addresses to `no_proxy`, and name SOCKS proxies as httpx does.
+    """Add this machine's own addresses to `no_proxy`, and rename `socks://` proxies to `socks5://`.
 
-    Gradio asks its own page over HTTP when it starts, Ray its own processes; with `http_proxy` set and no `no_proxy`,
-    as in companies, such requests would go to the proxy, which cannot answer them (gradio#4046). Desktops set
-    `all_proxy=socks://...`, which httpx refuses: it is SOCKS 5. Call it before Gradio is imported, which reads
-    `all_proxy` then.
+    Gradio requests its own page over HTTP when it starts, Ray its own processes; with `http_proxy` set and no
+    `no_proxy`, such requests would go to the proxy (gradio#4046). Desktops set `all_proxy=socks://...`, which httpx
+    rejects. Call it before importing Gradio, which reads `all_proxy` then.
 
     Args:
         hosts: more names of this machine, such as the address that a page listens on.

@@ -1,8 +1,8 @@
-"""Conversations that outlive page and program: a small SQLite file and a folder of pictures, in the user's own data.
+"""Persistent conversations: a SQLite file and a folder of images in the user's data folder.
 
     <user's data>/ov_mllama/chat.sqlite3, pictures/<conversation>/<digest>-<name>.png
 
-They are read and written by this program alone, and nobody but who began a conversation is given it.
+Each conversation is readable by its owner only.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from PIL import Image
 from ov_mllama.runtime.images import open_picture
 
 DAY_S = 24 * 60 * 60
-TITLE_LENGTH = 60  # characters of a first question that name its conversation
-TIMEOUT_S = 10  # for which another program's writing is waited for
-MAX_TITLE = 100  # characters of a title that somebody gives
+TITLE_LENGTH = 60  # characters of a title made from the first question
+MAX_TITLE = 100  # characters of a title set by the owner
+TIMEOUT_S = 10  # for another program's transaction
 
-# Each step makes the file's next format, `PRAGMA user_version`; a step that has been released is not changed any more
+# Each step leads to the next format (`PRAGMA user_version`); released steps never change
 MIGRATIONS = (
     # of earlier versions, whose files say 0
     """
@@ -39,7 +39,7 @@ MIGRATIONS = (
     CREATE INDEX IF NOT EXISTS by_owner ON conversations (owner, changed);
     CREATE TABLE IF NOT EXISTS settings (owner TEXT PRIMARY KEY, chosen TEXT NOT NULL);
     """,
-    # a browser could call itself "user alice": who an owner is, is said by the prefix
+    # a browser could call itself "user alice": the prefix now tells owners apart
     """
     UPDATE conversations SET owner = CASE WHEN owner GLOB 'user *' THEN 'user:' || substr(owner, 6)
         ELSE 'browser:' || owner END;
@@ -48,7 +48,7 @@ MIGRATIONS = (
     """,
 )
 
-# How a turn stands
+# States of a turn
 WAITING, ANSWERED, CUT, STOPPED, FAILED = "waiting", "answered", "cut", "stopped", "failed"
 
 
@@ -57,13 +57,13 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-        question: its text; may be empty where there are pictures.
+        question: its text; may be empty if there are pictures.
         pictures: their files.
         answer: as far as it is written.
-        note: what is to be said of the answer: the time it took, or why there is none.
-        state: WAITING until the answer is there; CUT by its limit; STOPPED by whoever asked; FAILED.
-        asked: when, in seconds since 1970.
-        remarks: about its pictures.
+        note: statistics of the answer, or the error.
+        state: WAITING until the answer has ended; CUT at the token limit; STOPPED by the user; FAILED.
+        asked: seconds since 1970.
+        remarks: on its pictures.
     """
 
     question: str
@@ -77,13 +77,13 @@ class Turn:
 
 @dataclass(eq=False)
 class Conversation:
-    """Turns, whose they are and how they are called. One that nobody asked anything yet is kept nowhere.
+    """Turns with owner and title. One without turns is not stored.
 
     Attributes:
-        owner: who began it.
-        title: "" until the first question gives it one.
-        deleted: it was deleted and is not to be kept any more.
-        unsaved: why the last save failed; "" once one has succeeded.
+        owner: as `owners.owner_of` returns it.
+        title: "" before the first question.
+        deleted: whether it was deleted, and must not be saved again.
+        unsaved: error of the last save; "" after a success.
     """
 
     owner: str
@@ -95,31 +95,31 @@ class Conversation:
 
     @property
     def name(self) -> str:
-        """What to call it."""
+        """Title, or a placeholder."""
         return self.title or "New chat"
 
 
 class Conversations:
-    """All of them.
+    """Store of all conversations.
 
     Args:
-        folder: where they are kept, made with the first; default: the user's data folder.
+        folder: created with the first conversation; default: the user's data folder.
 
     Attributes:
-        pictures, uploads, examples: folders of the conversations' pictures, of those that are about to be asked about,
-            and of those that a page suggests.
-        version: grows with every change, so that who shows a list knows when to look again.
+        pictures, uploads, examples: folders of stored images, of uploads for the next question, and of the page's
+            examples.
+        version: incremented with every change, to invalidate lists.
     """
 
     def __init__(self, folder: Path | None = None):
         folder = Path(folder) if folder else platformdirs.user_data_path("ov_mllama", appauthor=False)
-        self.folder = folder.resolve()  # no link leads to a picture that is served
+        self.folder = folder.resolve()  # served images are at paths without links
         self.pictures, self.uploads, self.examples = (
             self.folder / name for name in ("pictures", "uploads", "examples")
         )
         self.version = 0
         self._open: weakref.WeakValueDictionary[str, Conversation] = weakref.WeakValueDictionary()
-        self._lock = threading.RLock()  # of what is read and written from several threads
+        self._lock = threading.RLock()  # for `_open` and the database
 
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
@@ -130,7 +130,7 @@ class Conversations:
             yield database
 
     def titles(self, owner: str) -> list[tuple[str, str]]:
-        """Name and id of each of a person's conversations, the one asked last first."""
+        """Return title and id of an owner's conversations, the latest first."""
         with self._database() as database:
             rows = database.execute(
                 "SELECT title, id FROM conversations WHERE owner = ? ORDER BY changed DESC", [owner]
@@ -138,9 +138,9 @@ class Conversations:
             return list(rows)
 
     def get(self, key: str, owner: str) -> Conversation | None:
-        """A person's conversation by its id; None where there is none, or it is somebody else's.
+        """Return an owner's conversation by its id; None if there is none, or it is another owner's.
 
-        Every caller gets the same object. An answer that the program's end has cut off is STOPPED.
+        Every caller gets the same object. An answer that was under way when the program ended is STOPPED.
         """
         with self._lock:
             conversation = self._open.get(key)
@@ -157,7 +157,7 @@ class Conversations:
         return conversation if conversation.owner == owner and not conversation.deleted else None
 
     def owner(self, key: str) -> str | None:
-        """Return a conversation's owner by its id; None where there is none."""
+        """Return a conversation's owner by its id; None if there is none."""
         conversation = self._open.get(key)
         if conversation is not None:
             return None if conversation.deleted else conversation.owner
@@ -166,7 +166,7 @@ class Conversations:
         return row[0] if row else None
 
     def adopt(self, former: str, owner: str) -> None:
-        """Hand a former owner's conversations and settings over; settings of the new owner's stay."""
+        """Give a former owner's conversations to an owner, and its settings unless the owner has some."""
         with self._lock, self._database() as database:
             database.execute("UPDATE conversations SET owner = ? WHERE owner = ?", [owner, former])
             database.execute("UPDATE OR IGNORE settings SET owner = ? WHERE owner = ?", [owner, former])
@@ -176,7 +176,7 @@ class Conversations:
         self.version += 1
 
     def _turn(self, conversation: Conversation, fields: dict) -> Turn:
-        """A turn as it was saved, by whatever version of this program; what it does not know is left out."""
+        """Return a turn that any version of this program has saved, without unknown fields."""
         known = {each.name for each in dataclasses.fields(Turn)} & fields.keys()
         turn = Turn(**{"question": "", **{name: fields[name] for name in known}})
         turn.pictures = [self._as_stored_today(conversation, self.pictures / name) for name in turn.pictures]
@@ -185,31 +185,30 @@ class Conversations:
         return turn
 
     def _as_stored_today(self, conversation: Conversation, picture: Path) -> Path:
-        """A picture that an earlier version has kept as it was uploaded, stored anew."""
+        """Return a picture; store it first if an earlier version has left it as it was uploaded."""
         if picture.parent.parent == self.pictures:
             return picture
         try:
-            return self.keep(conversation, picture)
-        except (ValueError, OSError):  # it has gone, or was none
+            return self.store_file(conversation, picture)
+        except (ValueError, OSError):  # deleted, or no image
             return picture
 
     def save(self, conversation: Conversation) -> None:
-        """Keeps a conversation as it is now, under its first question if it has no title yet; one whose questions were
-        all taken back is kept no longer.
+        """Save a conversation, titled by its first question if it has no title; one without turns is deleted.
 
         Raises:
-            sqlite3.Error, OSError: it could not be written.
+            sqlite3.Error, OSError: if it could not be written.
         """
         self.write(conversation, self.snapshot(conversation))
 
     def snapshot(self, conversation: Conversation) -> list | None:
-        """Return a conversation's row for `write`, as it is now; None where it has no turns."""
+        """Return a conversation's row for `write`, as it is now; None if it has no turns."""
         if not conversation.turns:
             conversation.title = ""
             return None
         first = conversation.turns[0].question.strip() or "A picture"
         title = conversation.title or " ".join(first.split())[:TITLE_LENGTH]
-        conversation.title = title.encode(errors="replace").decode()  # halves of characters are no text for SQLite
+        conversation.title = title.encode(errors="replace").decode()  # lone surrogates are invalid for SQLite
         turns = [
             {**asdict(turn), "pictures": [path.relative_to(self.pictures).as_posix() for path in turn.pictures]}
             for turn in conversation.turns
@@ -226,13 +225,13 @@ class Conversations:
         """Write a conversation's `snapshot`, from any thread.
 
         Raises:
-            sqlite3.Error, OSError: it could not be written.
+            sqlite3.Error, OSError: if it could not be written.
         """
         with self._lock:
             if conversation.deleted:
                 return
             if row is None:
-                self._forget(conversation)
+                self._delete_row(conversation)
                 return
             with self._database() as database:
                 database.execute("INSERT OR REPLACE INTO conversations VALUES (?, ?, ?, ?, ?)", row)
@@ -240,101 +239,100 @@ class Conversations:
             self.version += 1
 
     def delete(self, conversation: Conversation) -> None:
-        """Forgets a conversation and its pictures for good.
+        """Delete a conversation and its pictures.
 
         Raises:
-            sqlite3.Error, OSError: it could not be deleted, and is still there.
+            sqlite3.Error, OSError: if it could not be deleted, and is still there.
         """
         with self._lock:
             try:
                 conversation.deleted = True
-                self._forget(conversation)
+                self._delete_row(conversation)
             except BaseException:
                 conversation.deleted = False
                 raise
         shutil.rmtree(self.pictures / conversation.id, ignore_errors=True)
 
-    def _forget(self, conversation: Conversation) -> None:
+    def _delete_row(self, conversation: Conversation) -> None:
         with self._database() as database:
             database.execute("DELETE FROM conversations WHERE id = ?", [conversation.id])
         self.version += 1
 
-    def keep(self, conversation: Conversation, file: Path) -> Path:
-        """Store a picture anew for as long as its conversation lives: a PNG of the pixels that `open_picture` makes of
-        it, without EXIF and other metadata, named by its pixels' digest and its old name. Twice the same picture is
-        one file.
+    def store_file(self, conversation: Conversation, file: Path) -> Path:
+        """Open an image file, and store it as `store_image`.
 
         Raises:
-            PictureError: it is missing or no picture.
-            OSError: it could not be written.
+            PictureError: if it is missing, or no image.
+            OSError: if it could not be written.
         """
-        return self.store(conversation, open_picture(file), file.stem)
+        return self.store_image(conversation, open_picture(file), file.stem)
 
-    def store(self, conversation: Conversation, image: Image.Image, name: str) -> Path:
-        """Store an opened picture, as `keep`.
+    def store_image(self, conversation: Conversation, image: Image.Image, name: str) -> Path:
+        """Store an image for a conversation's lifetime, as a PNG without metadata, and return its path.
+
+        It is named by its pixels' digest and its old name, so that the same image is stored once.
 
         Args:
             image: RGB.
-            name: without suffix; characters that mean something elsewhere are left out.
+            name: without suffix; special characters are removed.
         """
-        self._open.setdefault(conversation.id, conversation)  # its owner is shown the picture before the first save
+        self._open.setdefault(conversation.id, conversation)  # the page requests the image before the first save
         digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:16]
-        # a question that is taken back and asked again brings the name that was made here
+        # after Undo, the name has a digest already
         name = re.sub(r"[^\w -]", "", re.sub("^[0-9a-f]{16}-", "", name)).strip()[:40] or "picture"
-        kept = self.pictures / conversation.id / f"{digest}-{name}.png"
-        if not kept.is_file():
-            for folder in (self.folder, self.pictures, kept.parent):  # `parents` have no mode
+        stored = self.pictures / conversation.id / f"{digest}-{name}.png"
+        if not stored.is_file():
+            for folder in (self.folder, self.pictures, stored.parent):  # `parents` have no mode
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            part = kept.with_name(f"{secrets.token_hex(8)}.part")
+            part = stored.with_name(f"{secrets.token_hex(8)}.part")
             try:
-                image.save(part, "PNG", compress_level=1)  # 0.9 s of 12 megapixels; 6 takes 5 s for a tenth less
-                part.replace(kept)
+                image.save(part, "PNG", compress_level=1)  # 0.9 s for 12 megapixels; level 6 takes 5 s and saves 10 %
+                part.replace(stored)
             finally:
                 part.unlink(missing_ok=True)
-        return kept
+        return stored
 
     def delete_orphans(self) -> None:
-        """Deletes pictures that belong to no conversation any more: of questions taken back, or, uploads too, of a
-        program that was killed. Those of the last day stay, because they may belong to a question that is about to be
-        asked."""
+        """Delete pictures without a conversation and uploads that a killed program has left. Those of the last day
+        stay: a question about them may follow."""
         with self._database() as database:
             known = {key for (key,) in database.execute("SELECT id FROM conversations")}
         for path in [*self.pictures.glob("*"), *self.uploads.glob("*")]:
-            with contextlib.suppress(FileNotFoundError):  # another chat may delete it just then
+            with contextlib.suppress(FileNotFoundError):  # deleted by another chat
                 if path.name in known or path.stat().st_mtime >= time.time() - DAY_S:
                     continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
-                else:  # an upload that was broken off
+                else:  # an incomplete upload
                     path.unlink()
 
     def settings(self, owner: str) -> list | None:
-        """What a person has chosen last, as given to `choose`; None before."""
+        """Return the settings that an owner has saved last; None if there are none."""
         with self._database() as database:
             row = database.execute("SELECT chosen FROM settings WHERE owner = ?", [owner]).fetchone()
         return json.loads(row[0]) if row else None
 
-    def choose(self, owner: str, settings: list) -> None:
-        """Keeps what a person has chosen."""
+    def save_settings(self, owner: str, settings: list) -> None:
+        """Save an owner's settings."""
         with self._database() as database:
             database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", [owner, json.dumps(settings)])
 
 
 def migrate(database: sqlite3.Connection, file: Path) -> None:
-    """Bring the chat's SQLite file to the format of this version of the program, step by step, all or nothing.
+    """Migrate the SQLite file to this version's format, in one transaction.
 
     Args:
         file: its path, for the error.
     Raises:
-        ValueError: a newer version of the program has written it.
+        ValueError: if a newer version of the program has written it.
     """
     if database.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS):
         return
-    database.execute("BEGIN IMMEDIATE")  # another program may begin just now
+    database.execute("BEGIN IMMEDIATE")  # against other programs
     version = database.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise ValueError(
-            f"{file} has format {version}, which a newer version of this program has written; this one knows up to "
+            f"{file} has format {version} of a newer version of this program; this one knows up to "
             f"{len(MIGRATIONS)}: update the program, or move the file away."
         )
     for step in MIGRATIONS[version:]:

@@ -1,54 +1,62 @@
-"""Pictures with captions -> what the two IRs take, one sample at a time, for NNCF to calibrate with.
+"""Calibration data for NNCF: images with captions -> inputs of the two IRs, one sample at a time.
 
     load_samples -> processor -> image_inputs -> vision IR -> language_inputs -> language IR
 
 The tensors are built by the functions that inference uses (`vision.py`, `language.py`), so each sample has its own
-tiles and masks. Nothing is kept: iterating again reads, decodes and encodes again, and memory holds one sample.
+tiles and masks. Nothing is cached: each iteration reads, decodes and encodes again, and memory holds one sample.
 """
 
 import functools
 import io
 import itertools
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import PIL.Image
 from datasets import IterableDataset, get_dataset_split_names, load_dataset
-from huggingface_hub.utils import httpx  # whichever it uses
+from huggingface_hub.utils import httpx  # the version that the hub's client uses
 from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoProcessor
 
 from ov_mllama.export.samples import QUESTION, calibration_samples, photographs
 from ov_mllama.export.settings import DEFAULT_SOURCES
 from ov_mllama.runtime.cross_attention import tiles_seen, visible_kv
+from ov_mllama.runtime.errors import InputError, NotFoundError
 from ov_mllama.runtime.images import open_picture
+from ov_mllama.runtime.ir import VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.runtime.language import language_inputs
+from ov_mllama.runtime.shapes import MllamaShapes
 from ov_mllama.runtime.vision import ImageInputs, OVImageEncoder, image_inputs
 
-# the hub's: 31 000 photographs with five captions each, as parquet files that hold the pictures
+logger = logging.getLogger(__name__)
+
+# on the hub: 31 000 photographs with five captions each, as parquet files that hold the images
 HUB_SET, PACKAGED = DEFAULT_SOURCES
-PHOTOGRAPHS = "photographs"  # the source that needs no network, `ov_mllama/export/samples.py`
+PHOTOGRAPHS = "photographs"  # a source that needs no network, see `ov_mllama/export/samples.py`
 CAPTION_COLUMNS = ("answer", "caption", "captions", "text", "sentence", "sentences")
 
 
-# ---- Pictures with captions -----------------------------------------------------------------------------------------
+# ---- Images with captions -------------------------------------------------------------------------------------------
 
 
 def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDataset:
-    """A shuffled stream of a local `imagefolder`, of a set on the hub that holds its pictures (its first split), or of
-    the PHOTOGRAPHS that come with installed packages.
+    """Open a shuffled stream of a local `imagefolder`, a data set on the hub (its first split), or the PHOTOGRAPHS of
+    installed packages.
 
-    Without a `source` it is HUB_SET, or where the hub is out of reach (it says so) the PHOTOGRAPHS. A folder of that
-    name comes before them. Nothing is executed from the hub (datasets 5 runs no scripts) and no picture is fetched
-    from elsewhere.
+    Nothing is executed from the hub (datasets 5 runs no scripts), and no image is fetched from elsewhere.
 
+    Args:
+        source: folder, hub id or PHOTOGRAPHS (a folder of that name goes first); None: as `default_source`.
     Raises:
-        FileNotFoundError: no such folder or set, no network, or a package of the photographs is not installed.
-        ValueError: the set has no column of pictures or none of captions.
+        NotFoundError: no such folder or data set, no network, or a package of the photographs is not installed.
+        InputError: if the data set has no column of images or none of captions.
     """
     source = default_source(seed) if source is None else source
     if str(source) == PACKAGED:
@@ -61,8 +69,8 @@ def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDat
         else:
             data = load_dataset(str(source), split=get_dataset_split_names(str(source))[0], streaming=True)
     except (OSError, ConnectionError, httpx.HTTPError) as error:
-        raise FileNotFoundError(
-            f"'{source}' is neither a folder of pictures here nor a data set that can be reached on the Hugging Face "
+        raise NotFoundError(
+            f"'{source}' is neither a folder of images here nor a data set that can be reached on the Hugging Face "
             f"hub ({type(error).__name__}): check the spelling and the network, or give "
             f"'{PHOTOGRAPHS}', which need none."
         ) from error
@@ -71,17 +79,17 @@ def open_dataset(source: str | Path | None = None, seed: int = 0) -> IterableDat
 
 
 def default_source(seed: int = 0) -> str:
-    """Returns HUB_SET, or where the hub is out of reach (it prints so) PACKAGED."""
+    """Return HUB_SET or, logged, PACKAGED if the hub cannot be reached."""
     try:
         open_dataset(HUB_SET, seed)
     except FileNotFoundError:
-        print(f"{HUB_SET} is out of reach: the photographs that come with installed packages are used instead")
+        logger.warning("%s is out of reach: using the photographs of installed packages instead", HUB_SET)
         return PACKAGED
     return HUB_SET
 
 
 def open_photographs(seed: int) -> IterableDataset:
-    """`samples.calibration_samples` as a shuffled stream of columns "image", "question" and "caption"."""
+    """Open `samples.calibration_samples` as a shuffled stream of columns "image", "question" and "caption"."""
     samples = calibration_samples()
     for sample in samples:
         file = io.BytesIO()
@@ -94,20 +102,19 @@ def open_photographs(seed: int) -> IterableDataset:
 
 
 def own_samples(checkpoint: str | Path) -> Path | None:
-    """The folder `samples` of a checkpoint that brings pictures of what it knows, in `imagefolder` form, as the demo's
-    does: what to calibrate with, and to ask about. None if it brings none, or is a name on the hub.
+    """Return the folder `samples` of a checkpoint that brings images to calibrate with and to ask about, in
+    `imagefolder` form, as the demo does; None if it brings none, or is a hub id.
     """
     folder = Path(checkpoint) / "samples"
     return folder if any(folder.glob("metadata.*")) else None
 
 
 def questions_about(checkpoint: str | Path) -> list[dict]:
-    """What to ask a checkpoint: its own samples, {"image", "question", "answer"}, if they have questions; in the folder
-    of a converted one, its golden question; else photographs and questions, whose right answers nobody has written down
-    (`samples.photographs`).
+    """Return example questions: the checkpoint's own samples, {"image", "question", "answer"}, if they have questions;
+    the golden question of a converted model's folder; else `samples.photographs`, without right answers.
 
     Raises:
-        FileNotFoundError: a package that brings the photographs is not installed.
+        NotFoundError: if a package that brings the photographs is not installed.
     """
     folder, golden = own_samples(checkpoint), Path(checkpoint) / "golden.json"
     if folder:
@@ -115,37 +122,40 @@ def questions_about(checkpoint: str | Path) -> list[dict]:
         if "question" in samples.column_names:
             return list(samples)
     elif golden.is_file():
-        asked = json.loads(golden.read_text(encoding="utf-8"))
-        return [{**asked, "image": open_picture(golden.with_name(asked["picture"]))}]
+        sample = json.loads(golden.read_text(encoding="utf-8"))
+        return [{**sample, "image": open_picture(golden.with_name(sample["picture"]))}]
     return photographs()
 
 
 def columns(data: IterableDataset) -> tuple[str, str]:
-    """Names of the pictures' and of the captions' column."""
-    pictures = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    """Return the names of the columns of images and of captions.
+
+    Raises:
+        InputError: if one of them is missing.
+    """
+    images = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
     captions = [name for name in CAPTION_COLUMNS if name in data.features]
-    if not (pictures and captions):
-        raise ValueError(
-            f"The data set's columns are {sorted(data.features)}: it needs one of pictures (not of addresses) and a "
+    if not (images and captions):
+        raise InputError(
+            f"The data set's columns are {sorted(data.features)}: it needs one of images (not of addresses) and a "
             f"caption in one of {', '.join(CAPTION_COLUMNS)}."
         )
-    return pictures[0], captions[0]
+    return images[0], captions[0]
 
 
 def load_samples(source: str | Path | IterableDataset | None, count: int, seed: int = 0) -> Iterator[dict]:
-    """At most `count` samples {"image": RGB picture, "question", "answer"}, in the same order for the same seed.
+    """Yield at most `count` samples {"image": RGB image, "question", "answer"}, in the same order for the same seed.
 
-    Says with a progress bar how far it is, after the first sample how many minutes all will take (if more than one),
-    and at the end what was skipped and why.
+    A progress bar counts them; after the first sample it shows the minutes that all will take, if more than one. What
+    was skipped, and why, is logged at the end.
 
     Args:
-        source: hub id, folder in `imagefolder` form, PHOTOGRAPHS, or None (see `open_dataset`), or what that returns; a
-            column "question" replaces "Describe this image.".
+        source: as for `open_dataset`, or its result; a column "question" replaces "Describe this image.".
     """
     data, skipped = source if isinstance(source, IterableDataset) else open_dataset(source, seed), Counter()
-    picture_column, caption_column = columns(data)
+    image_column, caption_column = columns(data)
     # undecoded, so that one broken file is one skipped sample and not the end of the stream
-    data = data.cast_column(picture_column, datasets.Image(decode=False))
+    data = data.cast_column(image_column, datasets.Image(decode=False))
     with tqdm(total=count, desc="Calibration samples", unit="sample", leave=False) as bar:
         for row in data:
             if bar.n == count:
@@ -156,11 +166,11 @@ def load_samples(source: str | Path | IterableDataset | None, count: int, seed: 
                 skipped["no caption"] += 1
                 continue
             try:
-                image = open_picture(datasets.Image().decode_example(row[picture_column]))
+                image = open_picture(datasets.Image().decode_example(row[image_column]))
             except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-                if getattr(error, "errno", None) is not None:  # of the disk, say, not of the picture
+                if getattr(error, "errno", None) is not None:  # of the disk, not of the image
                     raise
-                skipped[f"unreadable picture ({type(error).__name__})"] += 1
+                skipped[f"unreadable image ({type(error).__name__})"] += 1
                 continue
             started = time.perf_counter()
             yield {"image": image, "question": row.get("question") or QUESTION, "answer": caption.strip()}
@@ -169,14 +179,14 @@ def load_samples(source: str | Path | IterableDataset | None, count: int, seed: 
             if bar.n == 1 and seconds * count > 60:
                 bar.write(f"One sample takes {seconds:.0f} s, all {count} about {seconds * count / 60:.0f} minutes")
     if skipped:
-        print("Skipped: " + ", ".join(f"{number} × {reason}" for reason, number in skipped.items()))
+        logger.warning("Skipped: %s", ", ".join(f"{number} × {reason}" for reason, number in skipped.items()))
 
 
 def count_samples(source: str | Path, count: int) -> int:
-    """Number of samples to calibrate with: `count`, or all of a source on this disk that has fewer (it prints so).
+    """Return the number of samples to calibrate with: `count` or, logged, the size of a smaller source on this disk.
 
     Args:
-        source: as for `load_samples`. One on the hub is not read ahead.
+        source: as for `load_samples`. One on the hub is not counted.
     """
     if str(source) not in (PACKAGED, PHOTOGRAPHS) and not Path(source).is_dir():
         return count
@@ -184,7 +194,7 @@ def count_samples(source: str | Path, count: int) -> int:
     undecoded = data.cast_column(columns(data)[0], datasets.Image(decode=False))
     available = sum(1 for _ in itertools.islice(undecoded, count))
     if available < count:
-        print(f"⚠️ {source} has {available} samples, {count} were asked for: calibration is with {available}")
+        logger.warning("⚠️ %s has %d samples, %d were requested: all are used", source, available, count)
     return available
 
 
@@ -192,14 +202,14 @@ def count_samples(source: str | Path, count: int) -> int:
 
 
 class Samples(Iterable):
-    """`make(sample)` of each sample, made anew at each iteration.
+    """Inputs of an IR: `make(sample)` of each sample, made anew at each iteration.
 
     Raises:
-        ValueError: in the iteration, there are fewer usable samples than `count`.
+        InputError: during the iteration, if there are fewer usable samples than `count`.
     """
 
     def __init__(self, make, source: str | Path | None, count: int, seed: int):
-        # the hub is asked once, which takes half a minute where it is out of reach
+        # opened once: to find the hub out of reach takes half a minute
         self.make, self.count, self.open = make, count, functools.cache(functools.partial(open_dataset, source, seed))
         self.source = source
 
@@ -209,14 +219,14 @@ class Samples(Iterable):
             number += 1
             yield self.make(sample)
         if number < self.count:
-            raise ValueError(
-                f"{self.source or 'The default source'} has {number} usable samples and {self.count} were asked for: "
+            raise InputError(
+                f"{self.source or 'The default source'} has {number} usable samples and {self.count} were requested: "
                 f"set dataset_size={number}, or give a source with more."
             )
 
 
 def processed(processor, sample: dict) -> dict[str, np.ndarray]:
-    """The processor's tensors for a sample as a conversation: the picture, its question, and its answer."""
+    """Return the processor's tensors for a sample as a conversation: the image, its question, and its answer."""
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample["question"]}]},
         {"role": "assistant", "content": [{"type": "text", "text": sample["answer"]}]},
@@ -226,7 +236,7 @@ def processed(processor, sample: dict) -> dict[str, np.ndarray]:
 
 
 def check_processor(processor, count: int | None) -> None:
-    """Refuses what the published notebook gave here, the number of samples alone.
+    """Refuse the published notebook's call, with the number of samples alone.
 
     Raises:
         TypeError: with the call that works.
@@ -241,15 +251,14 @@ def check_processor(processor, count: int | None) -> None:
 def prepare_dataset_vision(
     processor, count: int = 0, source: str | Path | None = None, seed: int = 0
 ) -> Iterable[dict]:
-    """Inputs of the vision IR by port name, for `count` pictures.
+    """Return the vision IR's inputs by port name, for `count` images.
 
     Args:
         processor: the model's `MllamaProcessor`.
         source, seed: as for `load_samples`.
     Raises:
-        ValueError: in the iteration, the source has fewer.
+        InputError: during the iteration, if the source has fewer.
     """
-
     check_processor(processor, count)
 
     def inputs(sample):
@@ -264,15 +273,14 @@ def prepare_dataset_vision(
 def prepare_dataset_llm(
     processor, image_encoder: OVImageEncoder, count: int, source: str | Path | None = None, seed: int = 0
 ) -> Samples:
-    """Inputs of the language IR by port name: the whole conversation about each of `count` pictures as one prompt.
+    """Return the language IR's inputs by port name: the conversation about each of `count` images as one prompt.
 
     Args:
-        image_encoder: encodes each picture when its turn comes; its K/V are gone with the sample.
+        image_encoder: encodes each image when it is needed; its K/V are freed with the sample.
         source, seed: as for `load_samples`.
     Raises:
-        ValueError: in the iteration, the source has fewer.
+        InputError: during the iteration, if the source has fewer.
     """
-
     check_processor(processor, count)
 
     def inputs(sample):
@@ -283,3 +291,65 @@ def prepare_dataset_llm(
         return language_inputs(tensors["input_ids"], prompt, tensors["attention_mask"])
 
     return Samples(inputs, source, count, seed)
+
+
+# ---- Calibration of an IR -------------------------------------------------------------------------------------------
+
+
+class CalibrationSet(Iterable):
+    """Samples to calibrate one IR with. The source is opened only for the `name` or a sample.
+
+    Args:
+        prepare: `language_samples` or `vision_samples`.
+        model_dir: of the IR.
+        file_name: of the IR. One that exists keeps the default source it was made with, even if another is in reach.
+        count: requested number of samples; a smaller source has fewer, see `count_samples`.
+        source: as for `load_samples`.
+        force: ignore the existing IR.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[Path, int, Any], Iterable[dict]],
+        model_dir: str | Path,
+        file_name: str,
+        count: int,
+        source: str | Path | None = None,
+        force: bool = False,
+    ):
+        self.prepare, self.path, self.count = prepare, Path(model_dir) / file_name, count
+        self.source, self.force = source, force
+
+    @functools.cached_property
+    def available(self) -> tuple[int, str | Path]:
+        """Number of samples and their source."""
+        source = self.source
+        if source is None:
+            _, _, made_with = ir_stamp(self.path).get("samples", "").partition(" of ")
+            source = made_with if made_with in DEFAULT_SOURCES and not self.force else default_source()
+        return count_samples(source, self.count), source
+
+    @property
+    def name(self) -> str:
+        """For the IR's stamp, such as "13 of my/photographs"."""
+        return "{} of {}".format(*self.available)
+
+    @functools.cached_property
+    def samples(self) -> Iterable[dict]:
+        """The prepared samples."""
+        return self.prepare(self.path.parent, *self.available)
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.samples)
+
+
+def language_samples(model_dir: Path, count: int, source: str | Path | None) -> Iterable[dict]:
+    """Return samples for the language model, each image encoded by the uncompressed vision encoder when needed."""
+    shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
+    encoder = OVImageEncoder(model_dir / VISION_ENCODER_NAME, shapes, cache_bytes=0)
+    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir, backend="pil"), encoder, count, source)
+
+
+def vision_samples(model_dir: Path, count: int, source: str | Path | None) -> Iterable[dict]:
+    """Return samples for the vision encoder."""
+    return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir, backend="pil"), count, source)

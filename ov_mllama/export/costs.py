@@ -1,8 +1,8 @@
-"""What things cost in bytes and seconds: arithmetic over a checkpoint's config, nothing is looked up.
+"""Costs of each step in bytes and seconds, computed from a checkpoint's config.
 
-Each formula for memory is a sum of what was seen to be held at once, each for seconds a measurement in proportion to
-weights: of random ones of the 11B's widths, on two cores of a virtual Intel Xeon with AVX-512 VNNI, without AMX.
-benchmarks/README.md has the measurements, tests/export/test_plan.py compares them.
+Memory is the sum of what a measured step holds at once; seconds are proportional to weights. Measured on random weights
+of the 11B's widths, on two cores of a virtual Intel Xeon with AVX-512 VNNI, without AMX: benchmarks/README.md has the
+measurements, tests/export/test_plan.py compares them.
 """
 
 from typing import NamedTuple
@@ -15,44 +15,43 @@ from ov_mllama.runtime.shapes import MllamaShapes
 
 # ---- Bytes ----
 
-LIBRARIES = 0.7e9  # OpenVINO, torch and NNCF, imported
-CONVERSION_MEMORY = 1.2e9  # of a checkpoint of any size, whose weights stay on disk; the 11B's vision encoder: 0.7e9
+LIBRARIES_BYTES = 0.7e9  # OpenVINO, torch and NNCF, imported
+CONVERSION_MEMORY_BYTES = 1.2e9  # of any checkpoint, whose weights stay on disk; the 11B's vision encoder takes 0.7e9
+CACHE_BYTES = 1.5e9  # encoded images and sessions, as `OVMLlamaForConditionalGeneration` caches them
 
-# Of weight compression, bytes for each weight
-SCALES = 1.02  # an 8-bit weight with its share of scales and zero points
-INT4_SAVING = 0.47  # of that, by 4 bit with a scale for 64 weights
-LM_HEAD_BYTES_PER_WEIGHT = 10.9  # of the head while it is compressed: in float32, its integers, and what is between
-AWQ_COPY = 4  # the two larger matrices of each MLP, scaled, in 16 bit
-PACKED = 2.3  # of each layer where NNCF runs the uncompressed model: 16 bit, packed by the plugin
+# Compression of the language model's weights, bytes per weight
+INT8_BYTES_PER_WEIGHT = 1.02  # with its share of scales and zero points
+INT4_SAVING = 0.47  # share of the INT8 size that INT4 with a scale per 64 weights saves
+LM_HEAD_BYTES_PER_WEIGHT = 10.9  # peak while the head is compressed: float32, integers, and intermediate results
+AWQ_BYTES_PER_WEIGHT = 4  # of the scaled 16-bit copies of the two larger matrices of each MLP, per weight of one matrix
+PACKED_BYTES_PER_WEIGHT = 2.3  # of layers while NNCF runs the uncompressed model: 16 bit, repacked by the plugin
 
-PIECE_LAYERS = 4  # of the vision encoder are quantised at a time, at most
-
-# Of that, bytes
-PIECE_BYTES_PER_BYTE = 11.6  # for each byte of a piece's 16-bit weights: copies in float32, and activations of one tile
-QUANTIZED = 0.75  # for each byte of all layers' 16-bit weights: the pieces that are done, in 8 bit
-
-CACHE_BYTES = 1.5e9  # room for encoded pictures and for conversations, as `OVMLlamaForConditionalGeneration` has it
+# Quantisation of the vision encoder
+PIECE_LAYERS = 4  # layers quantised at a time, at most
+PIECE_BYTES_PER_BYTE = 11.6  # peak per byte of a piece's 16-bit weights: float32 copies, activations of one tile
+QUANTIZED_BYTES_PER_BYTE = 0.75  # of finished pieces in 8 bit, per byte of all layers' 16-bit weights
 
 
-# ---- Seconds, on two cores; of a vision encoder with compressed weights ----
+# ---- Seconds, on two cores; encoding with a compressed vision encoder ----
 
-STEP_OVERHEAD_S = 5  # of each step that makes an IR, whatever the size
-WRITE_S_PER_BYTE = 4.2e-9  # for each byte that is written in 16 bit
-INT4_S_PER_WEIGHT, INT8_S_PER_WEIGHT = 12e-9, 2e-8
-AWQ_TIME_FACTOR = 3.5  # as long as without
-SAMPLE_S_PER_WEIGHT = 11e-9  # for each weight and sample, with data; scale estimation takes twice that
-QUANTIZE_S_PER_WEIGHT = 14e-8  # for each weight of the tower and picture
-REPACKED = 5.2e-9  # for each byte of weights, read and repacked by the plugin
-READ = 5.9e-11  # for each byte of weights that a token reads
-ONE_TILE, FOUR_TILES = 1.22e-11, 5.12e-11  # of a picture, for each weight of the tower and row of a tile
+STEP_OVERHEAD_S = 5  # of each step that makes an IR, of any size
+WRITE_S_PER_BYTE = 4.2e-9  # of writing an IR in 16 bit
+INT4_S_PER_WEIGHT, INT8_S_PER_WEIGHT = 12e-9, 2e-8  # of compressing without data
+AWQ_TIME_FACTOR = 3.5  # of compression with AWQ, relative to without
+SAMPLE_S_PER_WEIGHT = 11e-9  # of compressing with data, per weight and sample; with scale estimation twice
+QUANTIZE_S_PER_WEIGHT = 14e-8  # of quantising the vision encoder, per weight of the tower and image
+LOAD_S_PER_BYTE = 5.2e-9  # of reading weights and having the plugin repack them
+TOKEN_S_PER_BYTE = 5.9e-11  # of computing a token, per byte of weights that it reads
+ONE_TILE_S_PER_WEIGHT_ROW = 1.22e-11  # of encoding a one-tile image, per weight of the tower and row of a tile
+FOUR_TILES_S_PER_WEIGHT_ROW = 5.12e-11  # likewise, a four-tile image
 
 
 class Cost(NamedTuple):
-    """What one step takes.
+    """The cost of one step.
 
     Attributes:
-        disk: bytes that it writes.
-        memory: bytes at its peak, beside mapped files, which the system can drop.
+        disk: bytes written.
+        memory: bytes at the peak, without mapped files, which the system can drop.
         seconds: on two cores.
     """
 
@@ -65,9 +64,15 @@ class Cost(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """How many weights a model has: in one of the three matrices of all MLPs of the language model; in its attention;
-    in its embedding; in its head, none where that is the embedding once more; in the layers of the vision tower; and
-    behind these, in the projector and the K/V projections of the cross-attention layers.
+    """Numbers of a model's weights by part.
+
+    Attributes:
+        mlp: one of the three matrices of each MLP of the language model.
+        attention: of the language model.
+        embedding: of tokens.
+        head: 0 if tied to the embedding.
+        tower: layers of the vision tower.
+        projections: the projector, and the K/V projections of the cross-attention layers.
     """
 
     mlp: float
@@ -91,7 +96,7 @@ class Weights(NamedTuple):
 
 
 def weights(config: MllamaConfig | LlamaConfig) -> Weights:
-    """Of a checkpoint, norms and other small things left out; of a Llama for text too."""
+    """Count the weights of a Mllama or a Llama for text, without norms and other small tensors."""
     text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
     heads, hidden = text.num_attention_heads, text.hidden_size
     layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size if vision else 0
@@ -111,86 +116,86 @@ def weights(config: MllamaConfig | LlamaConfig) -> Weights:
 
 
 def conversion_cost(config: MllamaConfig, vision_encoder: bool = True, language_model: bool = True) -> Cost:
-    """Of `convert_mllama`, of the parts that it has to write."""
+    """Return the cost of `convert_mllama` for the parts that it has to write."""
     size = weights(config)
     disk = 2 * (size.vision * vision_encoder + size.language * language_model)
-    return Cost(disk, CONVERSION_MEMORY, conversion_seconds(disk)) if disk else Cost()
+    return Cost(disk, CONVERSION_MEMORY_BYTES, conversion_seconds(disk)) if disk else Cost()
 
 
 def conversion_seconds(size: float) -> float:
-    """Of writing an IR of so many bytes in 16 bit."""
+    """Return the seconds of writing an IR of so many bytes in 16 bit."""
     return STEP_OVERHEAD_S + WRITE_S_PER_BYTE * size
 
 
 def compression_cost(settings: Settings, config: MllamaConfig | LlamaConfig) -> Cost:
-    """Of compressing the language model's weights."""
+    """Return the cost of compressing the language model's weights."""
     size = weights(config)
     in_4_bit = size.language if settings.all_layers else size.layers
     in_4_bit *= settings.ratio * settings.is_int4
-    disk = SCALES * (size.language - INT4_SAVING * in_4_bit)
-    memory = LIBRARIES + max(disk, LM_HEAD_BYTES_PER_WEIGHT * size.embedding)
+    disk = INT8_BYTES_PER_WEIGHT * (size.language - INT4_SAVING * in_4_bit)
+    memory = LIBRARIES_BYTES + max(disk, LM_HEAD_BYTES_PER_WEIGHT * size.embedding)
     seconds = STEP_OVERHEAD_S + INT4_S_PER_WEIGHT * size.language * (AWQ_TIME_FACTOR if settings.awq else 1)
     if settings.awq:
-        memory += AWQ_COPY * size.mlp
+        memory += AWQ_BYTES_PER_WEIGHT * size.mlp
     if settings.dataset_size:
         shapes = MllamaShapes.from_config(config)
-        encoder = 2 * size.tower + picture_memory(shapes, shapes.max_num_tiles)  # which encodes the samples' pictures
-        memory = max(memory, LIBRARIES + PACKED * size.layers + size.embedding + size.head + encoder)
+        encoder = 2 * size.tower + picture_memory(shapes, shapes.max_num_tiles)  # encodes the samples' images
+        memory = max(
+            memory, LIBRARIES_BYTES + PACKED_BYTES_PER_WEIGHT * size.layers + size.embedding + size.head + encoder
+        )
         seconds += SAMPLE_S_PER_WEIGHT * size.language * settings.dataset_size * (1 + settings.scale_estimation)
     return Cost(disk, memory, seconds)
 
 
-def vision_cost(option: str, config: MllamaConfig, pictures: int = 0) -> Cost:
-    """Of making the vision encoder smaller.
+def vision_cost(option: str, config: MllamaConfig, images: int = 0) -> Cost:
+    """Return the cost of making the vision encoder smaller.
 
     Args:
         option: of `ov_mllama.export.settings.VISION_OPTIONS`.
-        pictures: to calibrate "INT8 quantization" with.
+        images: number to calibrate "INT8 quantization" with.
     """
     size = weights(config)
     if option == "FP16":
         return Cost()
+    disk = INT8_BYTES_PER_WEIGHT * size.vision
     if option == "INT8 quantization":
-        return Cost(
-            SCALES * size.vision,
-            quantization_memory(config),
-            STEP_OVERHEAD_S + QUANTIZE_S_PER_WEIGHT * size.tower * pictures,
-        )
-    return Cost(SCALES * size.vision, LIBRARIES + 2 * size.tower, STEP_OVERHEAD_S + INT8_S_PER_WEIGHT * size.vision)
+        seconds = STEP_OVERHEAD_S + QUANTIZE_S_PER_WEIGHT * size.tower * images
+        return Cost(disk, quantization_memory(config), seconds)
+    return Cost(disk, LIBRARIES_BYTES + 2 * size.tower, STEP_OVERHEAD_S + INT8_S_PER_WEIGHT * size.vision)
 
 
 def quantization_memory(config: MllamaConfig) -> float:
-    """Bytes at the peak of quantising the vision encoder in pieces (`piecewise.quantize_in_pieces`), with one tile of
-    each picture: of the last pieces, beside which all others are held quantised."""
+    """Return the peak bytes of `piecewise.quantize_in_pieces` with one tile per image: at the last pieces, when all
+    others are held quantised."""
     vision, size = config.vision_config, weights(config)
     layers = vision.num_hidden_layers + vision.num_global_layers
     longest = min(PIECE_LAYERS, max(vision.num_hidden_layers, vision.num_global_layers))
     piece = 2 * max(size.tower * longest / layers, size.projections)
-    return LIBRARIES + PIECE_BYTES_PER_BYTE * piece + QUANTIZED * 2 * size.tower
+    return LIBRARIES_BYTES + PIECE_BYTES_PER_BYTE * piece + QUANTIZED_BYTES_PER_BYTE * 2 * size.tower
 
 
 def answering_memory(config: MllamaConfig, weight_bytes: float) -> float:
-    """Bytes while pictures of all tiles are asked about.
+    """Return the bytes of answering questions about images with all tiles.
 
     Args:
-        weight_bytes: of all IRs. The plugin's repacked copy of them is about as large, and in memory.
+        weight_bytes: of all IRs; the plugin's repacked copy in memory is about as large.
     """
     shapes = MllamaShapes.from_config(config)
     largest = picture_memory(shapes, shapes.max_num_tiles)
-    kept = min(CACHE_BYTES, 4 * shapes.cross_kv_bytes(shapes.max_num_tiles * shapes.patches_per_tile))
-    return LIBRARIES + weight_bytes + largest + kept
+    cached = min(CACHE_BYTES, 4 * shapes.cross_kv_bytes(shapes.max_num_tiles * shapes.patches_per_tile))
+    return LIBRARIES_BYTES + weight_bytes + largest + cached
 
 
-# ---- Words ----------------------------------------------------------------------------------------------------------
+# ---- Text -----------------------------------------------------------------------------------------------------------
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as people read them."""
+    """Return bytes as text for people."""
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Return seconds as text for people."""
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else "10 ms or less"
     if seconds < 90:

@@ -1,10 +1,10 @@
-"""Static quantisation of the vision encoder a few layers at a time, so that memory holds NNCF's work on those only.
+"""Static quantisation of the vision encoder a few layers at a time, so that NNCF's work on those alone is in memory.
 
-    model -> pieces; of each: run it for the next one's calibration data, quantise it, connect it -> model
+    model -> pieces; for each: run it for the next one's calibration data, quantise it, connect it -> model
 
-NNCF's statistics are those of the unquantised model, layer by layer: a piece that is calibrated with what unquantised
-pieces hand on sees what it would see inside the whole. How a piece is quantised is `compress.py`'s; of the graph this
-file knows the names that tracing `VisionEncoder` leaves.
+NNCF collects the statistics of the unquantised model, layer by layer: a piece calibrated with the outputs of
+unquantised pieces gets the data it would get inside the model. A piece is quantised by `compress.py`; this file depends
+on the node names of a traced `VisionEncoder`.
 """
 
 import re
@@ -18,6 +18,7 @@ from openvino import opset13 as ops
 from openvino.properties.hint import inference_precision
 
 from ov_mllama.export.costs import PIECE_LAYERS
+from ov_mllama.runtime.errors import DiskError, InputError
 
 FIRST_NORM = re.compile(r"__module\.vision_model\.transformer\.layers\.0\.input_layernorm/.*/MVN")
 LAST_LINEAR = re.compile(r"__module\.vision_model\.((?:global_)?transformer)\.layers\.(\d+)\.mlp\.fc2/.*/Add")
@@ -29,18 +30,19 @@ Quantize = Callable[[ov.Model, list[Sample]], ov.Model]
 def quantize_in_pieces(
     model: ov.Model, samples: Iterable[Sample], quantize: Quantize, folder: Path, layers: int = PIECE_LAYERS
 ) -> ov.Model:
-    """The model, each of its pieces quantised by itself.
+    """Return the model with each of its pieces quantised separately.
 
     Args:
-        model: the vision encoder; left as it is.
+        model: the vision encoder; not changed.
         samples: to calibrate with; read once.
         quantize: takes a piece and its calibration data, and returns the piece quantised.
-        folder: where what pieces make of the samples is kept, in temporary files: for the 11B, 60 MB for each tile.
+        folder: for the pieces' outputs, in temporary files: for the 11B, 60 MB per tile.
         layers: of a piece, at most.
     Returns:
         a model with the same ports.
     Raises:
-        ValueError: as `layer_outputs`; OSError: as `on_disk`.
+        InputError: as `layer_outputs`.
+        DiskError: as `on_disk`.
     """
     pieces = split(model, layers)
     data = [{name: on_disk(array, folder) for name, array in sample.items()} for sample in samples]
@@ -62,40 +64,40 @@ def quantize_in_pieces(
 
 
 def split(model: ov.Model, layers: int) -> list[ov.Model]:
-    """The model's pieces in order: each takes what it needs of the model's inputs and of the outputs of those before.
+    """Return the model's pieces in order; inputs of each are those it needs of the model's inputs and earlier outputs.
 
-    All but the last, which has the model's outputs, end with an encoder layer and have its output, f32 [1, rows,
-    channels], as their own. Their weights are the model's, not copies.
+    The last one has the model's outputs; the others end with an encoder layer, and its output, f32 [1, rows, channels],
+    is theirs. Weights are shared with the model.
 
     Raises:
-        ValueError: as `layer_outputs`.
+        InputError: as `layer_outputs`.
     """
     ends = piece_ends(model, layers)
     return [cut(model, ends[:index], end) for index, end in enumerate([*ends, None])]
 
 
 def piece_ends(model: ov.Model, layers: int) -> list[str]:
-    """Names of the nodes to cut behind: after so many layers, after those that are handed on, after each encoder.
+    """Return the nodes to cut after: every so many layers, at states that the projector reads, at each encoder's end.
 
     Raises:
-        ValueError: as `layer_outputs`.
+        InputError: as `layer_outputs`.
     """
-    ends = [node.get_friendly_name() for node in embeddings(model) if is_handed_on(node)]
+    ends = [node.get_friendly_name() for node in embeddings(model) if is_read_by_projector(node)]
     for outputs in layer_outputs(model).values():
         length = 0
         for node in outputs:
             length += 1
-            if is_handed_on(node) or length == layers or node is outputs[-1]:
+            if is_read_by_projector(node) or length == layers or node is outputs[-1]:
                 ends.append(node.get_friendly_name())
                 length = 0
     return ends
 
 
 def layer_outputs(model: ov.Model) -> dict[str, list[ov.Node]]:
-    """The nodes that compute the layers' outputs, in order, by encoder: "transformer" and "global_transformer".
+    """Return the nodes that compute the layers' outputs, in order, by encoder: "transformer", "global_transformer".
 
     Raises:
-        ValueError: the graph's nodes are not named as tracing the vision encoder names them.
+        InputError: if the graph's nodes are not named as in a traced vision encoder.
     """
     found = {"transformer": {}, "global_transformer": {}}
     for node in model.get_ops():
@@ -104,27 +106,27 @@ def layer_outputs(model: ov.Model) -> dict[str, list[ov.Node]]:
             found[encoder][int(index)] = residual_sum(node)
     for encoder, layers in found.items():
         if not layers or sorted(layers) != list(range(len(layers))):
-            raise ValueError(
-                f"The {encoder} layers that were found in the vision encoder's graph are {sorted(layers) or 'none'}: "
-                f"it cannot be split to be quantised. Convert it again with the exact versions of requirements.txt."
+            raise InputError(
+                f"The vision encoder cannot be split to be quantised: its graph has the {encoder} layers "
+                f"{sorted(layers) or 'none'}. Convert it again with the exact versions of requirements.txt."
             )
     return {encoder: [layers[index] for index in range(len(layers))] for encoder, layers in found.items()}
 
 
 def embeddings(model: ov.Model) -> list[ov.Node]:
-    """The node that computes the first layer's input; none in a graph whose nodes are named otherwise."""
+    """Return the node that computes the first layer's input; none in a graph whose nodes are named otherwise."""
     return [
         node.input_value(0).get_node() for node in model.get_ops() if FIRST_NORM.fullmatch(node.get_friendly_name())
     ]
 
 
-def is_handed_on(node: ov.Node) -> bool:
-    """Whether the projector reads a layer's input or output, beside the next layer's norm and its residual sum."""
+def is_read_by_projector(node: ov.Node) -> bool:
+    """Return whether the projector reads a layer's input or output, as the next layer's norm and residual sum do."""
     return len(node.output(0).get_target_inputs()) > 2
 
 
 def residual_sum(node: ov.Node) -> ov.Node:
-    """What an encoder layer ends with: behind its last linear layer its gate, if it has one, then the sum."""
+    """Return the last node of an encoder layer: after its last linear layer comes a gate, if any, then the sum."""
     while True:
         node = next(iter(node.output(0).get_target_inputs())).get_node()
         if node.get_type_name() != "Multiply":
@@ -132,9 +134,9 @@ def residual_sum(node: ov.Node) -> ov.Node:
 
 
 def cut(model: ov.Model, before: list[str], end: str | None) -> ov.Model:
-    """The piece of a model that starts behind the nodes `before` and ends with the node `end`, or None: as the model.
+    """Return the piece of a model after the nodes `before`, up to the node `end`; None: up to the model's outputs.
 
-    Ports that are not the model's are called as their nodes.
+    Ports that are not the model's are named like their nodes.
     """
     copy = model.clone()  # the graph; weights are shared
     nodes = {node.get_friendly_name(): node for node in copy.get_ops()}
@@ -148,28 +150,28 @@ def cut(model: ov.Model, before: list[str], end: str | None) -> ov.Model:
         output.replace(parameter.output(0))
         parameter.output(0).get_tensor().set_names({name})
         parameters.append(parameter)
-    piece = ov.Model(results, parameters).clone()  # without the rest of the graph, so that unused parameters show
+    piece = ov.Model(results, parameters).clone()  # drops the rest of the graph, so that unused parameters show
     for parameter in piece.get_parameters():
         if not parameter.output(0).get_target_inputs():
             piece.remove_parameter(parameter)
     return piece
 
 
-# ---- One piece after the other --------------------------------------------------------------------------------------
+# ---- Running and connecting pieces ----------------------------------------------------------------------------------
 
 
 def run(piece: ov.Model, inputs: list[Sample], data: list[Sample], folder: Path) -> None:
-    """Adds to each sample of `data` what the piece makes of its `inputs`, in f32 as NNCF's statistics."""
+    """Add the piece's outputs for `inputs` to each sample of `data`, in f32 as NNCF's statistics."""
     compiled = ov.Core().compile_model(piece, "CPU", {inference_precision: ov.Type.f32})
     for sample, outputs in zip(data, map(compiled, inputs), strict=True):
         sample.update({port.any_name: on_disk(array, folder) for port, array in outputs.items()})
 
 
 def on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
-    """A copy that takes no memory: mapped from a file that has no name, and goes with it.
+    """Return a copy mapped from an unnamed temporary file, which is freed with it.
 
     Raises:
-        OSError: no room there; names the folder.
+        DiskError: if the folder's disk is full.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -177,14 +179,14 @@ def on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
             file.flush()
             return np.memmap(file, array.dtype, "r+", shape=array.shape)
     except OSError as error:
-        raise OSError(
+        raise DiskError(
             error.errno,
-            f"{folder} cannot hold the calibration data ({error.strerror}): make room there, or use fewer pictures",
+            f"{folder} cannot hold the calibration data ({error.strerror}): free disk space, or use fewer images",
         ) from error
 
 
 def connect(piece: ov.Model, known: dict[str, ov.Output]) -> None:
-    """Has the piece read the `known` outputs that its inputs are called as, and adds its own outputs to them."""
+    """Connect the piece's inputs to the `known` outputs of the same names, and add its own outputs to those."""
     for port in piece.inputs:
         for reader in port.get_target_inputs():
             reader.replace_source_output(known[port.any_name])

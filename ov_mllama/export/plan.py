@@ -1,5 +1,7 @@
-"""What to do with a checkpoint on a machine: which IRs, and what each step takes. It only computes: `memory.py` looks,
-`costs.py` has the formulas."""
+"""The plan for a checkpoint on a machine: which IRs to make, and the cost of each step.
+
+Nothing is measured here but in `Machine.here`; the formulas are in `costs.py`.
+"""
 
 import errno
 from collections.abc import Collection, Iterable
@@ -9,10 +11,10 @@ from pathlib import Path
 from transformers import LlamaConfig, MllamaConfig
 
 from ov_mllama.export.costs import (
-    FOUR_TILES,
-    ONE_TILE,
-    READ,
-    REPACKED,
+    FOUR_TILES_S_PER_WEIGHT_ROW,
+    LOAD_S_PER_BYTE,
+    ONE_TILE_S_PER_WEIGHT_ROW,
+    TOKEN_S_PER_BYTE,
     Cost,
     answering_memory,
     compression_cost,
@@ -24,6 +26,7 @@ from ov_mllama.export.costs import (
 )
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, VISION_OPTIONS, Settings
 from ov_mllama.runtime.devices import cores
+from ov_mllama.runtime.errors import DiskError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
 from ov_mllama.runtime.memory import existing, free_disk, free_memory
 from ov_mllama.runtime.shapes import MllamaShapes
@@ -31,13 +34,13 @@ from ov_mllama.runtime.shapes import MllamaShapes
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is made for.
+    """Resources of a machine.
 
     Attributes:
-        memory: bytes that are free, or can be had by dropping cached files.
-        disk: bytes that are free where the model will be.
-        downloads: those where checkpoints are downloaded to; None where that is the same disk.
+        memory: free bytes, those of cached files included.
+        disk: free bytes on the model's disk.
         cores: physical ones that this process may use.
+        downloads: free bytes on the disk that checkpoints are downloaded to; None if it is the model's.
     """
 
     memory: float
@@ -47,22 +50,28 @@ class Machine:
 
     @classmethod
     def here(cls, folder: str | Path, cache: str | Path | None = None) -> "Machine":
-        """This machine now.
+        """Measure this machine.
 
         Args:
-            folder: where the model will be; it need not exist yet.
-            cache: where checkpoints are downloaded to, likewise; default there too.
+            folder: of the model; it need not exist yet.
+            cache: folder that checkpoints are downloaded to, likewise; default: `folder`.
         """
         apart = cache is not None and existing(cache).stat().st_dev != existing(folder).stat().st_dev
         return cls(free_memory(), free_disk(folder), cores(), free_disk(cache or folder) if apart else None)
 
 
-SYSTEM = 4e9  # bytes of a machine's memory that its system and a browser take
+SYSTEM_BYTES = 4e9  # of a machine's memory, taken by its system and a browser
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, and what it takes. As text, a sentence to say before it."""
+    """A step of a plan and its cost.
+
+    Attributes:
+        what: an imperative, such as "download".
+        cost: in the shortest case.
+        longest: seconds in the longest case; 0 if there is only one.
+    """
 
     what: str
     cost: Cost
@@ -70,12 +79,12 @@ class Step:
 
     @property
     def time(self) -> str:
-        """What its seconds are; those of the longest case beside them."""
+        """The time for people, as a range if there is a longest case."""
         shortest, longest = duration(self.cost.seconds), duration(self.longest)
         return shortest if not self.longest or longest == shortest else f"{shortest} to {longest}"
 
     def on(self, cores: int) -> "Step":
-        """The same on so many cores; more than two count as two, of which there are measurements."""
+        """Return the step on so many cores; more than two count as two, for which there are measurements."""
         slower = 2 / min(cores, 2)
         return Step(self.what, self.cost._replace(seconds=slower * self.cost.seconds), slower * self.longest)
 
@@ -87,12 +96,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with a checkpoint on a machine.
+    """The steps for a checkpoint on a machine.
 
     Attributes:
-        machine: for which.
-        write_16_bit: whether to write the language model in 16 bit too. Where it could not be run, it would only take
-            disk: `compress(..., checkpoint=...)` makes the same smaller IR without it.
+        machine: that it is made for.
+        write_16_bit: whether to write the language model in 16 bit too. Where it cannot run, it would only take disk:
+            `compress(..., checkpoint=...)` makes the same smaller IR without it.
         compare_with_pytorch: whether the original fits in float32, and after it the 16-bit IRs computed in float32.
         steps: by name, in order.
     """
@@ -104,30 +113,30 @@ class Plan:
 
     @property
     def disk(self) -> float:
-        """Bytes that all steps write, the download among them."""
+        """Bytes that all steps write, the download included."""
         return sum(step.cost.disk for step in self.steps.values())
 
     @property
     def shortfalls(self) -> tuple[str, ...]:
-        """Sentences that say what this machine has too little of; none where all fits."""
-        memory, lacking = self.machine.memory, lacking_disk(self.steps, self.machine)
-        most = max(self.steps.values(), key=lambda step: step.cost.memory)
-        if most.cost.memory > memory:
-            lacking.append(
-                f"To {most.what} takes {gigabytes(most.cost.memory)} of memory and {gigabytes(memory)} are free: close "
-                "other programs, or take a machine with more."
+        """Sentences about missing disk and memory, each with the fix; none if all steps fit."""
+        memory, sentences = self.machine.memory, disk_shortfalls(self.steps, self.machine)
+        largest = max(self.steps.values(), key=lambda step: step.cost.memory)
+        if largest.cost.memory > memory:
+            sentences.append(
+                f"To {largest.what} takes {gigabytes(largest.cost.memory)} of memory and {gigabytes(memory)} are free: "
+                "close other programs, or use a machine with more."
             )
-        return tuple(lacking)
+        return tuple(sentences)
 
     def check_disk(self) -> None:
-        """Before an hour of downloads ends with a full disk.
+        """Refuse a plan that fills a disk, before an hour of downloads.
 
         Raises:
-            OSError: there is too little of it (errno.ENOSPC); the sentence says what to do.
+            DiskError: if there is too little disk (errno.ENOSPC).
         """
-        lacking = lacking_disk(self.steps, self.machine)
-        if lacking:
-            raise OSError(errno.ENOSPC, " ".join(lacking))
+        sentences = disk_shortfalls(self.steps, self.machine)
+        if sentences:
+            raise DiskError(errno.ENOSPC, " ".join(sentences))
 
     def __str__(self) -> str:
         rows = [
@@ -139,7 +148,7 @@ class Plan:
             )
             for step in self.steps.values()
         ]
-        cores = "one core" if self.machine.cores == 1 else "two cores"  # more were not measured
+        cores = "one core" if self.machine.cores == 1 else "two cores"  # more than two were not measured
         return markdown(("step", f"time on {cores}", "memory", "disk"), rows)
 
 
@@ -153,23 +162,23 @@ def plan(
     draft_downloaded: bool = True,
     for_chat: bool = False,
 ) -> Plan:
-    """What to do with a checkpoint on a machine.
+    """Plan the steps for a checkpoint on a machine.
 
     Args:
         settings: of the language model's compression.
         downloaded: whether the checkpoint is on this disk already.
-        made: file names of the IRs that are there already; they are not made again.
-        draft: config of the draft model, if there is to be one.
+        made: file names of the IRs that exist; they cost nothing.
+        draft: config of the draft model, if any.
         draft_downloaded: as `downloaded`, of its checkpoint.
-        for_chat: only what a chat needs: no language model in 16 bit.
+        for_chat: leave out the language model in 16 bit, which a chat does not need.
     """
     size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
     original, made = 2 * (size.language + size.vision), {made} if isinstance(made, str) else made
     vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[DEFAULT_VISION_OPTION]}.xml")
     small, smaller = compression_cost(settings, config), vision_cost(DEFAULT_VISION_OPTION, config)
-    guessing = compression_cost(Settings(), draft) if draft else Cost()
+    drafting = compression_cost(Settings(), draft) if draft else Cost()
     download = original * (not downloaded) + (2 * weights(draft).language if draft and not draft_downloaded else 0)
-    loaded = small.disk + smaller.disk + guessing.disk
+    loaded = small.disk + smaller.disk + drafting.disk
 
     def making(write_16_bit: bool) -> dict[str, Step]:
         both = "vision encoder and language model" if write_16_bit else "vision encoder"
@@ -179,7 +188,7 @@ def plan(
             "download": Step("download", Cost(disk=download)),
             "convert": Step(f"convert the {both}, 16 bit", conversion_cost(config, *missing)),
             "compress": Step(to_compress, Cost() if settings.file_name in made else small),
-            "draft": Step("compress the draft model", Cost() if DRAFT_MODEL_NAME in made else guessing),
+            "draft": Step("compress the draft model", Cost() if DRAFT_MODEL_NAME in made else drafting),
             "vision": Step(
                 f"make the vision encoder smaller, {DEFAULT_VISION_OPTION}", Cost() if vision_name in made else smaller
             ),
@@ -188,62 +197,65 @@ def plan(
         return {name: step for name, step in steps.items() if not left_out.get(name)}
 
     write_16_bit = not for_chat and answering_memory(config, original) <= machine.memory
-    if write_16_bit and lacking_disk(making(True), machine):
+    if write_16_bit and disk_shortfalls(making(True), machine):
         write_16_bit = False
     answering = answering_memory(config, loaded)
     steps = {
         **making(write_16_bit),
         "load": loading(config, loaded),
         "picture": Step(
-            "look at a picture of one to four tiles",
-            Cost(memory=answering, seconds=ONE_TILE * size.tower * rows),
-            FOUR_TILES * size.tower * rows,
+            "encode an image of one to four tiles",
+            Cost(memory=answering, seconds=ONE_TILE_S_PER_WEIGHT_ROW * size.tower * rows),
+            FOUR_TILES_S_PER_WEIGHT_ROW * size.tower * rows,
         ),
-        "token": Step("write a token", Cost(memory=answering, seconds=READ * (small.disk - size.embedding))),
+        "token": Step(
+            "write a token", Cost(memory=answering, seconds=TOKEN_S_PER_BYTE * (small.disk - size.embedding))
+        ),
     }
     float32 = answering_memory(config, 2 * original)
     steps = {name: step.on(machine.cores) for name, step in steps.items()}
     return Plan(machine, write_16_bit, write_16_bit and float32 <= machine.memory, steps)
 
 
-def lacking_disk(steps: dict[str, Step], machine: Machine) -> list[str]:
-    """Sentences on the disks that are too small for what all steps write; none where there is room."""
+def disk_shortfalls(steps: dict[str, Step], machine: Machine) -> list[str]:
+    """Return a sentence for each disk that is too small for what all steps write."""
     download = steps["download"].cost.disk if "download" in steps else 0
     writes = sum(step.cost.disk for step in steps.values())
-    lacking = []
+    sentences = []
     if machine.downloads is not None:
         writes -= download
         if download > machine.downloads:
-            lacking.append(
+            sentences.append(
                 f"The download takes {gigabytes(download)} and {gigabytes(machine.downloads)} are free on its disk: "
-                "make room, or let HF_HOME name a folder on another."
+                "free disk space, or set HF_HOME to a folder on another."
             )
     if writes > machine.disk:
-        lacking.append(
-            f"All steps write {gigabytes(writes)} and {gigabytes(machine.disk)} of disk are free: make room, or choose "
-            "a folder on another disk."
+        sentences.append(
+            f"All steps write {gigabytes(writes)} and {gigabytes(machine.disk)} of disk are free: free disk "
+            "space, or choose a folder on another disk."
         )
-    return lacking
+    return sentences
 
 
 def loading(config: MllamaConfig, weight_bytes: float) -> Step:
-    """Of reading all IRs and repacking their weights; the memory is what answering takes.
+    """Return the step of reading all IRs and repacking their weights; its memory is that of answering.
 
     Args:
-        weight_bytes: of all of them.
+        weight_bytes: of all IRs.
     """
-    return Step("load them", Cost(0, answering_memory(config, weight_bytes), 1 + REPACKED * weight_bytes))
+    return Step("load them", Cost(0, answering_memory(config, weight_bytes), 1 + LOAD_S_PER_BYTE * weight_bytes))
 
 
 def by_memory(config: MllamaConfig, settings: Settings, sizes: Iterable[int] = (16, 24, 32, 64)) -> str:
-    """A table in Markdown of what a machine of so many GB does with a checkpoint, given enough disk.
+    """Return a Markdown table of plans for a checkpoint by a machine's memory, given enough disk.
 
     Args:
         settings: as for `plan`.
+        sizes: memory of the machines, GiB.
     """
     rows = []
     for size in sizes:
-        made = plan(config, Machine(size * 2**30 - SYSTEM, float("inf")), settings, downloaded=False)
+        made = plan(config, Machine(size * 2**30 - SYSTEM_BYTES, float("inf")), settings, downloaded=False)
         making, answering = (
             max(made.steps[name].cost.memory for name in names)
             for names in (("convert", "compress", "vision"), ("picture", "token"))
@@ -255,11 +267,11 @@ def by_memory(config: MllamaConfig, settings: Settings, sizes: Iterable[int] = (
         rows.append(
             (f"{size} GB", first, gigabytes(making), gigabytes(answering), gigabytes(made.disk), ", ".join(also) or "–")
         )
-    header = ("memory of the machine", "what runs", "to make it", "to answer", "disk, all in all", "there is room for")
+    header = ("machine", "default setup", "peak RAM to convert", "peak RAM to run", "disk, total", "also fits")
     return markdown(header, rows)
 
 
 def markdown(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

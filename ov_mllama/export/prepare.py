@@ -1,12 +1,16 @@
-"""Checkpoint -> the IRs that suit this machine, as `plan.py` has it; what a chat needs of them also in one call."""
+"""Plan and make the IRs that suit this machine, see `plan.py`; what a chat needs of them also in one call."""
 
 import json
+import logging
+import os
+import secrets
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig
 
-from ov_mllama.export.convert import checkpoint_folder, checkpoint_stamp, convert_mllama
+from ov_mllama.export.checkpoint import Checkpoint
+from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import Machine, Plan, Step, loading, plan
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
@@ -24,11 +28,28 @@ from ov_mllama.runtime.ir import (
 from ov_mllama.runtime.memory import free_memory
 from ov_mllama.runtime.reference import reference_of
 
+logger = logging.getLogger(__name__)
+
 
 def default_folder(checkpoint: str | Path) -> Path:
-    """Where a checkpoint's IRs go: models/<its name>; if that is the checkpoint itself, <its name>-ov beside it."""
-    folder = Path("models") / Path(checkpoint).name
-    return folder.with_name(f"{folder.name}-ov") if folder.resolve() == Path(checkpoint).resolve() else folder
+    """Return the folder for a checkpoint's IRs: models/<its name>, in the user's cache if the current folder is
+    read-only; <its name>-ov if that is the checkpoint itself."""
+    models, name = Path("models"), Path(checkpoint).name
+    if not (models / name).is_dir() and not is_writable(models if models.is_dir() else models.parent):
+        models = Path(os.environ.get("LOCALAPPDATA") or Path.home() / ".cache", "ov-mllama", "models")
+    folder = models / name
+    return folder.with_name(f"{name}-ov") if folder.resolve() == Path(checkpoint).resolve() else folder
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether a folder can be created in a folder; by trying, because `os.access` ignores ACLs on Windows."""
+    probe = folder / f".{secrets.token_hex(8)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def plan_here(
@@ -38,52 +59,52 @@ def plan_here(
     for_chat: bool = False,
     reference: str = "auto",
 ) -> Plan:
-    """What to do with a checkpoint on this machine, as it is now.
+    """Plan what to do with a checkpoint on this machine, with its memory and disk as they are now.
 
     Args:
-        checkpoint: hub id or local folder. Of one on the hub only the config is fetched, for a gated one after a login.
-        model_dir: where the converted model will be; what is there already is not counted.
-        draft: the draft model's hub id or folder, if there is to be one.
+        checkpoint: hub id or local folder. From the hub only the config is fetched, of a gated one after a login.
+        model_dir: folder for the converted model; current IRs in it count as done.
+        draft: hub id or folder of the draft model, if any.
         for_chat: as for `plan`.
-        reference: as for `convert_mllama`; IRs that follow another are made anew.
+        reference: as for `convert_mllama`; IRs that follow another are not current.
     Raises:
-        ValueError, FileNotFoundError, PermissionError: as `checkpoint_folder`, each naming the fix; and ValueError: the
-            draft model has another vocabulary, or there is no such reference.
+        InputError, NotFoundError, AccessError: as `Checkpoint`.
+        InputError: if the draft model has another vocabulary, or the reference does not exist.
     """
-    source = checkpoint_folder(checkpoint, weights=Path(checkpoint).is_dir())
-    config, here = AutoConfig.from_pretrained(source), Machine.here(model_dir, HF_HUB_CACHE)
-    downloaded, made = has_weights(source), made_of(source, model_dir, reference)
+    source = Checkpoint(checkpoint, with_weights=Path(checkpoint).is_dir())
+    here, downloaded = Machine.here(model_dir, HF_HUB_CACHE), has_weights(source.folder)
+    made = current_irs(source, Path(model_dir), downloaded, reference)
     if not draft:
-        return plan(config, here, Settings(), downloaded, made, for_chat=for_chat)
-    draft_source = checkpoint_folder(draft, weights=Path(draft).is_dir(), wanted="llama")
-    draft_config = AutoConfig.from_pretrained(draft_source)
-    check_vocabulary(draft_config.vocab_size, config.text_config.vocab_size)
-    made += made_of(draft_source, Path(model_dir, DRAFT_FOLDER), reference=None)
-    return plan(config, here, Settings(), downloaded, made, draft_config, has_weights(draft_source), for_chat)
+        return plan(source.config, here, Settings(), downloaded, made, for_chat=for_chat)
+    small = Checkpoint(draft, "llama", with_weights=Path(draft).is_dir())
+    small_downloaded = has_weights(small.folder)
+    check_vocabulary(small.config.vocab_size, source.config.text_config.vocab_size)
+    made += current_irs(small, Path(model_dir, DRAFT_FOLDER), small_downloaded)
+    return plan(source.config, here, Settings(), downloaded, made, small.config, small_downloaded, for_chat)
 
 
-def made_of(source: Path, folder: str | Path, reference: str | None = "auto") -> list[str]:
-    """File names of the IRs in a folder that were made of a checkpoint; while that is not downloaded, of any.
+def current_irs(checkpoint: Checkpoint, folder: Path, downloaded: bool, reference: str | None = None) -> list[str]:
+    """Return file names of a folder's IRs that were made of a checkpoint or, if it is not downloaded, of any.
 
     Args:
-        reference: they follow, as for `convert_mllama`; None for a draft model, which follows none.
+        reference: that they follow, as for `convert_mllama`; None for a draft model, which follows none.
     """
-    follows = reference_of(source, reference)[0] if reference else None
-    wanted = checkpoint_stamp(source, follows) if has_weights(source) else {"converter_version": CONVERTER_VERSION}
-    return [path.name for path in Path(folder).glob("*.xml") if is_current(path, wanted)]
+    follows = reference_of(checkpoint.folder, reference)[0] if reference else None
+    stamp = checkpoint.stamp(follows) if downloaded else {"converter_version": CONVERTER_VERSION}
+    return [path.name for path in folder.glob("*.xml") if is_current(path, stamp)]
 
 
 def loading_here(model_dir: str | Path, *files: str | Path) -> Step:
-    """What it takes to load these IRs of a folder, by their .xml, and to answer with them."""
+    """Return the step of loading these IRs of a folder, by their .xml; its memory is that of answering."""
     config, paths = AutoConfig.from_pretrained(model_dir), [Path(model_dir, file) for file in files]
     return loading(config, sum(path.with_suffix(".bin").stat().st_size for path in paths))
 
 
 def files_to_load(model_dir: Path, language: str | None = None, vision: str | None = None) -> tuple[str, str]:
-    """Names of a folder's language model and vision encoder, the compressed ones made last where none are given.
+    """Return the names of a folder's language model and vision encoder; by default the newest compressed ones.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_model_dir`.
+        NotFoundError, InputError: as `check_model_dir`.
     """
     files = language or newest(model_dir, LANGUAGE_MODEL_NAME), vision or newest(model_dir, VISION_ENCODER_NAME)
     check_model_dir(model_dir, files)
@@ -91,23 +112,23 @@ def files_to_load(model_dir: Path, language: str | None = None, vision: str | No
 
 
 def print_load_estimate(model_dir: str | Path, device: str, *files: str | Path) -> None:
-    """Says what is loaded, how long that takes and how much memory it is to answer with, and whether that is there.
+    """Log the IRs to be loaded, the time and memory that takes, and a warning if less memory is free.
 
     Args:
         files: as for `loading_here`; the language model and the vision encoder first.
     """
     step, free = loading_here(model_dir, *files), free_memory()
-    most = gigabytes(step.cost.memory)
-    print(f"⌛ Loading {files[0]} and {files[1]} from {model_dir}", flush=True)
-    print(f"   about {step.time} on two cores; an answer takes up to {most} of memory", flush=True)
+    peak = gigabytes(step.cost.memory)
+    logger.info("⌛ Loading %s and %s from %s", files[0], files[1], model_dir)
+    logger.info("   about %s on two cores; an answer takes up to %s of memory", step.time, peak)
     if free < step.cost.memory and not has_own_memory(device):
-        print(f"⚠️ Only {gigabytes(free)} are free: close other programs, or all of it will be slow", flush=True)
+        logger.warning("⚠️ Only %s are free: close other programs, or the system will swap", gigabytes(free))
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether all of a checkpoint's weights are in a folder: a download may have been interrupted."""
+    """Return whether all of a checkpoint's weights are in a folder: a download may have been interrupted."""
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():  # of a part of many, it may be on its way
+    if not index.is_file():  # a single shard's index may still be missing
         return any("-of-" not in path.name for path in folder.glob("*.safetensors"))
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return all((folder / name).is_file() for name in set(files))
@@ -116,21 +137,20 @@ def has_weights(folder: Path) -> bool:
 def prepare(
     checkpoint: str | Path, model_dir: str | Path, draft: str | Path | None = None, reference: str = "auto"
 ) -> Path:
-    """Converts and compresses a checkpoint by data-free means as the plan for this machine says, for a chat; whatever
-    is there already is kept.
+    """Convert and compress a checkpoint for a chat, without calibration data, as planned for this machine.
 
     Args:
         checkpoint, model_dir, draft, reference: as for `plan_here`; the draft model goes to DRAFT_FOLDER in model_dir.
     Returns:
         model_dir as a Path.
     Raises:
-        ValueError, FileNotFoundError, PermissionError, OSError, MemoryError: as the steps, each naming the fix.
+        UserError: as the steps, each with the fix.
     """
-    made = plan_here(checkpoint, model_dir, draft, for_chat=True, reference=reference)
-    print(made, *made.shortfalls, sep="\n")
-    made.check_disk()
-    model_dir = convert_mllama(checkpoint, model_dir, language_model=made.write_16_bit, reference=reference)
-    # not before: NNCF, once imported, has a hand in what torch traces, and torch then says so
+    steps = plan_here(checkpoint, model_dir, draft, for_chat=True, reference=reference)
+    logger.info("\n".join(map(str, (steps, *steps.shortfalls))))
+    steps.check_disk()
+    model_dir = convert_mllama(checkpoint, model_dir, language_model=steps.write_16_bit, reference=reference)
+    # imported late: NNCF patches functions that torch traces, and torch then warns
     from ov_mllama.export.compress import compress_language_model, make_draft_model, make_vision_encoder
 
     compress_language_model(model_dir, Settings(), checkpoint=checkpoint)

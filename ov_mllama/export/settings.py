@@ -1,6 +1,6 @@
-"""How the language model's weights are compressed: settings, their defaults, and which of them go together.
+"""Compression settings: their defaults, and which of them go together.
 
-No NNCF here: plans are made from settings before anything is traced, and NNCF, once imported, has a hand in torch.
+NNCF is not imported here: plans are made before anything is traced, and NNCF patches functions that torch traces.
 """
 
 import re
@@ -8,14 +8,16 @@ from dataclasses import dataclass, fields
 
 from transformers import LlamaConfig, MllamaConfig
 
+from ov_mllama.runtime.errors import InputError
+
 INT4, INT8 = ("int4_asym", "int4_sym"), ("int8_asym", "int8_sym")
 GROUP_SIZES = (32, 64, 128, -1)
-# What may be done to the vision encoder, and what that adds to its file name
+# Options for the vision encoder, and the suffix of the file name of each
 VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compression": "_int8_wc"}
-# The default on all devices: the calibrated encoder takes 0.65 to 0.8 of its time and is up to ten times as far from 16
+# On all devices: the calibrated encoder takes 0.65 to 0.8 of the time, with up to ten times the error relative to 16
 # bit (benchmarks/README.md, "Precision")
 DEFAULT_VISION_OPTION = "INT8 weights compression"
-# of calibration samples, where none is given: the hub's, else those of `ov_mllama/export/samples.py`
+# Of calibration samples: the hub's or, without network, those of `ov_mllama/export/samples.py`
 DEFAULT_SOURCES = ("lmms-lab/flickr30k", "photographs of installed packages")
 DATA_FREE_METRIC = "weight_quantization_error"
 DATA_METRIC = "max_activation_variance"  # the default with data, as in the published notebook
@@ -23,23 +25,24 @@ DATA_METRIC = "max_activation_variance"  # the default with data, as in the publ
 
 @dataclass(frozen=True)
 class Settings:
-    """How the language model's weights are compressed. A new setting has its default and its words here, its place in
-    `file_name` and `compress.nncf_arguments`, and, if people shall choose it, a widget in `ov_mllama_compression.py`.
+    """Compression settings of the language model's weights.
+
+    A new setting needs its default and documentation here, its place in `file_name` and `compress.nncf_arguments`, and
+    perhaps a widget in `ov_mllama_compression.py`.
 
     Attributes:
         algo: "int4_asym", "int4_sym", "int8_asym" or "int8_sym" (or nncf.CompressWeightsMode's members).
-        ratio: share of the weights in 4 bit, 0 to 1, in whole layers; the others, chosen by `sm`, get 8.
+        ratio: share of the weights in 4 bit, 0 to 1, by layers; the others, chosen by `sm`, get 8.
         sm: sensitivity metric (nncf.SensitivityMetric). Default with data DATA_METRIC, without DATA_FREE_METRIC.
-        awq: activation-aware scaling; without data, from the weights alone. For the 11B it takes more memory than a
-            16 GB machine has.
+        awq: activation-aware scaling; without data, from the weights alone. For the 11B it needs more than 16 GB.
         scale_estimation, lora, gptq: corrections that need data.
-        group_size: weights that share a scale: 32, 64, 128, or -1 for a whole channel. INT8: -1, the default of `of`.
+        group_size: weights that share a scale: 32, 64, 128, or -1 for a channel. INT8: -1, the default of `of`.
         all_layers: embedding and `lm_head` in 4 bit as well, else in 8.
         dataset_size: calibration samples; 0 for none.
-        int8_layers: layers to keep in 8 bit, by the end of their names, such as "cross_attn.o_proj"; one or several.
+        int8_layers: layers left in 8 bit, by the end of their names, such as "cross_attn.o_proj"; one or several.
 
     Raises:
-        ValueError: `int8_layers` are no names of layers.
+        InputError: if `int8_layers` are not names of layers.
     """
 
     algo: str = "int4_asym"
@@ -58,15 +61,15 @@ class Settings:
         names = self.int8_layers or ()
         names = (names,) if isinstance(names, str) else tuple(names)
         if not all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in names):
-            raise ValueError(f"int8_layers={names}: give names of layers, such as ('cross_attn.o_proj',).")
+            raise InputError(f"int8_layers={names}: give names of layers, such as ('cross_attn.o_proj',).")
         object.__setattr__(self, "int8_layers", names)
 
     @classmethod
     def of(cls, **settings) -> "Settings":
-        """Those given, and for the rest defaults that go with them.
+        """Return settings with the given values, and defaults that go with them for the rest.
 
         Raises:
-            TypeError: there is no such setting.
+            TypeError: for a setting that does not exist.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(settings.keys() - set(known))
@@ -86,7 +89,7 @@ class Settings:
 
     @property
     def file_name(self) -> str:
-        """Such as llm_int4_asym_r10_gs64_max_activation_variance_awq_scale_all_layers.xml."""
+        """Of the IR, such as llm_int4_asym_r10_gs64_max_activation_variance_awq_scale_all_layers.xml."""
         parts = ["llm", self.algo]
         if self.is_int4:
             parts += [f"r{self.ratio * 10:g}", f"gs{self.group_size}"]
@@ -103,42 +106,42 @@ class Settings:
         return "_".join(parts) + ".xml"
 
     def check(self, config: MllamaConfig | LlamaConfig) -> None:
-        """Refuses what NNCF would refuse, some of it only after minutes.
+        """Refuse settings that NNCF would refuse, some of them only after minutes.
 
         Raises:
-            ValueError: with the reason and the nearest settings that work.
+            InputError: with the reason and the nearest settings that work.
         """
         with_data = [name for name in ("scale_estimation", "lora", "gptq") if getattr(self, name)]
         if self.sm not in (None, DATA_FREE_METRIC):
             with_data.append(f"sm='{self.sm}'")
         if self.algo not in INT4 + INT8:
-            raise ValueError(f"algo='{self.algo}' is none of {', '.join(INT4 + INT8)}.")
+            raise InputError(f"algo='{self.algo}' is none of {', '.join(INT4 + INT8)}.")
         if self.dataset_size < 0:
-            raise ValueError(f"dataset_size={self.dataset_size} is no number of samples: use 0 for none, or 32.")
+            raise InputError(f"dataset_size={self.dataset_size} is not a number of samples: use 0 for none, or 32.")
         if self.algo in INT8:
             only_int4 = with_data + [name for name in ("awq", "all_layers", "sm", "int8_layers") if getattr(self, name)]
             only_int4 += ["ratio"] * (self.ratio != 1) + ["group_size"] * (self.group_size != -1)
             only_int4 += ["dataset_size"] * (self.dataset_size > 0)
             if only_int4:
-                raise ValueError(
+                raise InputError(
                     f"{self.algo} compresses every layer to 8 bit, one scale a channel, without data: leave out "
                     f"{', '.join(dict.fromkeys(only_int4))}, or choose algo='int4_asym'."
                 )
             return
         if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio} is a share of the layers: use 0 (none in 4 bit) to 1 (all).")
+            raise InputError(f"ratio={self.ratio} is a share of the layers: use 0 (none in 4 bit) to 1 (all).")
         if with_data and not self.dataset_size:
-            raise ValueError(
+            raise InputError(
                 f"{', '.join(with_data)} need calibration samples: set dataset_size=32, or leave them out (awq works "
                 "without data too)."
             )
         if self.gptq and self.lora:
-            raise ValueError("gptq and lora exclude each other: set one of them to False.")
+            raise InputError("gptq and lora exclude each other: set one of them to False.")
         text = getattr(config, "text_config", config)
         channels = (text.hidden_size, text.intermediate_size)
         if self.group_size != -1 and (self.group_size < 1 or any(channel % self.group_size for channel in channels)):
             fitting = [size for size in GROUP_SIZES if size == -1 or not any(c % size for c in channels)]
-            raise ValueError(
+            raise InputError(
                 f"group_size={self.group_size} does not divide this model's {channels[0]} and {channels[1]} channels: "
                 f"use one of {', '.join(map(str, fitting))} (-1: one group a channel)."
             )

@@ -103,13 +103,7 @@ def check_shape(name: str, array: np.ndarray | None, expected: tuple, meaning: s
 
 
 def check_tokens(ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray | None, past: int, shapes) -> None:
-    """Reject invalid token ids, attention mask or positions.
-
-    Args:
-        ids: i64 [batch, query].
-        past: tokens in the KV cache.
-        shapes: `MllamaShapes` of the model.
-    """
+    """Reject token ids [batch, query], a mask or positions that are invalid after `past` tokens in the KV cache."""
     batch, query = ids.shape
     if not batch or (past and not query):
         raise InputError(f"input_ids is {list(ids.shape)}: there is nothing to compute.")

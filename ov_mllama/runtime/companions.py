@@ -83,14 +83,8 @@ def are_current(folder: Path, checkpoint: str, source: str) -> bool:
 
 
 def check_companions(folder: Path, checkpoint: str, maker: str = "convert_mllama") -> None:
-    """Check that a folder's companions belong to its IRs.
-
-    Args:
-        checkpoint: fingerprint in the IRs' stamps.
-        maker: function that writes them, for the error.
-    Raises:
-        InputError: if they are unfinished, of another checkpoint, missing or modified (except EDITABLE ones).
-    """
+    """Raise an InputError unless a folder's companions are complete, unmodified (except EDITABLE ones) and of its IRs'
+    checkpoint; `maker` is the function to run again."""
     stamp, again = stamp_of(folder), f"run {maker} again"
     if not stamp.get("finished"):
         raise InputError(

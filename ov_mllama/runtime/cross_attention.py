@@ -137,13 +137,8 @@ def take_tiles(name: str, array: np.ndarray, tiles: np.ndarray) -> np.ndarray:
 
 
 class DeviceTensors:
-    """GPU memory for the K/V that one session reads: copied there once per prompt, and not by OpenVINO at each token.
-
-    Opt-in, as not verified on hardware; tests use a stand-in for the context. Encoded images stay in the host's memory.
-
-    Args:
-        context: `ov.RemoteContext` of the device.
-    """
+    """GPU memory (of an `ov.RemoteContext`) for the K/V that one session reads: copied once per prompt, and not by
+    OpenVINO at each token. Opt-in, as not verified on hardware; tests use a stand-in for the context."""
 
     MAX_SHAPES = 2  # of a prompt: for its own tokens, and for those after it
 

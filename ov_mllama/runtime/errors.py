@@ -34,3 +34,7 @@ class DiskError(UserError, OSError):
 
 class NotFoundError(UserError, FileNotFoundError):
     """A missing file: `NotFoundError(message)`."""
+
+
+class AccessError(UserError, PermissionError):
+    """A missing permission: `AccessError(message)`."""

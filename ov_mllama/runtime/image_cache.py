@@ -103,12 +103,7 @@ class EncodingTimes:
 
     @contextlib.contextmanager
     def timing(self, key: bytes, tiles: int) -> Iterator[None]:
-        """Time the encoding of an image, which happens inside; failed and cancelled ones do not count.
-
-        Args:
-            key: the image's, see `image_keys`.
-            tiles: number of computed tiles.
-        """
+        """Time the encoding of an image of so many computed tiles, inside; failed and cancelled ones do not count."""
         started = time.perf_counter()
         self._current = key, tiles, started
         try:

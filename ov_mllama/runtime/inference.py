@@ -1,16 +1,13 @@
 """One inference and its cancellation."""
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 import openvino as ov
-import torch
-from transformers import StoppingCriteria
 
-POLL_S = 0.05  # between two looks at a stop event
+POLL_S = 0.05  # interval of polling a stop event
 
 
 class Cancelled(RuntimeError):
@@ -23,24 +20,8 @@ def check_stop(stop) -> None:
         raise Cancelled("Cancelled: the stop event is set.")
 
 
-class StopOnEvent(StoppingCriteria):
-    """Stopping criterion of `generate`: a set event."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool)
-
-
 def run(request: ov.InferRequest, inputs: dict[str, np.ndarray], stop=None) -> None:
-    """Run `request.infer`, cancelled between two layers when `stop` is set or the interpreter is interrupted.
-
-    Args:
-        stop: `threading.Event`, or anything with its `is_set`.
-    Raises:
-        Cancelled: if `stop` was set.
-    """
+    """Run `request.infer`, cancelled between two layers when `stop` (with `is_set`) is set or Python is interrupted."""
     check_stop(stop)
     try:
         request.start_async(inputs, share_inputs=True)
@@ -55,11 +36,7 @@ def run(request: ov.InferRequest, inputs: dict[str, np.ndarray], stop=None) -> N
 
 @contextlib.contextmanager
 def acquire(lock, stop=None):
-    """Hold a lock (`threading.Lock` or `RLock`); waiting for it can be cancelled.
-
-    Raises:
-        Cancelled: if `stop` was set before or meanwhile.
-    """
+    """Hold a lock (`threading.Lock` or `RLock`); waiting for it can be cancelled."""
     acquired = False
     try:
         while not acquired:
@@ -78,12 +55,7 @@ class Progress:
         self.enter("Waiting")
 
     def enter(self, stage: str, left_s: Callable[[], float | None] = lambda: None) -> None:
-        """Begin a stage.
-
-        Args:
-            stage: such as "Reading 310 tokens".
-            left_s: returns the seconds left, or None if unknown.
-        """
+        """Begin a stage, such as "Reading 310 tokens"; `left_s` returns the seconds left, or None if unknown."""
         self._now = stage, time.perf_counter(), left_s  # one assignment, hence atomic
 
     def __str__(self) -> str:

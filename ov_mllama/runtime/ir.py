@@ -37,14 +37,12 @@ NO_FINGERPRINT = "0" * 16
 
 
 def check_disk_and_memory(folder: Path, disk: float, memory: float, advice: str) -> None:
-    """Check that a step fits on this machine.
+    """Raise a DiskError or OutOfMemoryError unless a step fits on this machine.
 
     Args:
         folder: of the result, which takes `disk` bytes.
         memory: peak bytes of the process, without mapped files.
         advice: the fix, which ends the message.
-    Raises:
-        DiskError, OutOfMemoryError: with what is needed and available.
     """
     free = free_disk(folder)
     if free < disk:
@@ -63,11 +61,7 @@ def check_disk_and_memory(folder: Path, disk: float, memory: float, advice: str)
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
     """Create a folder and lock it, waiting for any other process; then remove partial files of killed ones, whose locks
-    the system releases.
-
-    Raises:
-        DiskError: if the folder cannot be written to.
-    """
+    the system releases. DiskError if it cannot be written to."""
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -111,11 +105,7 @@ def atomic_write(folder: Path) -> Iterator[Path]:
 
 
 def save_ir(model: ov.Model, path: Path, stamp: dict[str, str]) -> None:
-    """Write an IR atomically, with its `stamp` (see `ir_stamp`).
-
-    Raises:
-        DiskError: if it could not be written, as on a full disk; the previous one stays.
-    """
+    """Write an IR atomically, with its `stamp` (see `ir_stamp`); DiskError if that fails, as on a full disk."""
     for key, value in {**stamp, "openvino": ov.get_version(), "weights": NO_FINGERPRINT}.items():
         model.set_rt_info(value, ["mllama", key])
     with atomic_write(path.parent) as folder:

@@ -179,11 +179,7 @@ class OVCache:
 def see_alike(
     seen: np.ndarray, keys: tuple[bytes, ...], others_seen: np.ndarray, others_keys: tuple[bytes, ...]
 ) -> np.ndarray:
-    """Mark tokens of two prompts that see the same tiles of the same images, or no image: bool [tokens].
-
-    Args:
-        seen, others_seen: bool [tokens, images * tiles]; keys, others_keys: of the images, in order.
-    """
+    """Mark tokens of two prompts that see the same tiles of the same images, or no image: bool [tokens]."""
     pairs = zip(keys, others_keys, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     tiles = shared and shared * (seen.shape[1] // len(keys))  # of the common first images

@@ -46,12 +46,7 @@ def trim_memory() -> None:
 
 
 def group_memory(groups: Path = CGROUPS, own: Path = OWN_CGROUP) -> float:
-    """Return the bytes left in the tightest control group (cgroup v2) of this process, cached files not counted;
-    infinity without one.
-
-    Args:
-        groups, own: Linux's files; given by tests.
-    """
+    """Return the bytes left in the tightest control group (cgroup v2) of this process; infinity without one."""
     lines = own.read_text(encoding="utf-8").splitlines() if own.is_file() else []
     paths = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
     # inside a container the path is the host's and leads nowhere: its own group is then the top

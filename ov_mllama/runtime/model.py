@@ -35,7 +35,7 @@ from .compat import ModuleCompatMixin
 from .cross_attention import tiles_seen
 from .errors import InputError
 from .golden import check_golden_answer
-from .inference import Progress, StopOnEvent, acquire
+from .inference import Progress, acquire
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name, generation_config
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
     """Llama 3.2 Vision on OpenVINO, used as transformers' class: `model.generate(**processor(...))`.
 
-    `generate` reuses the longest prefix that a prompt shares with a session, images included, and serves one thread at
-    a time. Calls of the model itself without `past_key_values` share `session`.
+    `generate` reuses the longest prefix that a prompt shares with a session, for one thread at a time. Calls of the
+    model itself without `past_key_values` share `session`.
 
     Args:
         model_dir: folder written by `convert_mllama`.
@@ -161,7 +161,11 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             progress: updated with the current stage.
         """
         if stop:
-            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), StopOnEvent(stop)]
+
+            def stopped(input_ids, scores, **_):
+                return torch.full((len(input_ids),), stop.is_set())
+
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stopped]
         with self._in_turn(stop):
             self._watched = stop, progress or Progress()
             try:
@@ -221,14 +225,14 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         ids, mask, positions = token_arrays(input_ids, attention_mask, position_ids)
         seen = as_array("cross_attention_mask", cross_attention_mask)
         images = image_arrays(pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask)
-        query, some = ids.shape[1], isinstance(logits_to_keep, int) and logits_to_keep > 0
-        last = min(logits_to_keep, query) if some and self.slice_lm_head else query
+        query, sliced = ids.shape[1], isinstance(logits_to_keep, int) and logits_to_keep > 0
+        last = min(logits_to_keep, query) if sliced and self.slice_lm_head else query
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         with self._in_turn():
             cache = OVCache(self.session) if past_key_values is None else past_key_values
             session = check_continuation(cache, ids, images, seen) if cache.positions else None
             check_tokens(ids, mask, positions, len(cache.positions), self.shapes)
-            drafts = logits_to_keep - 1 if cache.drafting and some else 0
+            drafts = logits_to_keep - 1 if cache.drafting and sliced else 0
             if session:
                 self.sessions.use(session)
                 logits = session.decode(ids, mask, positions, last)

@@ -62,13 +62,7 @@ def padded(prompts: list[dict[str, torch.Tensor]], pad_token: int | None) -> dic
 
 
 def prompt_text(model, processor, messages: list[dict], max_new_tokens: int) -> str:
-    """Apply the chat template, with the generation prompt.
-
-    Args:
-        messages, max_new_tokens: as for `prompt_tensors`.
-    Raises:
-        InputError: if it exceeds the model's context.
-    """
+    """Apply the chat template, with the generation prompt; InputError if it exceeds the model's context."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
     context = model.config.text_config.max_position_embeddings

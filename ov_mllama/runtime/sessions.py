@@ -24,12 +24,8 @@ class SessionPool:
         self._in_use: set[int] = set()
 
     def acquire(self, prompt: Prompt, rows: int = 0) -> Session:
-        """Return the session with the longest prefix of a prompt; else an empty one; else, at the limit, the least
-        recently used one. It is in use until `release`.
-
-        Args:
-            rows: K/V rows of the prompt's images.
-        """
+        """Return the session with the longest prefix of a prompt, whose images have `rows` K/V rows; else an empty one;
+        else, at the limit, the least recently used one. It is in use until `release`."""
         idle = [session for session in self._sessions if id(session) not in self._in_use]
         session = max(idle, key=lambda session: session.reusable(prompt), default=None)
         if session and not session.reusable(prompt):
@@ -84,12 +80,10 @@ def evict_for(
     images: ImageInputs | None = None,
 ) -> None:
     """Free memory before a prompt's images are encoded: reset its session if none of it is reused and, where memory is
-    short, drop idle sessions and cached images.
+    short, drop idle sessions and cached images. Raises as `check_prompt_fits`.
 
     Args:
         images: those of the prompt, unless the session holds them.
-    Raises:
-        InputError, OutOfMemoryError: as `check_prompt_fits`.
     """
     reused = session.reusable(prompt)
     if not reused:

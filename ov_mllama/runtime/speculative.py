@@ -68,9 +68,6 @@ class OVDraftModel:
         model_dir: folder of `ov_mllama.export.compress.make_draft_model`.
         device, ov_config: as for `OVMLlamaForConditionalGeneration`.
         drafts: draft length; default adaptive, see `DraftLengthPolicy`.
-
-    Raises:
-        NotFoundError, InputError: as `check_model_dir`.
     """
 
     def __init__(
@@ -105,13 +102,9 @@ class ModelDrafts(CandidateGenerator):
     """Draft source of one call of `generate`.
 
     Args:
-        draft: the draft model.
         vocab_size: number of the target model's logits; other tokens (`<|image|>`) are hidden from the draft model.
         settings: `generation_config` of the call.
         model: the target model, for the times of its steps.
-
-    Raises:
-        InputError: if the vocabularies differ.
     """
 
     requires_model_outputs = False

@@ -200,8 +200,6 @@ class OVImageEncoder:
             stop: as for `encode`, but without effect on an image that a prompt waits for.
         Returns:
             seconds for each different image, about 0 for cached ones.
-        Raises:
-            Cancelled, NumericalError, OutOfMemoryError: as `encode`.
         """
         image_s = []
         for key, part in unique_images(images, image_keys(images)).items():
@@ -256,12 +254,7 @@ class OVImageEncoder:
             )
 
     def rows_read(self, images: ImageInputs, seen: np.ndarray, row_mask: bool = False) -> int:
-        """Return an upper bound of the K/V rows that a prompt reads, with padding tiles if a token sees no image.
-
-        Args:
-            seen: bool [batch, query, images * tiles].
-            row_mask: as for `visible_kv`.
-        """
+        """Return an upper bound of the K/V rows that a prompt reads; arguments as for `visible_kv`."""
         mask = images.aspect_ratio_mask
         tiles = mask.sum(-1) if row_mask or seen.any(-1).all() else self._tiles(mask)
         return int(tiles.sum()) * self.shapes.patches_per_tile

@@ -21,7 +21,7 @@ from conftest import DEMO, demo_samples
 from data_preprocessing import questions_about
 from gradio_helper import LAUNCH, make_demo, written
 from ov_mllama.chat.answers import Chat, GenerationSettings, to_messages
-from ov_mllama.chat.shown import GO_ON, bubbles, with_formulas
+from ov_mllama.chat.render import CONTINUE, mark_formulas, to_gradio
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversations, Turn
 from ov_mllama.runtime.inference import Progress
 from ov_mllama.runtime.prompts import escape_special_tokens
@@ -151,20 +151,20 @@ def titles(messages) -> list[str]:
 
 def test_a_turn_as_messages(tmp_path):
     picture = tmp_path / "a.png"
-    asked, said, note = bubbles([Turn("What?", [picture], "A cat.", "2 s", ANSWERED)])
+    asked, said, note = to_gradio([Turn("What?", [picture], "A cat.", "2 s", ANSWERED)])
     assert asked == {"role": "user", "content": [{"path": str(picture)}, "What?"]}
     assert (said["content"], titles([note])) == ("A cat.", ["2 s"])
-    assert bubbles([Turn("", [picture], "A cat.", "2 s", ANSWERED)])[0]["content"] == [{"path": str(picture)}]
+    assert to_gradio([Turn("", [picture], "A cat.", "2 s", ANSWERED)])[0]["content"] == [{"path": str(picture)}]
 
 
 def test_remarks_say_how_an_answer_stands():
-    assert titles(bubbles([Turn("?", state=WAITING)], "Looking ...")) == ["Looking ..."]
-    assert titles(bubbles([Turn("?", answer="It", state=WAITING)], "Looking ...")) == []
-    assert titles(bubbles([Turn("?", answer="It", state=WAITING)], "Stopping ...")) == ["Stopping ..."]
-    assert titles(bubbles([Turn("?", answer="It", state=STOPPED)])) == ["Stopped."]
-    assert titles(bubbles([Turn("?", note="too long", state=FAILED)])) == ["No answer: too long"]
-    cut = bubbles([Turn("?", answer="It", note="2 s", state=CUT)])[-1]
-    assert (titles([cut]), cut["options"]) == (["Cut at its longest · 2 s"], [{"value": GO_ON}])
+    assert titles(to_gradio([Turn("?", state=WAITING)], "Looking ...")) == ["Looking ..."]
+    assert titles(to_gradio([Turn("?", answer="It", state=WAITING)], "Looking ...")) == []
+    assert titles(to_gradio([Turn("?", answer="It", state=WAITING)], "Stopping ...")) == ["Stopping ..."]
+    assert titles(to_gradio([Turn("?", answer="It", state=STOPPED)])) == ["Stopped."]
+    assert titles(to_gradio([Turn("?", note="too long", state=FAILED)])) == ["No answer: too long"]
+    cut = to_gradio([Turn("?", answer="It", note="2 s", state=CUT)])[-1]
+    assert (titles([cut]), cut["options"]) == (["Token limit reached · 2 s"], [{"value": CONTINUE}])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_remarks_say_how_an_answer_stands():
     ],
 )
 def test_formulas_between_dollars_and_sums_of_money(text, shown):
-    assert with_formulas(text) == (shown or text)
+    assert mark_formulas(text) == (shown or text)
 
 
 # ---- Endpoint -------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def another_program(kept) -> Conversations:
 
 def test_another_program_reads_what_was_saved(kept, picture):
     conversation = Conversation(ME)
-    pictures = [kept.keep(conversation, picture)]
+    pictures = [kept.store_file(conversation, picture)]
     conversation.turns = [
         Turn(" What is\nit? ", pictures, "A cat: “mrk”, 猫 🐈", "2 s", ANSWERED),
         Turn("And now?", [], "It", "limit", CUT),
@@ -164,9 +164,9 @@ def test_an_answer_that_the_programs_end_cut_off_is_stopped(kept):
 
 def test_settings_are_a_persons(kept):
     assert kept.settings(ME) is None
-    kept.choose(ME, ["Be brief.", 7, 0.5, 0.9])
-    kept.choose(OTHER, ["", 8, 0.0, 0.9])
-    kept.choose(ME, ["Be brief.", 9, 0.5, 0.9])
+    kept.save_settings(ME, ["Be brief.", 7, 0.5, 0.9])
+    kept.save_settings(OTHER, ["", 8, 0.0, 0.9])
+    kept.save_settings(ME, ["Be brief.", 9, 0.5, 0.9])
     assert another_program(kept).settings(ME) == ["Be brief.", 9, 0.5, 0.9]
     assert kept.settings(OTHER) == ["", 8, 0.0, 0.9]
 
@@ -180,17 +180,17 @@ def files(folder: Path) -> list[Path]:
 
 def test_a_picture_is_kept_once_under_its_own_name(kept, picture, tmp_path):
     conversation, other = Conversation(ME), Conversation(ME)
-    copy = kept.keep(conversation, picture)
+    copy = kept.store_file(conversation, picture)
     assert copy.name.endswith("-cat.png")
     assert same(copy, picture)
-    assert kept.keep(conversation, picture) == copy
-    assert kept.keep(conversation, copy) == copy  # a question taken back brings the copy
+    assert kept.store_file(conversation, picture) == copy
+    assert kept.store_file(conversation, copy) == copy  # a question taken back brings the copy
     assert files(kept.pictures) == [copy]
-    assert kept.keep(other, picture) != copy
+    assert kept.store_file(other, picture) != copy
     namesake = tmp_path / "elsewhere" / picture.name
     namesake.parent.mkdir()
     noise(1).save(namesake)
-    assert same(kept.keep(conversation, namesake), namesake)
+    assert same(kept.store_file(conversation, namesake), namesake)
     assert same(copy, picture)
 
 
@@ -203,10 +203,10 @@ def test_an_interrupted_copy_is_not_taken_for_the_picture(kept, picture, monkeyp
 
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        kept.keep(conversation, picture)
+        kept.store_file(conversation, picture)
     monkeypatch.undo()
     assert files(kept.pictures) == []
-    assert same(kept.keep(conversation, picture), picture)
+    assert same(kept.store_file(conversation, picture), picture)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_odd_file_names(kept, tmp_path, name):
     odd = tmp_path / name
     noise(0).save(odd, "PNG")
     conversation = Conversation(ME)
-    conversation.turns = [Turn("?", [kept.keep(conversation, odd)])]
+    conversation.turns = [Turn("?", [kept.store_file(conversation, odd)])]
     kept.save(conversation)
     (again,) = another_program(kept).get(conversation.id, ME).turns[0].pictures
     assert same(again, odd)
@@ -237,7 +237,7 @@ def test_odd_file_names(kept, tmp_path, name):
 def test_what_is_deleted_is_gone(kept, picture):
     conversation, other = talk(kept, "?"), talk(kept, "Another?")
     for each in (conversation, other):
-        each.turns[0].pictures = [kept.keep(each, picture)]
+        each.turns[0].pictures = [kept.store_file(each, picture)]
         kept.save(each)
     kept.delete(conversation)
     kept.save(conversation)  # by an answer that was under way
@@ -250,7 +250,7 @@ def test_what_is_deleted_is_gone(kept, picture):
 @pytest.mark.parametrize("picture_first", [False, True])
 def test_what_is_kept_is_the_users_alone(kept, picture, picture_first):
     conversation = talk(kept, "?") if not picture_first else Conversation(ME)
-    kept.keep(conversation, picture)
+    kept.store_file(conversation, picture)
     folders = [kept.folder, *(path for path in kept.folder.rglob("*") if path.is_dir())]
     assert len(folders) == 3
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
@@ -265,7 +265,7 @@ def test_any_text_is_kept(kept):
 
 def test_pictures_of_no_conversation_go_after_a_day(kept, picture):
     asked, dropped, new = talk(kept, "Whose?"), Conversation(ME), Conversation(ME)
-    pictures = [kept.keep(conversation, picture) for conversation in (asked, dropped, new)]
+    pictures = [kept.store_file(conversation, picture) for conversation in (asked, dropped, new)]
     for conversation in (asked, dropped):
         os.utime(kept.pictures / conversation.id, (0, 0))
     kept.delete_orphans()
@@ -295,7 +295,7 @@ def write(folder: Path, number: int) -> None:
         conversation = talk(kept, f"{number}.{i}")
         conversation.turns.append(Turn("more"))
         kept.save(conversation)
-        kept.choose(f"user {number}", [i])
+        kept.save_settings(f"user {number}", [i])
 
 
 def test_programs_that_write_at_once_lose_nothing(kept):
@@ -477,9 +477,9 @@ def test_conversation_that_could_not_be_deleted_is_still_there(kept, monkeypatch
 
 
 def test_state_of_sessions_that_strangers_name_is_bounded(kept, monkeypatch):
-    monkeypatch.setattr("ov_mllama.chat.pages.MAX_PAGES", 10)
-    monkeypatch.setattr("ov_mllama.chat.pages.MAX_PROGRAMS", 5)
-    monkeypatch.setattr("ov_mllama.chat.pages.MAX_OWNERS", 7)
+    monkeypatch.setattr("ov_mllama.chat.tabs.MAX_PAGES", 10)
+    monkeypatch.setattr("ov_mllama.chat.tabs.MAX_PROGRAMS", 5)
+    monkeypatch.setattr("ov_mllama.chat.tabs.MAX_OWNERS", 7)
     pages = pages_of(kept)
 
     async def answer(*_):
@@ -593,7 +593,7 @@ def test_a_page_is_shown_and_keeps_settings_only_once_it_was_opened(kept):
     me = f"browser:{TOKEN}"
     conversation = talk(kept, "?", owner=me)
     pages, request = pages_of(kept), asks(chat=conversation.id)
-    kept.choose(me, ["Be brief.", 7, 0, 0.9])
+    kept.save_settings(me, ["Be brief.", 7, 0, 0.9])
 
     async def load():
         assert await pages.poll("", "", "", request) == gr.skip()

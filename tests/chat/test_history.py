@@ -416,5 +416,5 @@ def test_settings_survive_a_reload(page, url):
     page.settings()
     for tab in (page, second):
         expect(tab.tab.get_by_label("System prompt")).to_have_value("Be brief.")
-        expect(tab.tab.get_by_label("range slider for Longest answer, tokens")).to_have_value("7")
-        expect(tab.tab.get_by_label("range slider for Top-p (only with a temperature)")).to_have_value("0.9")
+        expect(tab.tab.get_by_label("range slider for Max new tokens")).to_have_value("7")
+        expect(tab.tab.get_by_label("range slider for Top-p (if temperature > 0)")).to_have_value("0.9")

@@ -94,7 +94,7 @@ def victim(target: Target, question: str) -> dict[str, str]:
     message = {"text": question, "files": [{"path": upload, "meta": {"_type": "gradio.FileData"}}]}
     call(client, target, "ask", message, "", 8, 0, 0.9, session=session)
     deadline = time.monotonic() + 60
-    while "Yes." not in (shown := json.dumps(call(client, target, "show", "", session=session))):
+    while "Yes." not in (shown := json.dumps(call(client, target, "refresh", "", session=session))):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert question in shown
@@ -484,12 +484,12 @@ class Forger:
         data: list = {
             "ask": [message, "", 8, 0, 0.9],
             "api_chat": [message, "", 8, 0, 0.9],
-            "being_written": [message],
-            "news": ["opened", victim["chat"], ""],
+            "on_typing": [message],
+            "poll": ["opened", victim["chat"], ""],
             "reopen": [victim["chat"]],
             "open": [self.value()],
             "delete": ["yes"],
-            "show": [""],
+            "refresh": [""],
             "choose": ["opened", "", 8, 0, 0.9],
         }.get(named, [])
         if self.random.random() < 0.3:

@@ -89,7 +89,7 @@ def test_no_text_makes_the_browser_fetch_anything(page, says, elsewhere, monkeyp
 
 def test_policy_stops_what_the_text_rules_miss(page, says, elsewhere, monkeypatch):
     address, asked_for = elsewhere
-    monkeypatch.setattr("ov_mllama.chat.shown.loads_nothing", lambda text: text)
+    monkeypatch.setattr("ov_mllama.chat.render.block_loading", lambda text: text)
     says.text = f"{lures(address)}\n\n{secrets.token_hex(4)} The end"
     page.ask("What?")
     page.expect_answers("The end", "1 s")

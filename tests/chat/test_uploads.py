@@ -63,7 +63,7 @@ FORGED = ["string", "dots", "null", "link", "another's", "meta path", "no meta p
 FORGED += ["meta folder link", "meta another's", "meta file url", "meta folder", "meta relative", "meta empty"]
 
 
-@pytest.mark.parametrize("endpoint", ["ask", "being_written", "api_chat"])
+@pytest.mark.parametrize("endpoint", ["ask", "on_typing", "api_chat"])
 @pytest.mark.parametrize("kind", FORGED)
 def test_question_takes_uploads_only(demo, url, folder, slow_demo, secret, says, kind, endpoint):
     slow_demo.as_new()
@@ -72,7 +72,7 @@ def test_question_takes_uploads_only(demo, url, folder, slow_demo, secret, says,
     file = forged(kind, secret, client)
     before = stored(folder)
     looks = len(slow_demo.looks)
-    wishes = [] if endpoint == "being_written" else SETTINGS
+    wishes = [] if endpoint == "on_typing" else SETTINGS
     outputs = client.call(endpoint, {"text": "hi", "files": [file]}, *wishes)
     assert not outputs
     assert stored(folder) == before

@@ -10,7 +10,7 @@ from chat_page import SELF, WHO, Slow, Tab, ahead_threads, expect, path_of, wait
 from conftest import DEMO, demo_samples
 from gradio_helper import make_demo
 from ov_mllama.chat.answers import GRACE_S, Chat, GenerationSettings, Prefetcher
-from ov_mllama.chat.shown import GO_ON
+from ov_mllama.chat.render import CONTINUE
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Conversations, Turn
 from ov_mllama.runtime.image_cache import EncodingTimes
 from ov_mllama.runtime.inference import Progress
@@ -61,7 +61,7 @@ async def answer(chat, turn, **wishes) -> list[str]:
 
 def test_what_was_encoded_ahead_is_what_the_question_asks_about(model, chat):
     model.picture_s, turn = 0, about(TYPED)
-    chat.ahead.want("page", [path_of(TYPED), path_of(OTHER)])
+    chat.prefetcher.prefetch("page", [path_of(TYPED), path_of(OTHER)])
     wait_until(lambda: not ahead_threads())
     assert len(model.looks) == 2
     asyncio.run(answer(chat, turn))
@@ -74,25 +74,25 @@ def test_a_picture_is_given_up_only_when_no_page_wants_it(model, processor):
     ahead, picture = Prefetcher(model, processor), path_of(TYPED)
     model.picture_s = 60
     for page in ("one", "two"):
-        ahead.want(page, [picture])
+        ahead.prefetch(page, [picture])
     wait_until(lambda: model.looks)
-    ahead.want("one", [])
+    ahead.prefetch("one", [])
     time.sleep(GRACE_S + 0.3)
     assert ahead_threads()
     assert not model.given_up
-    ahead.want("two", [])
+    ahead.prefetch("two", [])
     assert GRACE_S - 0.5 < wait_until(lambda: model.given_up) < GRACE_S + 1
 
 
 def test_a_picture_taken_away_is_given_up_and_the_next_begun(model, processor):
     model.picture_s = 60
     ahead = Prefetcher(model, processor)
-    ahead.want("page", [path_of(TYPED), path_of(OTHER)])
+    ahead.prefetch("page", [path_of(TYPED), path_of(OTHER)])
     wait_until(lambda: model.looks)
-    ahead.want("page", [path_of(OTHER)])
+    ahead.prefetch("page", [path_of(OTHER)])
     assert GRACE_S - 0.5 < wait_until(lambda: model.given_up) < GRACE_S + 1
     wait_until(lambda: len(model.looks) == 2)
-    ahead.want("page", [path_of(OTHER), path_of(TYPED)])  # it may come back
+    ahead.prefetch("page", [path_of(OTHER), path_of(TYPED)])  # it may come back
     model.picture_s = 0
     wait_until(lambda: len(model.looks) == 3)
     wait_until(lambda: not ahead_threads())
@@ -102,12 +102,12 @@ def test_a_picture_taken_away_is_given_up_and_the_next_begun(model, processor):
 def test_a_question_in_line_keeps_its_pictures_wanted(model, chat):
     """Its page's box is empty, and another conversation is answered for longer than the grace."""
     model.step_s, first, second = 0.3, Turn(WHO), about(TYPED)
-    chat.ahead.want("page", [path_of(TYPED)])
+    chat.prefetcher.prefetch("page", [path_of(TYPED)])
 
     async def both():
         one = asyncio.create_task(answer(chat, first))
         await asyncio.sleep(0.2)
-        chat.ahead.want("page", [])
+        chat.prefetcher.prefetch("page", [])
         await asyncio.sleep(0.2)
         two = asyncio.create_task(answer(chat, second))
         await one
@@ -123,7 +123,7 @@ def test_errors_are_left_to_the_question(chat, tmp_path, caplog):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG broken")
     with caplog.at_level(logging.INFO):
-        chat.ahead.want("page", [broken])
+        chat.prefetcher.prefetch("page", [broken])
         wait_until(lambda: not ahead_threads())
     assert not caplog.records
     turn = Turn("?", [broken])
@@ -323,8 +323,8 @@ def test_an_answer_that_was_cut_says_so_and_goes_on(page, model):
     page.settings()
     page.allow(4)
     page.ask(WHO)
-    page.expect_answers("I", "Cut at its longest")
-    page.tab.get_by_role("button", name=GO_ON).click()
+    page.expect_answers("I", "Token limit reached")
+    page.tab.get_by_role("button", name=CONTINUE).click()
     expect(page.user).to_have_count(2)
-    expect(page.user.last).to_have_text(GO_ON)
+    expect(page.user.last).to_have_text(CONTINUE)
     expect(page.bot).to_have_count(4)

@@ -1,5 +1,6 @@
 """Checkpoints that are broken, incomplete or another's: refused before anything is written, never mixed in a folder."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from transformers import AutoProcessor
 
 from conftest import DEMO, F32
 from ov_mllama.export import checkpoint as checkpoints
+from ov_mllama.export import compress as compressing
 from ov_mllama.export import convert
 from ov_mllama.export.checkpoint import checkpoint_fingerprint
 from ov_mllama.export.compress import make_draft_model
@@ -61,7 +63,7 @@ def reshaped(tensors: dict) -> dict:
 
 # ---- Tensors without a place ----------------------------------------------------------------------------------------
 
-LEFT_OVER = r"\d+ of \d+ tensors are missing, such as .*; \d+ are left over, such as {}.*"
+LEFT_OVER = r"\d+ of \d+ tensors are missing, such as .*; \d+ are unexpected, such as {}.*"
 BROKEN = {
     "adapter prefix": (renamed(lambda name: f"base_model.model.{name}"), LEFT_OVER.format("base_model") + "adapter"),
     "DDP prefix": (renamed(lambda name: f"module.{name}"), LEFT_OVER.format("module") + "remove 'module.'"),
@@ -71,10 +73,10 @@ BROKEN = {
     "no cross-attention": (without("cross_attn"), r"\d+ of \d+ tensors are missing, such as .*cross_attn"),
     "no vision": (without("vision_model"), r"\d+ of \d+ tensors are missing, such as .*vision_model"),
     "one layer less": (without("layers.2."), "tensors are missing"),
-    "one tensor more": (lambda tensors: tensors | {"extra.weight": torch.zeros(2)}, "1 are left over.*extra.weight"),
+    "one tensor more": (lambda tensors: tensors | {"extra.weight": torch.zeros(2)}, "1 are unexpected.*extra.weight"),
     "unmerged adapter": (
         lambda tensors: tensors | {"model.x.q_proj.lora_A.weight": torch.zeros(2)},
-        "1 are left over.*merge_and_unload",
+        "1 are unexpected.*merge_and_unload",
     ),
     "other shape": (reshaped, r"1 have another shape, such as .*lm_head.weight: \[\d+, 64\] instead of \[\d+, 64\]"),
 }
@@ -96,7 +98,7 @@ def test_compress_from_a_broken_checkpoint_is_refused(pair, copy, tmp_path, monk
     before = sorted(path.name for path in copy.iterdir())
     with pytest.raises(ValueError, match="another checkpoint.*convert_mllama"):
         compress(copy, checkpoint=broken, group_size=32)
-    monkeypatch.setattr(convert, "checkpoint_fingerprint", lambda _: checkpoint_fingerprint(pair.checkpoint))
+    monkeypatch.setattr(checkpoints, "checkpoint_fingerprint", lambda _: checkpoint_fingerprint(pair.checkpoint))
     with pytest.raises(ValueError, match="tensors are missing"):
         compress(copy, checkpoint=broken, group_size=32)
     assert sorted({path.name for path in copy.iterdir()} - {".lock"}) == sorted({*before} - {".lock"})
@@ -158,8 +160,8 @@ SHARD = "model-00002-of-00002.safetensors"
 FILES = {
     "pointer": (lambda path: path.write_bytes(POINTER + b"size 12345\n"), "Git LFS pointer.*`git lfs pull`"),
     "web page": (lambda path: path.write_bytes(b"<!DOCTYPE html><html>Log in</html>"), "web page"),
-    "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "cut short.*download it again"),
-    "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "cut short.*download it again"),
+    "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "truncated.*download it again"),
+    "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "truncated.*download it again"),
     "header cut": (lambda path: os.truncate(path, 100), "no safetensors file.*download it again"),
     "empty": (lambda path: os.truncate(path, 0), "no safetensors file.*download it again"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "no safetensors file.*download it again"),
@@ -331,6 +333,7 @@ def test_conversion_killed_at_any_step_leaves_one_checkpoint_whole(two, tmp_path
     irs = {path: ov.Core().read_model(second_dir / path) for path in IRS}
     monkeypatch.setattr(convert, "convert_vision_encoder", lambda *_: irs[VISION_ENCODER_NAME].clone())
     monkeypatch.setattr(convert, "convert_language_model", lambda *_: irs[LANGUAGE_MODEL_NAME].clone())
+    monkeypatch.setattr(convert, "load_checkpoint", functools.cache(convert.load_checkpoint))
     whole, step, outcomes = {checkpoint_fingerprint(first): files_of(first_dir)}, 0, []
     whole[checkpoint_fingerprint(second)] = files_of(second_dir)
     start = shutil.copytree(first_dir, tmp_path / "start")
@@ -368,6 +371,10 @@ def test_draft_model_killed_at_any_step_is_no_mixture(tmp_path, monkeypatch):
     for path in DRAFT.glob("tokenizer*"):
         shutil.copy(path, other)
     start, expected = make_draft_model(DRAFT, tmp_path / "start"), make_draft_model(other, tmp_path / "expected")
+    ir = ov.Core().read_model(expected / DRAFT_MODEL_NAME)
+    monkeypatch.setattr(compressing, "convert_language_model", lambda _: ir.clone())
+    monkeypatch.setattr(compressing, "compress_weights", lambda model, _: model)
+    monkeypatch.setattr(compressing, "load_checkpoint", functools.cache(compressing.load_checkpoint))
     step, ended = 0, False
     while not ended:
         step += 1
@@ -456,7 +463,7 @@ def test_checkpoint_of_the_hub_brings_its_golden_picture(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr(convert, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", snapshot_download)
     folder = convert_mllama("somebody/demo", tmp_path / "ov")
     assert (folder / "golden.png").is_file()
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import shutil
 import time
 from collections import Counter
 from functools import partial
@@ -22,7 +23,6 @@ from data_preprocessing import HUB_SET, PACKAGED, load_samples, prepare_dataset_
 from demo_model import SAMPLES
 from ov_mllama.export import calibration, costs
 from ov_mllama.export.compress import nncf_arguments
-from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.samples import calibration_samples
 from ov_mllama.export.settings import DEFAULT_SOURCES, GROUP_SIZES, INT4, INT8, Settings
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME, check_model_dir, ir_stamp
@@ -38,8 +38,16 @@ PLAIN = dict(group_size=64)  # for Settings: INT4, data-free
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("compression") / "ov")
+def model_dir(demo_dir, tmp_path_factory):
+    """A copy that is compressed in many ways, each once."""
+    return shutil.copytree(demo_dir, tmp_path_factory.mktemp("compression") / "ov")
+
+
+@pytest.fixture(scope="module")
+def vision_dir(demo_dir, tmp_path_factory):
+    """The demo without a language model in 16 bit."""
+    ignored = shutil.ignore_patterns("openvino_language_model.*")
+    return shutil.copytree(demo_dir, tmp_path_factory.mktemp("vision") / "ov", ignore=ignored)
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +125,13 @@ def test_file_name_is_the_seeds():
     assert Settings(**settings).file_name == "llm_int4_asym_r10_gs64_max_activation_variance_awq_scale_all_layers.xml"
 
 
-def test_existing_file_is_reused_and_force_rebuilds_it(model_dir, capsys):
+def test_existing_file_is_reused_and_force_rebuilds_it(model_dir, caplog):
+    caplog.set_level("INFO")
     path = compress(model_dir)
     written = path.stat().st_mtime_ns
     assert compress(model_dir) == path
     assert path.stat().st_mtime_ns == written
-    assert "already exists" in capsys.readouterr().out
+    assert "already exists" in caplog.text
     compress(model_dir, force=True)
     assert path.stat().st_mtime_ns > written
     path.with_suffix(".bin").write_bytes(b"")  # as a full disk might leave it
@@ -133,11 +142,10 @@ def test_existing_file_is_reused_and_force_rebuilds_it(model_dir, capsys):
 @pytest.mark.parametrize(
     "arguments", [{}, {"algo": "int8_asym"}, {"awq": True}, {"dataset_size": 4}, {"dataset_size": 4, "awq": True}]
 )
-def test_straight_from_the_checkpoint_is_the_same_file(model_dir, tmp_path, arguments):
+def test_straight_from_the_checkpoint_is_the_same_file(model_dir, vision_dir, arguments):
     expected = compress(model_dir, source=SAMPLES, **arguments)
-    convert_mllama(DEMO, tmp_path, language_model=False)
-    actual = compress(tmp_path, source=SAMPLES, checkpoint=DEMO, **arguments)
-    assert not (tmp_path / "openvino_language_model.xml").exists()
+    actual = compress(vision_dir, source=SAMPLES, checkpoint=DEMO, **arguments)
+    assert not (vision_dir / "openvino_language_model.xml").exists()
     assert actual.name == expected.name
     ours, theirs = (np.frombuffer(path.with_suffix(".bin").read_bytes(), np.uint8) for path in (actual, expected))
     # AWQ fits scales to statistics in NumPy: where arrays lie in memory may move one of them by its last bit (seen on
@@ -265,10 +273,10 @@ def test_disk_is_what_is_written(model_dir):
         assert written == pytest.approx(cost[0], rel=0.1)
 
 
-def test_nothing_to_compress(tmp_path):
-    convert_mllama(DEMO, tmp_path, language_model=False)
+def test_nothing_to_compress(vision_dir, tmp_path):
+    empty = shutil.copytree(vision_dir, tmp_path / "ov", ignore=shutil.ignore_patterns("llm_*"))
     with pytest.raises(FileNotFoundError, match="convert_mllama"):
-        compress(tmp_path)
+        compress(empty)
 
 
 def test_widgets_always_hold_settings_that_go_together(model_dir):
@@ -317,7 +325,7 @@ def test_language_samples_differ_and_see_only_real_tiles(model_dir, processor):
         assert (after == 0).sum() == tiles * model.shapes.patches_per_tile
 
 
-def test_broken_pictures_are_skipped_and_counted(tmp_path, capsys):
+def test_broken_pictures_are_skipped_and_counted(tmp_path, caplog):
     for i in range(4):
         Image.new("RGB", (60, 60), (i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
@@ -326,22 +334,22 @@ def test_broken_pictures_are_skipped_and_counted(tmp_path, capsys):
         "".join(f'{{"file_name": "{i}.png", "caption": "{caption}"}}\n' for i, caption in enumerate(captions))
     )
     assert sorted(sample["answer"] for sample in load_samples(tmp_path, 10)) == ["a", "d"]
-    out = capsys.readouterr().out
-    assert "1 × no caption" in out
-    assert "1 × unreadable picture" in out
+    assert "1 × no caption" in caplog.text
+    assert "1 × unreadable image" in caplog.text
 
 
 @pytest.mark.parametrize("source", ["folder", "photographs", DEFAULT_SOURCES[1]])
-def test_fewer_samples_than_asked_are_said_and_stamped(model_dir, source, capsys):
+def test_fewer_samples_than_asked_are_said_and_stamped(model_dir, source, caplog):
     source = SAMPLES if source == "folder" else source
     available = 13 if source == SAMPLES else len(calibration_samples())
-    said = f"{source} has {available} samples, 100 were asked for"
+    said = f"{source} has {available} samples, 100 were requested"
     for make in (
         partial(compress, model_dir, dataset_size=100, source=source, group_size=128),
         partial(optimize_vision_encoder, model_dir, "INT8 quantization", dataset_size=100, source=source),
     ):
         made = make()
-        assert said in capsys.readouterr().out
+        assert said in caplog.text
+        caplog.clear()
         assert ir_stamp(made)["samples"] == f"{available} of {source}"
         written = made.stat().st_mtime_ns
         assert make().stat().st_mtime_ns == written
@@ -354,7 +362,7 @@ def test_broken_pictures_do_not_count_as_samples(model_dir, tmp_path):
     (tmp_path / "1.png").write_bytes(b"no picture")
     lines = [f'{{"file_name": "{i}.png", "caption": "a"}}\n' for i in range(3)]
     (tmp_path / "metadata.jsonl").write_text("".join(lines))
-    with pytest.raises(ValueError, match="has 2 usable samples and 3 were asked for"):
+    with pytest.raises(ValueError, match="has 2 usable samples and 3 were requested"):
         optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=3, source=tmp_path, force=True)
     made = optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=2, source=tmp_path)
     assert ir_stamp(made)["samples"] == f"2 of {tmp_path}"
@@ -414,5 +422,5 @@ def test_vision_encoder_options(model_dir, monkeypatch):
     assert optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=4, source=SAMPLES) == quantized
     with pytest.raises(ValueError, match="FP16"):
         optimize_vision_encoder(model_dir, "INT2")
-    with pytest.raises(ValueError, match="INT8 quantization needs pictures: give samples"):
+    with pytest.raises(ValueError, match="INT8 quantization needs images: give samples"):
         ov_mllama.export.compress.make_vision_encoder(model_dir, "INT8 quantization", force=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import ROOT
-from ov_mllama.export import convert
+from ov_mllama.export import checkpoint
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.runtime import ir, memory
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
@@ -127,7 +127,7 @@ def test_folder_is_complete(pair):
 
 
 def test_second_run_reuses(pair, monkeypatch):
-    monkeypatch.setattr(convert, "load_checkpoint", lambda *_: pytest.fail("loaded the checkpoint again"))
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_: pytest.fail("loaded the checkpoint again"))
     assert convert_mllama(pair.checkpoint, pair.model_dir) == pair.model_dir
 
 
@@ -261,7 +261,7 @@ def hub_raises(monkeypatch, error):
     def snapshot_download(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(convert, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
 
 
 def test_gated_repository(tmp_path, monkeypatch):
@@ -323,10 +323,10 @@ def test_the_changelog_knows_the_version():
     assert f"## Converter version {ir.CONVERTER_VERSION}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_a_base_model_is_said_to_be_none_to_ask(tmp_path, capsys):
+def test_a_base_model_is_said_to_be_none_to_ask(tmp_path, caplog):
     checkpoint = make_checkpoint(tmp_path / "base")
     convert_mllama(checkpoint, tmp_path / "ov", language_model=False)
-    assert "chat template" not in capsys.readouterr().out
+    assert "chat template" not in caplog.text
     (checkpoint / "chat_template.jinja").unlink()
     convert_mllama(checkpoint, tmp_path / "other", language_model=False)
-    assert "No chat template: this is a model to continue text" in capsys.readouterr().out
+    assert "No chat template: a base model continues text" in caplog.text

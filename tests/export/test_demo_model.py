@@ -6,15 +6,16 @@ import torch
 from PIL import Image
 from transformers import LlamaForCausalLM, MllamaForConditionalGeneration
 
-from conftest import DEMO, F32, demo_samples
+from conftest import DEMO, demo_samples
 from demo_model.evaluate import ask, heldout_samples
 from demo_model.scenes import TASKS, digit_drawings, draw, random_scene
 from demo_model.train import SYSTEM, Batches, random_size, to_tiles
 from demo_model.train_draft import conversations, loss_of, make_draft
+from notebook_figures import show_price_list
+from ov_mllama.export.quality import measure
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
 from ov_mllama.runtime.prompts import prompts_about
-from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
-
-QUESTIONS = 200
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +24,21 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def demo_ir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("demo") / "ov")
+def heldout(times):
+    count = times(100, 200)
+    follow_ups = heldout_samples(count // 4, seed=2, follow_ups=True)
+    return [*heldout_samples(count - count // 4, seed=1), *follow_ups]
 
 
 @pytest.fixture(scope="module")
-def heldout():
-    follow_ups = heldout_samples(QUESTIONS // 4, seed=2, follow_ups=True)
-    return [*heldout_samples(QUESTIONS - QUESTIONS // 4, seed=1), *follow_ups]
+def exact_answers(demo_model_f32, processor, heldout):
+    """The f32 model's to the held-out questions."""
+    return answers_to(demo_model_f32, processor, heldout)
+
+
+@pytest.fixture(scope="module")
+def default_model(demo_dir):
+    return OVMLlamaForConditionalGeneration(demo_dir)
 
 
 def answers_to(model, processor, samples) -> list[str]:
@@ -153,10 +161,9 @@ def test_samples_cover_every_task_and_canvas(processor):
     assert set(tiles) == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("config", [F32, {}], ids=["f32", "default precision"])
-def test_samples_are_answered_right(demo_ir, processor, config):
-    model = OVMLlamaForConditionalGeneration(demo_ir, ov_config=config)
-    samples = demo_samples()
+@pytest.mark.parametrize("model", ["demo_model_f32", "default_model"], ids=["f32", "default precision"])
+def test_samples_are_answered_right(request, processor, model):
+    model, samples = request.getfixturevalue(model), demo_samples()
     assert answers_to(model, processor, samples) == [sample["answer"] for sample in samples]
 
 
@@ -168,21 +175,35 @@ def test_a_follow_up_is_asked_behind_what_was_asked_before(processor):
     assert turns == [f"<|image|>{asked}", answered, sample["question"], ""]
 
 
-def test_held_out_questions(demo, demo_ir, processor, heldout):
+@pytest.mark.torture
+def test_held_out_questions(demo, exact_answers, processor, heldout):
     """f32 answers are PyTorch's, one by one; nine in ten are right (the model card's figure is of 2000 questions)."""
     expected = answers_to(demo, processor, heldout)
-    actual = answers_to(OVMLlamaForConditionalGeneration(demo_ir, ov_config=F32), processor, heldout)
-    assert actual == expected
-    assert np.mean([answer == sample["answer"] for answer, sample in zip(actual, heldout, strict=True)]) > 0.9
+    assert exact_answers == expected
+    assert np.mean([answer == sample["answer"] for answer, sample in zip(exact_answers, heldout, strict=True)]) > 0.9
 
 
-def test_default_precision_is_as_good(demo_ir, processor, heldout):
+@pytest.mark.torture
+def test_default_precision_is_as_good(default_model, exact_answers, processor, heldout):
     """bf16 with an 8-bit cache, on CPUs that have it: logits stay finite, and as many answers are right within 2 %."""
-    exact, default = (OVMLlamaForConditionalGeneration(demo_ir, ov_config=config) for config in (F32, {}))
     inputs = processor(text=["<|image|>What?"], images=[[heldout[0]["image"]]], return_tensors="pt")
-    assert torch.isfinite(default(**inputs).logits).all()
+    assert torch.isfinite(default_model(**inputs).logits).all()
     right = [
-        sum(a == s["answer"] for a, s in zip(answers_to(model, processor, heldout), heldout, strict=True))
-        for model in (exact, default)
+        sum(a == s["answer"] for a, s in zip(answers, heldout, strict=True))
+        for answers in (exact_answers, answers_to(default_model, processor, heldout))
     ]
-    assert right[1] >= right[0] - 0.02 * QUESTIONS
+    assert right[1] >= right[0] - 0.02 * len(heldout)
+
+
+def test_price_list_holds_what_is_measured(demo_dir, capsys):
+    """Of the original and of the IRs in 16 bit; `price_list` does the same in a process for each."""
+    samples = heldout_samples(5)
+    original, reference = measure(DEMO, demo_dir, None, samples, None)
+    converted, _ = measure(DEMO, demo_dir, (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME), samples, reference)
+    assert (original["kl"], original["lost"], original["won"], original["questions"]) == (0, 0, 0, 5)
+    assert 0 < converted["kl"] < 0.01
+    assert converted["all"] == original["all"] - 20 * (converted["lost"] - converted["won"])
+    assert converted["next_token_ms"] > 0
+    assert converted["size_mb"] < 10
+    show_price_list([{"variant": "PyTorch f32", **original}, {"variant": "FP16", **converted}])
+    assert "Of 5 questions" in capsys.readouterr().out

@@ -34,7 +34,7 @@ from ov_mllama.runtime.shapes import MASKED
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 from tiny_mllama import make_checkpoint
 
-pytestmark = [pytest.mark.torture, pytest.mark.alone]
+pytestmark = pytest.mark.torture
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 IRS = (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME, *kills.SMALLER)
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -146,7 +146,9 @@ def test_two_processes_write_into_one_folder(pair, finished, tmp_path, times, ta
         tally("processes writing into one folder at once", 3)
 
 
-def test_the_second_waits_for_the_first(tmp_path, capsys):
+def test_the_second_waits_for_the_first(tmp_path, caplog):
+    caplog.set_level("INFO")
+
     def second():
         with ir.exclusive_lock(tmp_path):
             order.append("second")
@@ -159,7 +161,7 @@ def test_the_second_waits_for_the_first(tmp_path, capsys):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert "Another process is writing" in capsys.readouterr().out
+    assert "Waiting for another process" in caplog.text
 
 
 # ---- Files ----
@@ -265,7 +267,7 @@ def small_disk(folder, kilobytes: int):
 
 def test_a_disk_that_fills(pair, finished, tmp_path, times, tally, monkeypatch):
     monkeypatch.setattr(convert, "check_disk_and_memory", lambda *_: None)  # or nothing would be written at all
-    monkeypatch.setattr("ov_mllama.export.compress.check_disk_and_memory", lambda *_: None)
+    monkeypatch.setattr("ov_mllama.export.build.check_disk_and_memory", lambda *_: None)
     needed = sum(path.stat().st_size for path in finished[0].iterdir()) // 1024
     sizes = np.linspace(8, needed, times(3, 10), endpoint=False).astype(int).tolist()
     wrong = []
@@ -363,8 +365,8 @@ def test_numbers_that_overflow_are_said(pair, tmp_path, broken, what):
 
 
 @pytest.fixture
-def model(pair):
-    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+def model(fresh_model):
+    return fresh_model
 
 
 def test_threads_take_turns(pair, model, times, tally):

@@ -9,29 +9,23 @@ from openvino import opset13 as ops
 from transformers import AutoConfig, AutoProcessor
 
 import ov_mllama.export.compress
-from conftest import DEMO, F32
+from conftest import F32
 from data_preprocessing import prepare_dataset_vision
 from demo_model import SAMPLES
 from ov_mllama.export import piecewise
 from ov_mllama.export.compress import quantize_vision_encoder
-from ov_mllama.export.convert import convert_mllama
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("pieces") / "ov")
-
-
 @pytest.fixture
-def model(model_dir):
-    return ov.Core().read_model(model_dir / VISION_ENCODER_NAME)
+def model(demo_dir):
+    return ov.Core().read_model(demo_dir / VISION_ENCODER_NAME)
 
 
 @pytest.fixture(scope="module")
-def samples(model_dir):
+def samples(demo_dir):
     """Pictures with all the tiles that the processor makes."""
-    return list(prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir), 8, SAMPLES))
+    return list(prepare_dataset_vision(AutoProcessor.from_pretrained(demo_dir), 8, SAMPLES))
 
 
 def outputs(model: ov.Model, samples: list[dict]) -> list[list[np.ndarray]]:
@@ -65,8 +59,8 @@ def test_pieces_joined_are_the_model(model, samples, layers, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 8])
-def test_pieces_end_where_layers_are_handed_on_and_where_encoders_end(model_dir, model, layers):
-    vision = AutoConfig.from_pretrained(model_dir).vision_config
+def test_pieces_end_where_layers_are_handed_on_and_where_encoders_end(demo_dir, model, layers):
+    vision = AutoConfig.from_pretrained(demo_dir).vision_config
     names = [[node.get_friendly_name() for node in nodes] for nodes in piecewise.layer_outputs(model).values()]
     assert [len(encoder) for encoder in names] == [vision.num_hidden_layers, vision.num_global_layers]
     ends = piecewise.piece_ends(model, layers)
@@ -104,7 +98,7 @@ def test_an_encoder_with_other_names_is_refused(model):
 
 def test_no_room_for_calibration_data(model, samples, monkeypatch, tmp_path):
     monkeypatch.setattr(piecewise.tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115
-    with pytest.raises(OSError, match="No space left.*fewer pictures"):
+    with pytest.raises(OSError, match="No space left.*fewer images"):
         piecewise.quantize_in_pieces(model, samples[:1], lambda piece, _: piece, tmp_path)
 
 

@@ -21,10 +21,10 @@ from ov_mllama.__main__ import main
 from ov_mllama.export import costs
 from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.convert import convert_mllama
-from ov_mllama.export.plan import SYSTEM, Machine, by_memory, plan
+from ov_mllama.export.plan import SYSTEM_BYTES, Machine, by_memory, plan
 from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_here, prepare
 from ov_mllama.export.settings import Settings
-from ov_mllama.runtime import ir, memory
+from ov_mllama.runtime import devices, ir, memory
 from ov_mllama.runtime.checks import check_prompt_fits, image_arrays
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama.runtime.kv_cache import Prompt
@@ -34,8 +34,6 @@ from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.speculative import OVDraftModel
 from ov_mllama.runtime.vision import ImageInputs, image_keys
 from tiny_mllama import make_llama
-
-pytestmark = pytest.mark.alone
 
 PLAIN = Settings()
 GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=None)
@@ -106,19 +104,22 @@ def test_the_90bs_widths_cost_what_was_measured():
 def test_the_whole_90b_needs_a_machine_of_64_gb():
     whole = make_config(**SHAPES["90b"])
     fitting = [
-        size for size in (16, 24, 32, 64) if not plan(whole, Machine(size * 2**30 - SYSTEM, MUCH), PLAIN).lacking
+        size
+        for size in (16, 24, 32, 64)
+        if not plan(whole, Machine(size * 2**30 - SYSTEM_BYTES, MUCH), PLAIN).shortfalls
     ]
     assert fitting == [64]
     assert costs.conversion_cost(whole).disk / 1e9 == pytest.approx(177, abs=2)
 
 
-def test_disk_of_16_bit_is_what_is_written(tmp_path, capsys):
+def test_disk_of_16_bit_is_what_is_written(tmp_path, caplog):
+    caplog.set_level("INFO")
     made = convert_mllama(DEMO, tmp_path / "ov")
     written = sum(
         (made / name).with_suffix(".bin").stat().st_size for name in (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)
     )
     assert costs.conversion_cost(AutoConfig.from_pretrained(made)).disk == pytest.approx(written, rel=0.15)
-    said = [int(size) for size in re.findall(r"Convert .*, (\d+) MB", capsys.readouterr().out)]
+    said = [int(size) for size in re.findall(r"writing \S+, (\d+) MB", caplog.text)]
     assert sum(said) == pytest.approx(written / 1e6, abs=1)
 
 
@@ -127,7 +128,7 @@ def test_disk_of_16_bit_is_what_is_written(tmp_path, capsys):
 
 @pytest.mark.parametrize(("size", "write_16_bit", "compare"), [(16, 0, 0), (24, 0, 0), (32, 1, 0), (64, 1, 1)])
 def test_a_machine_of_so_much_memory_is_refused_nothing_by_default(config, size, write_16_bit, compare):
-    made = plan(config, Machine(size * 2**30 - SYSTEM, 60e9), PLAIN)
+    made = plan(config, Machine(size * 2**30 - SYSTEM_BYTES, 60e9), PLAIN)
     assert (made.write_16_bit, made.compare_with_pytorch, made.shortfalls) == (bool(write_16_bit), bool(compare), ())
     assert all(step.cost.memory <= made.machine.memory for step in made.steps.values())
     assert made.disk <= made.machine.disk
@@ -138,7 +139,7 @@ def test_a_small_disk_gets_no_16_bit_language_model(config):
     assert roomy.write_16_bit
     assert (tight.write_16_bit, tight.compare_with_pytorch, tight.shortfalls) == (False, False, ())
     none = plan(config, Machine(60e9, 10e9), PLAIN, downloaded=False)
-    assert re.search(r"write 29\.\d GB and 10\.0 GB of disk are free: make room", " ".join(none.shortfalls))
+    assert re.search(r"write 29\.\d GB and 10\.0 GB of disk are free: free disk space", " ".join(none.shortfalls))
 
 
 def test_downloads_may_go_to_another_disk(config):
@@ -157,7 +158,7 @@ def test_what_is_made_already_is_not_made_again(config):
     first = plan(config, Machine(13e9, MUCH), PLAIN)
     assert made.steps["token"] == first.steps["token"]  # loaded it is as large
     assert made.check_disk() is None
-    with pytest.raises(OSError, match=r"All steps write .* make room"):
+    with pytest.raises(OSError, match=r"All steps write .* free disk space"):
         plan(config, Machine(13e9, 1e6), PLAIN).check_disk()
     half = plan(config, Machine(60e9, MUCH), PLAIN, made=done)
     assert half.steps["convert"].cost.disk == 2 * costs.weights(config).language
@@ -172,7 +173,7 @@ def test_one_core_takes_twice_as_long_as_two(config):
 
 
 def test_what_does_not_fit_is_said(config):
-    (sentence,) = plan(config, Machine(8 * 2**30 - SYSTEM, 60e9), PLAIN).lacking
+    (sentence,) = plan(config, Machine(8 * 2**30 - SYSTEM_BYTES, 60e9), PLAIN).shortfalls
     assert re.search(r"takes 11\.\d GB of memory and 4\.6 GB are free: close other programs", sentence)
     assert "too little memory" in by_memory(config, PLAIN, [8])
 
@@ -213,23 +214,25 @@ def test_no_step_asks_for_memory_that_the_plan_does_not_name(tmp_path, monkeypat
     assert newest(folder, VISION_ENCODER_NAME) == "openvino_vision_encoder_int8_wc.xml"
 
 
-def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, capsys):
+def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     assert plan_here(DEMO, tmp_path).write_16_bit  # the notebook, for which it is compared
     folder = prepare(DEMO, tmp_path / "ov", DEMO / "draft")
     assert not (folder / LANGUAGE_MODEL_NAME).exists()
-    assert "convert the vision encoder, 16 bit" in capsys.readouterr().out
+    assert "convert the vision encoder, 16 bit" in caplog.text
+    caplog.clear()
     names = newest(folder, LANGUAGE_MODEL_NAME), newest(folder, VISION_ENCODER_NAME)
     model = OVMLlamaForConditionalGeneration(folder, language_model_name=names[0], image_encoder_name=names[1])
     assert model.shapes.vocab_size == OVDraftModel(folder / DRAFT_FOLDER).vocab_size == 512
     # when all is made the disk is as good as full, and that is no reason to complain
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e3))
     stamps = {name: ir.ir_stamp(folder / name) for name in names}
-    assert not plan_here(DEMO, folder, DEMO / "draft", for_chat=True).lacking
-    with pytest.raises(OSError, match="All steps write .* make room"):
+    assert not plan_here(DEMO, folder, DEMO / "draft", for_chat=True).shortfalls
+    with pytest.raises(OSError, match="All steps write .* free disk space"):
         prepare(DEMO, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
     prepare(DEMO, folder, DEMO / "draft")
-    assert capsys.readouterr().out.count("done already") == 4
+    assert caplog.text.count("done already") == 4
     assert {name: ir.ir_stamp(folder / name) for name in names} == stamps
 
 
@@ -315,7 +318,7 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
         return freed - kept.nbytes
 
     for module in ("sessions", "vision", "checks"):
-        monkeypatch.setattr(f"ov_mllama.{module}.free_memory", free)
+        monkeypatch.setattr(f"ov_mllama.runtime.{module}.free_memory", free)
     monkeypatch.setattr("ov_mllama.runtime.sessions.check_prompt_fits", lambda *_: None)
     assert model.generate(**second, **GREEDY).tolist() == expected.tolist()
     assert len(held) == 1
@@ -338,10 +341,10 @@ def test_a_long_prompt_takes_the_memory_of_the_tokens_computed_at_once(config, m
 
 
 def test_a_graphics_card_has_memory_of_its_own(pair, monkeypatch):
-    devices = {"GPU.0": Type.INTEGRATED, "GPU.1": Type.DISCRETE}
-    stand_in = SimpleNamespace(get_property=lambda device, name: devices[device])
+    kinds = {"GPU.0": Type.INTEGRATED, "GPU.1": Type.DISCRETE}
+    stand_in = SimpleNamespace(get_property=lambda device, name: kinds[device])
     monkeypatch.setattr(devices.ov, "Core", lambda: stand_in)
-    assert [devices.has_own_memory(device) for device in devices] == [False, True]
+    assert [devices.has_own_memory(device) for device in kinds] == [False, True]
     monkeypatch.undo()
     assert not devices.has_own_memory("CPU")
     assert not devices.has_own_memory("AUTO")

@@ -14,8 +14,6 @@ from ov_mllama.runtime.inference import Cancelled, acquire, run
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.prompts import prompt_tensors
 
-pytestmark = pytest.mark.alone
-
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 PICTURE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
@@ -70,13 +68,13 @@ class Thread(threading.Thread):
             self.outcome = error
 
     def result(self):
-        self.join(30)
+        self.join(60)
         assert not self.is_alive()
         return self.outcome
 
 
 def wait_until(condition) -> None:
-    until = time.perf_counter() + 10
+    until = time.perf_counter() + 60
     while not condition():
         assert time.perf_counter() < until
         time.sleep(0.01)
@@ -101,7 +99,7 @@ def test_what_was_encoded_ahead_is_not_encoded_again(pair, model, case):
 def test_a_prompt_waits_for_the_image_under_way(pair, model, held):
     inputs = pair.inputs("wide")
     ahead = Thread(model.encode_images, **picture_of(inputs))
-    assert held.begun.wait(5)
+    assert held.begun.wait(60)
     asked = Thread(model.generate, **inputs, **GREEDY)
     asked.join(0.3)
     assert asked.is_alive()
@@ -114,7 +112,7 @@ def test_a_prompt_waits_for_the_image_under_way(pair, model, held):
 
 def test_text_does_not_wait_for_it(pair, model, held):
     ahead = Thread(model.encode_images, **picture_of(pair.inputs("wide")))
-    assert held.begun.wait(5)
+    assert held.begun.wait(60)
     inputs = pair.inputs("text only")
     assert_right(pair, Thread(model.generate, **inputs, **GREEDY).result(), inputs)
     assert ahead.is_alive()
@@ -128,11 +126,10 @@ def test_it_is_given_up_at_once(pair, model, held):
     held.released.clear()
     held.begun.clear()
     ahead = Thread(model.encode_images, **picture_of(inputs), stop=stop)
-    assert held.begun.wait(5)
+    assert held.begun.wait(60)
     stop.set()
-    started = time.perf_counter()
     assert isinstance(ahead.result(), Cancelled)
-    assert time.perf_counter() - started < 1
+    assert not held.released.is_set()  # the inference was not waited for
     assert held.cancelled == 1
     assert_right(pair, model.generate(**inputs, **GREEDY), inputs)
     assert model.stats.images_cached == 1
@@ -140,7 +137,7 @@ def test_it_is_given_up_at_once(pair, model, held):
 
 def test_waiting_for_another_image_is_given_up_too(pair, model, held):
     ahead = Thread(model.encode_images, **picture_of(pair.inputs("wide")))
-    assert held.begun.wait(5)
+    assert held.begun.wait(60)
     stop = threading.Event()
     second = Thread(model.encode_images, **picture_of(pair.inputs("tall")), stop=stop)
     stop.set()
@@ -155,7 +152,7 @@ def test_waiting_for_another_image_is_given_up_too(pair, model, held):
 def test_an_answer_is_stopped_while_its_image_is_encoded(pair, model, held):
     inputs, stop = pair.inputs("wide"), threading.Event()
     asked = Thread(model.generate, **inputs, **GREEDY, stop=stop)
-    assert held.begun.wait(5)
+    assert held.begun.wait(60)
     stop.set()
     assert isinstance(asked.result(), Cancelled)
     held.released.set()
@@ -233,9 +230,9 @@ def test_what_cannot_be_encoded_is_refused(pair, model):
 def test_an_image_that_a_prompt_waits_for_is_not_given_up(pair, model, held):
     inputs, stop = pair.inputs("wide"), threading.Event()
     ahead = Thread(model.encode_images, **picture_of(inputs), stop=stop)
-    assert held.begun.wait(5)
+    assert held.begun.wait(60)
     asked = Thread(model.generate, **inputs, **GREEDY)
-    wait_until(lambda: model.image_encoder._wanted)
+    wait_until(lambda: model.image_encoder._awaited)
     stop.set()
     ahead.join(0.3)
     assert ahead.is_alive()
@@ -250,11 +247,11 @@ def test_a_prompts_image_goes_before_the_next_one(pair, model, held):
     gallery = pair.processor(text=["<|image|>a"] * 3, images=pictures, padding=True, return_tensors="pt")
     inputs, order = pair.inputs("wide"), []
     ahead = Thread(model.encode_images, **picture_of(gallery))
-    assert held.begun.wait(5)
+    assert held.begun.wait(60)
     infer = model.image_encoder._infer
     model.image_encoder._infer = lambda given, stop: order.append(given["pixel_values"]) or infer(given, stop)
     asked = Thread(model.generate, **inputs, **GREEDY)
-    wait_until(lambda: model.image_encoder._wanted)
+    wait_until(lambda: model.image_encoder._awaited)
     held.released.set()
     assert_right(pair, asked.result(), inputs)
     assert len(ahead.result()) == 3
@@ -265,15 +262,15 @@ def test_a_prompts_image_goes_before_the_next_one(pair, model, held):
 
 
 def test_images_ahead_wait_while_a_prompt_waits_for_another(pair, model, held):
-    wanted, stop = model.image_encoder._wanted, threading.Event()
+    awaited, stop = model.image_encoder._awaited, threading.Event()
     held.released.set()
-    wanted.append(b"another")
+    awaited.append(b"another")
     waiting = [Thread(model.encode_images, **picture_of(pair.inputs("wide")), stop=event) for event in (None, stop)]
     time.sleep(0.3)
     stop.set()
     assert isinstance(waiting[1].result(), Cancelled)
     assert held.runs == 0
-    wanted.remove(b"another")
+    awaited.remove(b"another")
     assert len(waiting[0].result()) == held.runs == 1
 
 

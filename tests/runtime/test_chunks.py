@@ -16,11 +16,10 @@ GREEDY = dict(do_sample=False, max_new_tokens=10, eos_token_id=None)
 
 
 @pytest.fixture(scope="module")
-def draft_dir(pair, tmp_path_factory):
+def draft(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("draft")
-    return make_draft_model(
-        save_llama(folder / "llama", pair.processor.tokenizer, pair.ov.shapes.vocab_size), folder / "ov"
-    )
+    llama = save_llama(folder / "llama", pair.processor.tokenizer, pair.ov.shapes.vocab_size)
+    return OVDraftModel(make_draft_model(llama, folder / "ov"), ov_config=F32)
 
 
 def random_ids(length: int) -> np.ndarray:
@@ -34,27 +33,32 @@ def expected(pair):
         return {length: pair.hf(torch.tensor(random_ids(length))).logits[0].numpy() for length in LENGTHS}
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("length", LENGTHS)
-def test_every_logits_to_keep_gives_as_many_right_logits(pair, expected, length):
-    for keep in range(1, length + 1):
+def test_every_logits_to_keep_gives_as_many_right_logits(pair, expected, length, times):
+    ends = {keep + near for keep in (1, PREFILL_TOKENS, length - PREFILL_TOKENS, length) for near in range(-3, 4)}
+    every = range(1, length + 1)
+    for keep in times(sorted(ends & {*every}), every):
         logits = pair.ov.language_model.session().prefill(Prompt(random_ids(length), logits_to_keep=keep))
         assert logits.shape[1] == keep
         np.testing.assert_allclose(logits[0], expected[length][-keep:], atol=1e-3)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("length", LENGTHS)
-def test_drafts_across_a_chunk_boundary_change_no_token(pair, draft_dir, length):
+def test_drafts_across_a_chunk_boundary_change_no_token(pair, draft, length, times):
     """Drafted tokens are checked together with the prompt, so that its last chunk may hold less than them."""
     text = torch.tensor(random_ids(length))
     text[:, -12:] = text[:, :12]  # something for prompt lookup to find
     tokens = pair.hf.generate(text, **GREEDY).tolist()
-    for drafts in range(3, 11):
+    for drafts in times((3, 5, 10), range(3, 11)):
         pair.ov.forget()
         assert pair.ov.generate(text, **GREEDY, prompt_lookup_num_tokens=drafts).tolist() == tokens
         assert pair.ov.stats.drafted_tokens
         pair.ov.forget()
-        helper = OVDraftModel(draft_dir, ov_config=F32, drafts=drafts)
-        assert pair.ov.generate(text, **GREEDY, assistant_model=helper).tolist() == tokens
+        draft.session.reset()
+        draft.drafts = drafts
+        assert pair.ov.generate(text, **GREEDY, assistant_model=draft).tolist() == tokens
 
 
 @pytest.mark.parametrize("case", ["text before image", "one tile", "mixed batch"])

@@ -2,14 +2,15 @@
 stand-in for its context, and the golden answer."""
 
 import json
+import shutil
 import warnings
 
 import openvino as ov
 import pytest
 
-from conftest import DEMO, F32
+from conftest import F32
 from ov_mllama.runtime.language import OVLanguageModel
-from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
 
@@ -81,8 +82,8 @@ def test_device_memory_is_used_where_asked_for_and_there(pair, monkeypatch):
         assert OVLanguageModel("an.xml", pair.ov.shapes, device).context is None
 
 
-def test_golden_answer(tmp_path):
-    folder = convert_mllama(DEMO, tmp_path)
+def test_golden_answer(demo_dir, tmp_path):
+    folder = shutil.copytree(demo_dir, tmp_path / "copy")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = OVMLlamaForConditionalGeneration(folder)

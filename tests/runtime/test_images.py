@@ -229,9 +229,12 @@ class Server(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
+    ended = []  # paths of the answers that were sent to their end
+
     def do_GET(self):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the other side had enough
             getattr(self, self.path.strip("/").split(".")[0])()
+            self.ended.append(self.path.strip("/"))
 
     def picture(self):
         self.start(content_type="image/png")
@@ -280,10 +283,10 @@ class Server(BaseHTTPRequestHandler):
             time.sleep(0.3)
 
     def silent(self):
-        time.sleep(5)
+        time.sleep(60)
 
     def slow_headers(self):
-        for _ in range(20):
+        for _ in range(200):
             self.wfile.write(b"H")
             time.sleep(0.3)
 
@@ -328,10 +331,9 @@ def test_an_address(address, path):
 def test_addresses_that_give_no_picture(address, path, sentence, monkeypatch, tally):
     monkeypatch.setattr(images, "SECONDS", 1)
     monkeypatch.setattr(images, "MAX_BYTES", 1_000_000)
-    started = time.monotonic()
     with pytest.raises(PictureError, match=sentence):
         open_picture(f"{address}/{path}")
-    assert time.monotonic() - started < 5
+    assert "1 second" not in sentence or path not in Server.ended
     tally("addresses", 1)
 
 
@@ -398,7 +400,7 @@ def test_broken_files(times, tally):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
         data = broken(rng.choice(seeds), rng)
-        started = time.monotonic()
+        started = time.process_time()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -408,7 +410,7 @@ def test_broken_files(times, tally):
             right = True
         except Exception as error:
             right = print(number, repr(error))
-        if not right or time.monotonic() - started > 10:
+        if not right or time.process_time() - started > 10:
             wrong.append(number)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
     assert grown < 2e9, "a broken picture ate the memory"

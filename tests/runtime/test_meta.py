@@ -15,7 +15,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from conftest import F32, chat_of
 from meta_reference import INSTALLED, MetaReference, package
-from ov_mllama.export.convert import load_checkpoint
+from ov_mllama.export.checkpoint import load_checkpoint
 from ov_mllama.export.graphs import LanguageModel, VisionEncoder
 from ov_mllama.runtime.reference import META, TRANSFORMERS
 from ov_mllama.runtime.vision import image_inputs

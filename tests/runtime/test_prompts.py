@@ -111,7 +111,7 @@ def test_too_long_for_the_context_is_refused_before_pictures_are_opened(processo
     monkeypatch.setattr(prompts, "open_picture", lambda _: pytest.fail("opened a picture"))
     turn = ask(Idle(), processor, "word " * 20_000, [Path("large.png")])  # 100 000 characters
     assert turn.state == FAILED
-    assert "more than the 512 this model can hold" in turn.note
+    assert "exceed the model's context of 512" in turn.note
 
 
 def test_the_model_refuses_what_it_cannot_hold(pair, monkeypatch):

@@ -1,11 +1,7 @@
 """The published notebook's code on these modules: it gets results, or a sentence that says what to write instead."""
 
-import threading
 import warnings
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import nncf
 import openvino as ov
 import psutil
@@ -16,7 +12,6 @@ from conftest import F32
 from data_preprocessing import prepare_dataset_vision
 from demo_model import SAMPLES
 from gradio_helper import make_demo
-from notebook_utils import download_file
 from ov_mllama_compression import compress, compression_widgets_helper, vision_encoder_selection_widget
 from ov_mllama_helper import IMAGE_ENCODER, LANGUAGE_MODEL, OVMLlamaForConditionalGeneration
 
@@ -101,24 +96,6 @@ def test_the_chat_is_safe_as_it_stands(pair):
         assert ".edit-textarea" in demo.css
     finally:
         demo.close()
-
-
-def test_download_file(tmp_path):
-    (tmp_path / "served").mkdir()
-    (tmp_path / "served" / "a.txt").write_text("contents")
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
-    handler.log_message = lambda *_: None
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        path = download_file(f"{address}/a.txt", directory=tmp_path / "here")
-        assert path == tmp_path / "here" / "a.txt"
-        assert path.read_text() == "contents"
-        with pytest.raises(httpx.HTTPStatusError):
-            download_file(f"{address}/missing.txt", directory=tmp_path / "here")
-        server.shutdown()
-    assert download_file(f"{address}/a.txt", directory=tmp_path / "here") == path  # kept
-    assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
 
 
 def test_what_is_ours_is_loaded_without_a_word(pair, copy):

@@ -20,7 +20,7 @@ from ov_mllama.runtime.kv_cache import Prompt
 from ov_mllama.runtime.language import language_inputs
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
-pytestmark = [pytest.mark.torture, pytest.mark.alone]
+pytestmark = pytest.mark.torture
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 
 
@@ -254,7 +254,7 @@ os.environ["CI"] = "true"
 sys.path[:0] = sys.argv[1:3]
 import numpy as np, torch
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
-from ov_mllama import checks
+from ov_mllama.runtime import checks
 
 model = OVMLlamaForConditionalGeneration(sys.argv[3], ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}, warm_up=False)
 ids = torch.arange(65, 85)[None]

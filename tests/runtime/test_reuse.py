@@ -20,9 +20,8 @@ SINGLE = [case for case in CASES if "batch" not in case and "padded" not in case
 
 
 @pytest.fixture
-def model(pair):
-    """One that has seen nothing yet."""
-    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+def model(fresh_model):
+    return fresh_model
 
 
 def conversation(pair, pictures=1):

@@ -9,7 +9,6 @@ from ov_mllama.export.convert import convert_language_model
 from ov_mllama.runtime.ir import save_ir
 from ov_mllama.runtime.kv_cache import Prompt
 from ov_mllama.runtime.language import OVLanguageModel
-from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.sessions import SessionPool
 from ov_mllama.runtime.shapes import MllamaShapes
 from tiny_mllama import make_llama
@@ -18,8 +17,8 @@ GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
 
 
 @pytest.fixture
-def model(pair):
-    return OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
+def model(fresh_model):
+    return fresh_model
 
 
 def greedy(session, prompt: Prompt, encoded, tokens: int):
@@ -120,7 +119,7 @@ def test_the_oldest_conversation_goes_first(model):
 
 def test_conversations_in_use_are_not_taken(model):
     sessions = SessionPool(model.language_model, cache_bytes=0)
-    first, second = sessions.acquire(text(1, 2, 3)), sessions.take(text(1, 2, 3))
+    first, second = sessions.acquire(text(1, 2, 3)), sessions.acquire(text(1, 2, 3))
     assert first is not second
     for session in (first, second):
         session.prefill(text(1, 2, 3))

@@ -1,0 +1,146 @@
+"""Conversations as Gradio messages and as exported Markdown."""
+
+import functools
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from urllib.parse import quote
+
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
+
+from ov_mllama.chat.store import CUT, FAILED, STOPPED, WAITING, Conversation, Turn
+
+CONTINUE = "Continue"
+JOINER = "\u2060"  # zero width
+LATEX: list[dict] = [  # delimiters of formulas
+    {"left": left, "right": right, "display": display}
+    for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False))
+]
+
+
+@functools.lru_cache(1000)  # pages poll
+def render_answer(text: str) -> str:
+    """Return an answer as the page's Markdown, with formulas and without images or HTML."""
+    return apply_outside_formulas(mark_formulas(text), block_loading)
+
+
+def mark_formulas(text: str) -> str:
+    """Mark formulas between single dollars, but no sums of money (pandoc's rule: no space inside the dollars, no digit
+    behind the second), and nothing in code."""
+    pieces = re.split(r"(```.*?(?:```|\Z)|`[^`\n]*`)", text, flags=re.DOTALL)
+    formula = re.compile(r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*?[^\s$\\])\$(?![\d$])")
+    pieces[::2] = [formula.sub(r"\\(\1\\)", piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+MARKUP = re.compile(r"[\\`*_{}\[\]<>#&!|~$@%^/=+\-\t\r\n]|(?<=www)\.|^(?: +|\d+[.)])", re.IGNORECASE)
+
+
+def escape_markup(text: str) -> str:
+    """Return Markdown that shows a text literally, without formatting, HTML, formulas or links.
+
+    Markup becomes character references, which page.js decodes where text is edited or copied.
+    """
+    return MARKUP.sub(lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text)
+
+
+def block_loading(text: str) -> str:
+    """Turn the images of Markdown into links and its HTML into text, so that the page fetches nothing before a click.
+
+    The invisible JOINER separates "!" from "[" and "<" from a tag's name; in code too, because the browser decides
+    where code begins. page.js removes it from copied text.
+    """
+    text = text.replace("```mermaid", "``` mermaid")  # a diagram may name images
+    return re.sub(r"!(?=\[)|<(?=[A-Za-z/!?])", rf"\g<0>{JOINER}", text)
+
+
+def apply_outside_formulas(text: str, change: Callable[[str], str]) -> str:
+    """Change a text except for its formulas, which are found as the page finds them and never become HTML."""
+    formulas: list[str] = []
+
+    def cut_out(found: re.Match) -> str:
+        formulas.append(found[0])
+        return f"\ue000{len(formulas) - 1}\ue001"
+
+    text = text.replace("\ue000", "")
+    for each in LATEX:
+        text = re.sub(f"{re.escape(each['left'])}.+?{re.escape(each['right'])}", cut_out, text, flags=re.DOTALL)
+    text = change(text)
+    for i in reversed(range(len(formulas))):  # later ones may contain earlier ones
+        text = text.replace(f"\ue000{i}\ue001", formulas[i])
+    return text
+
+
+def status_message(title: str, **more) -> dict:
+    """Return a status line of a conversation as a Gradio message."""
+    metadata = {"title": escape_markup(title)} | ({"status": more.pop("status")} if "status" in more else {})
+    return {"role": "assistant", "content": "", "metadata": metadata, **more}
+
+
+def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
+    """Return a conversation as Gradio messages.
+
+    Args:
+        progress: of the answer under way.
+    """
+    messages: list[dict] = []
+    for turn in turns:
+        pictures = [{"path": str(picture)} for picture in turn.pictures]
+        question = [escape_markup(turn.question)] if turn.question else []
+        messages.append({"role": "user", "content": [*pictures, *question]})
+        if turn.answer:
+            messages.append({"role": "assistant", "content": render_answer(turn.answer)})
+        if turn.state == WAITING:
+            if not turn.answer or progress.startswith("Stopping"):
+                messages.append(status_message(progress, status="pending"))
+        elif turn.state == CUT:
+            messages.append(status_message(f"Token limit reached · {turn.note}", options=[{"value": CONTINUE}]))
+        elif turn.state == STOPPED:
+            messages.append(status_message(f"Stopped. {turn.note}".strip()))
+        else:
+            messages.append(status_message(f"No answer: {turn.note}" if turn.state == FAILED else turn.note))
+    return messages
+
+
+def describe_model(model) -> str:
+    """Return the model's name, weight formats, device and last speed."""
+    speed = model.stats.tokens_per_s
+    speeds = [f"{speed:.{1 if speed < 10 else 0}f} tokens per second"] if speed else []
+    return " · ".join([getattr(model, "about", "Llama 3.2 Vision"), *speeds])
+
+
+def export_name(picture: Path) -> str:
+    """Return an image's path within an export."""
+    return f"pictures/{picture.name}"
+
+
+def escape_with_backslashes(text: str) -> str:
+    """Return readable Markdown that shows a text without images, links, HTML or headings."""
+    return re.sub(r"[\\`*_\[\]<>#|~!&$]", r"\\\g<0>", text)
+
+
+def to_markdown(conversation: Conversation) -> str:
+    """Return an export's Markdown, which shows the images under `export_name` and no others."""
+    lines = [f"# {escape_with_backslashes(' '.join(conversation.name.split()))}", ""]
+    for turn in conversation.turns:
+        lines += [f"![]({quote(export_name(picture))})" for picture in turn.pictures]
+        lines += ["", *(f"> {escape_with_backslashes(line)}" for line in turn.question.splitlines()), ""]
+        lines += [block_loading(turn.answer), ""]
+        lines += [f"<sub>{escape_with_backslashes(' '.join(turn.note.split()))}</sub>", ""] if turn.note else []
+    return "\n".join(lines)
+
+
+def write_export(conversation: Conversation) -> str:
+    """Write a conversation as a .zip of Markdown and images into Gradio's folder, and return its path."""
+    name = re.sub(r"[^\w -]", "", conversation.name).strip()[:60] or "chat"
+    pictures = {picture for turn in conversation.turns for picture in turn.pictures if picture.is_file()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.zip"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("chat.md", to_markdown(conversation))
+            for picture in pictures:
+                file.write(picture, export_name(picture))
+        return save_file_to_cache(path, get_upload_folder())

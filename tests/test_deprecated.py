@@ -1,0 +1,26 @@
+"""Module paths of version 2, importable until 4.0."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from conftest import ROOT
+from ov_mllama.deprecated import MOVED
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_old_module_path_resolves_to_the_moved_module(old):
+    sys.modules.pop(f"ov_mllama.{old}", None)
+    with pytest.warns(DeprecationWarning, match=rf"ov_mllama.{old} is now ov_mllama.{MOVED[old]}"):
+        module = import_module(f"ov_mllama.{old}")
+    assert module is import_module(f"ov_mllama.{MOVED[old]}")
+
+
+def test_old_serving_command_still_runs():
+    command = [sys.executable, "-m", "serving.app", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert "--model-dir" in done.stdout
+    assert "python -m serving.app is now ov-mllama serve" in done.stderr
