@@ -107,7 +107,7 @@ PLACES = [
     [RuntimeError(SECRET), MemoryError(), SystemExit(1), KeyboardInterrupt(), RecursionError(), StopIteration()],
 )
 def test_no_error_ends_the_answering_thread(client, server, slow_demo, where, error, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.scheduler.PAUSE_S", 0.02)
+    monkeypatch.setattr("ov_mllama.serving.scheduler.ERROR_PAUSE_S", 0.02)
     with monkeypatch.context() as patched:
         if where.endswith("api_error_for"):
             patched.setattr(slow_demo, "generate", raises(RuntimeError()))
