@@ -315,7 +315,7 @@ def scheduler(slow_demo, processor):
     """What answers the requests of `server`."""
     from ov_mllama.serving.scheduler import Scheduler
 
-    return Scheduler(slow_demo, processor, size=4, max_queue=6)
+    return Scheduler(slow_demo, processor, max_batch=4, max_queue=6)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, Out
 from ov_mllama.runtime.inference import Cancelled
 from ov_mllama.runtime.memory import trim_memory
 from ov_mllama.runtime.prompts import padded, prompt_inputs, prompt_text
+from ov_mllama.serving.images import ImageFile
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError, internal_error
 from ov_mllama.serving.sampling import GrammarCompiler
@@ -67,7 +68,7 @@ class Scheduler:
         with self._changed:
             self._drop_cancelled()
             if sum(reservation.waiting for reservation in self._reservations) >= self.max_queue:
-                raise self._queue_full(f"{self.max_queue} requests wait already")
+                raise queue_full(f"{self.max_queue} requests wait already", self._last_batch_s)
             reservation = Reservation()
             self._reservations.add(reservation)
             return reservation
@@ -81,19 +82,14 @@ class Scheduler:
         with self._changed:
             self._drop_cancelled()
             if sum(other.nbytes for other in self._reservations) - reservation.nbytes + nbytes > self.queue_bytes:
-                raise self._queue_full(f"The requests that wait hold {self.queue_bytes / 1e6:.0f} MB already")
+                reason = f"The requests that wait hold {self.queue_bytes / 1e6:.0f} MB already"
+                raise queue_full(reason, self._last_batch_s)
             reservation.nbytes = nbytes
 
     def release(self, reservation: Reservation) -> None:
         """Release a reservation."""
         with self._changed:
             self._reservations.discard(reservation)
-
-    def _queue_full(self, reason: str) -> ApiError:
-        seconds = round(min(MAX_RETRY_AFTER_S, max(1, self._last_batch_s)))
-        headers = {"Retry-After": str(seconds)}
-        message = f"{reason}: try again in {seconds} s."
-        return ApiError(429, message, "rate_limit_exceeded", error_type="requests", headers=headers)
 
     async def submit(self, request: GenerationRequest, reservation: Reservation | None = None) -> PendingRequest:
         """Append a request to the queue.
@@ -107,7 +103,7 @@ class Scheduler:
         try:
             self.resize(reservation, request.nbytes)
             prompt = await asyncio.to_thread(self._prompt, request)  # a second for each megabyte
-            matcher, tiles = None, {image.key: self._computed_tiles(image) for image in request.images}
+            matcher, tiles = None, {image.key: computed_tiles(self.model, image) for image in request.images}
             if request.schema is not None:
                 loop = asyncio.get_running_loop()
                 matcher = await loop.run_in_executor(self._compiling, self.grammars.compile, request.schema)
@@ -128,12 +124,6 @@ class Scheduler:
             return prompt_text(self.model, self.processor, request.messages, request.max_new_tokens)
         except InputError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
-
-    def _computed_tiles(self, image) -> int:
-        """Return the number of tiles that are computed for an image, an empty one included."""
-        vision, encoder = self.model.config.vision_config, self.model.image_encoder
-        limit = vision.max_num_tiles
-        return min(image.real_tiles(vision.image_size, limit) + 1, limit) if encoder.padding_alike else limit
 
     def _max_tiles(self) -> int:
         """Return the tiles of a batch: more than the image cache holds would evict its first image before the last is
@@ -268,6 +258,20 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001
             self._finish(pending, internal_error(error))
         return None
+
+
+def queue_full(reason: str, last_batch_s: float) -> ApiError:
+    """Return the error of requests that the queue does not hold."""
+    seconds = round(min(MAX_RETRY_AFTER_S, max(1, last_batch_s)))
+    headers = {"Retry-After": str(seconds)}
+    message = f"{reason}: try again in {seconds} s."
+    return ApiError(429, message, "rate_limit_exceeded", error_type="requests", headers=headers)
+
+
+def computed_tiles(model, image: ImageFile) -> int:
+    """Return the number of tiles that are computed for an image, an empty one included."""
+    vision, limit = model.config.vision_config, model.config.vision_config.max_num_tiles
+    return min(image.real_tiles(vision.image_size, limit) + 1, limit) if model.image_encoder.padding_alike else limit
 
 
 def encode_images(model, pending: PendingRequest, inputs: dict) -> bool:

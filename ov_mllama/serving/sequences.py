@@ -161,7 +161,7 @@ class PendingRequest:
 
 
 class AllCancelled:
-    """Event-like: set once all sequences of a batch are cancelled."""
+    """Event-like object that is set once all sequences of a batch are cancelled."""
 
     def __init__(self, sequences: list[Sequence]):
         self.sequences = sequences
@@ -171,7 +171,7 @@ class AllCancelled:
 
 
 class Sampler(LogitsProcessor):
-    """Samples each sequence's token, and leaves it the only one that greedy `generate` can take."""
+    """Logits processor that samples each sequence's token and leaves greedy `generate` no other."""
 
     def __init__(self, sequences: list[Sequence]):
         self.sequences = sequences
@@ -184,7 +184,7 @@ class Sampler(LogitsProcessor):
 
 
 class StopCheck(StoppingCriteria):
-    """Appends each sequence's token, and ends its row of the batch with it.
+    """Stopping criterion that appends each sequence's token, and ends its row of the batch with it.
 
     Args:
         eos_token_ids: tokens that end an answer.

@@ -37,7 +37,7 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 def test_long_text_is_refused_before_it_is_tokenised(client, kind, monkeypatch):
     monkeypatch.setattr("ov_mllama.serving.scheduler.prompt_text", raises(AssertionError))
-    monkeypatch.setattr("ov_mllama.serving.protocol.escape_special_tokens", raises(AssertionError))
+    monkeypatch.setattr("ov_mllama.serving.parsing.escape_special_tokens", raises(AssertionError))
     error = refusal(client, LONG[kind])
     assert isinstance(error, openai.BadRequestError)
     assert error.param == "messages"

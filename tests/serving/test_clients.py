@@ -173,7 +173,7 @@ def test_a_full_line_says_when_to_come_again(client, scheduler, slow_demo):
     slow_demo.step_s = 60
     with ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(complete, client, user(text(WHO))) for _ in range(16)]
-        wait_until(lambda: sum(each.done() for each in asked) + len(scheduler._places) == 16)
+        wait_until(lambda: sum(each.done() for each in asked) + len(scheduler._reservations) == 16)
         slow_demo.step_s = 0
         errors = [each.exception() for each in asked]
     refused = [error for error in errors if error]

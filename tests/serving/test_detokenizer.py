@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from openai_client import complete, text, user
+from ov_mllama.serving.detokenizer import Detokenizer
 from ov_mllama.serving.protocol import MAX_STOP_CHARS
-from ov_mllama.serving.sequences import Detokenizer
 
 
 class Counting:
@@ -25,8 +25,8 @@ def test_each_token_costs_the_same_at_any_length(processor):
     words = Detokenizer(tokenizer, ["a" * (MAX_STOP_CHARS - 1) + letter for letter in "bcde"])
     [letter] = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
     said = "".join(words.put(letter) for _ in range(1000))
-    assert len(words._held) < MAX_STOP_CHARS
-    assert said + words.end() == "a" * 1000
+    assert len(words._pending) < MAX_STOP_CHARS
+    assert said + words.flush() == "a" * 1000
     assert max(tokenizer.decoded) < 20
 
 
@@ -36,7 +36,7 @@ def test_characters_of_several_tokens_come_whole(processor, said, stop):
     tokens = processor.tokenizer(said, add_special_tokens=False)["input_ids"]
     words = Detokenizer(processor.tokenizer, stop)
     pieces = [words.put(token) for token in tokens]
-    assert "".join([*pieces, words.end()]) == said
+    assert "".join([*pieces, words.flush()]) == said
     assert "\ufffd" in said or not any("\ufffd" in piece for piece in pieces)
 
 
@@ -44,10 +44,10 @@ def test_halves_of_characters_come_at_the_end_or_among_garbage(processor):
     first = processor.tokenizer("漢", add_special_tokens=False)["input_ids"][0]
     words = Detokenizer(processor.tokenizer)
     assert not words.put(first)
-    assert words.end() == "\ufffd"
+    assert words.flush() == "\ufffd"
     counting = Counting(processor.tokenizer)
     words = Detokenizer(counting)
-    assert set("".join([words.put(first) for _ in range(500)] + [words.end()])) == {"\ufffd"}
+    assert set("".join([words.put(first) for _ in range(500)] + [words.flush()])) == {"\ufffd"}
     assert max(counting.decoded) < 20
 
 
@@ -56,7 +56,7 @@ def test_stop_is_found_across_tokens(processor, cut):
     said = "One 漢🙂 and two"
     tokens = processor.tokenizer(said, add_special_tokens=False)["input_ids"]
     words = Detokenizer(processor.tokenizer, [said[cut:9]])
-    assert "".join([words.put(token) for token in tokens] + [words.end()]) == said[:cut]
+    assert "".join([words.put(token) for token in tokens] + [words.flush()]) == said[:cut]
     assert words.stopped
 
 
@@ -69,7 +69,7 @@ def test_stream_of_characters_of_several_tokens(client, slow_demo, processor, mo
     ]
     tokens = np.hstack(tokens).tolist()
     monkeypatch.setattr(
-        "ov_mllama.serving.sequences.Sequence.choose", lambda row, scores: tokens[len(row.words.tokens)]
+        "ov_mllama.serving.sequences.Sequence.sample", lambda sequence, logits: tokens[sequence.num_tokens]
     )
     chunks = [chunk.choices[0].delta.content or "" for chunk in complete(client, user(text("?")), stream=True)]
     assert "".join(chunks) == said

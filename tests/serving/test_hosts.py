@@ -119,7 +119,7 @@ def test_stream_is_not_cached(client, server):
         ("::1", None, False, []),
         ("0.0.0.0", None, False, ["0.0.0.0"]),  # noqa: S104
         ("::", None, False, ["::"]),
-        ("", None, False, ["may ask"]),
+        ("", None, False, ["can send requests"]),
         ("192.168.1.5", None, False, ["192.168.1.5"]),
         ("0.0.0.0", "k", False, []),  # noqa: S104
         ("127.0.0.1", "k", True, ["--key"]),

@@ -22,7 +22,7 @@ from openai_client import (
     user,
 )
 from ov_mllama.runtime.images import open_picture
-from ov_mllama.serving import addresses
+from ov_mllama.serving import image_urls
 from ov_mllama.serving.app import create_app
 from ov_mllama.serving.scheduler import Scheduler
 
@@ -39,12 +39,12 @@ PRIVATE = [
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_private_address_is_not_public(address):
-    assert not addresses.is_public(address)
+    assert not image_urls.is_public(address)
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
 def test_public_address_is_public(address):
-    assert addresses.is_public(address)
+    assert image_urls.is_public(address)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def web():
 @pytest.fixture(scope="module")
 def fetching_server(slow_demo, processor):
     """A server that fetches pictures from addresses."""
-    with served(create_app(Scheduler(slow_demo, processor), "demo", KEY, addresses=True)) as url:
+    with served(create_app(Scheduler(slow_demo, processor), "demo", KEY, allow_image_urls=True)) as url:
         yield url
 
 
@@ -114,8 +114,8 @@ def public(monkeypatch):
         found = names.get(host, [host])
         return found.pop(0) if found and isinstance(found[0], list) else found
 
-    monkeypatch.setattr(addresses, "resolve", resolve)
-    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(image_urls, "resolve", resolve)
+    monkeypatch.setattr(image_urls, "is_public", lambda address: address == "127.0.0.1")
     names["looked up"] = looked_up
     return names
 

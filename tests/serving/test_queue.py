@@ -40,9 +40,9 @@ def test_full_queue_of_bytes_is_told_429(slow_demo, processor):
     data = photograph(800, 600)
     messages = {"model": "demo", "messages": user(encoded(data), text("?")), "max_tokens": 3}
     with small_server(slow_demo, processor, queue_bytes=4 * len(data)) as (url, batches), ThreadPoolExecutor(9) as pool:
-        batches._took_s = 7.4
+        batches._last_batch_s = 7.4
         asked = [pool.submit(post, url, messages) for _ in range(8)]
-        wait_until(lambda: sum(each.done() for each in asked) + len(batches._places) == 8)
+        wait_until(lambda: sum(each.done() for each in asked) + len(batches._reservations) == 8)
         slow_demo.step_s = 0
         answers = [each.result() for each in asked]
         refused = [answer for answer in answers if answer.status_code == 429]
@@ -51,7 +51,7 @@ def test_full_queue_of_bytes_is_told_429(slow_demo, processor):
         for answer in refused:
             assert answer.json()["error"]["code"] == "rate_limit_exceeded"
             assert int(answer.headers["Retry-After"]) >= 1
-        assert not batches._places
+        assert not batches._reservations
         assert post(url, messages).is_success
         larger = {**messages, "messages": user(*[encoded(data)] * 5)}
         assert post(url, larger).status_code == 413
@@ -67,40 +67,40 @@ def test_bodies_under_way_count(slow_demo, processor):
             uploads = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(3)]
             for upload in uploads[:2]:
                 upload.sendall(head.encode() + b" " * 450_000)
-            wait_until(lambda: sum(place.nbytes for place in batches._places) == 900_000)
+            wait_until(lambda: sum(place.nbytes for place in batches._reservations) == 900_000)
             answer = post(url, {**ASKED, "user": "x" * 200_000})
             assert answer.status_code == 429
             assert "1 MB" in answer.json()["error"]["message"]
             assert post(url, ASKED).is_success
             uploads[2].sendall(head.encode())
-            wait_until(lambda: len(batches._places) == 3)
+            wait_until(lambda: len(batches._reservations) == 3)
             answer = post(url, ASKED)
             assert answer.status_code == 429
             assert "3 requests" in answer.json()["error"]["message"]
-        wait_until(lambda: not batches._places)  # who leaves amid an upload leaves room
+        wait_until(lambda: not batches._reservations)  # who leaves amid an upload leaves room
         assert post(url, ASKED).is_success
 
 
 def test_upload_that_stalls_ends(slow_demo, processor, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.reading.BODY_S", 0.3)
+    monkeypatch.setattr("ov_mllama.serving.parsing.BODY_TIMEOUT_S", 0.3)
     slow_demo.as_new()
     with small_server(slow_demo, processor) as (url, batches):
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as upload:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
             upload.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 9\r\n\r\n".encode())
             assert upload.recv(20).startswith(b"HTTP/1.1 408")
-        wait_until(lambda: not batches._places)
+        wait_until(lambda: not batches._reservations)
 
 
 def test_retry_after_is_the_time_of_a_batch(client, server, slow_demo, processor):
     slow_demo.as_new()
     with small_server(slow_demo, processor, max_queue=1) as (_, batches):
         for took_s, said in ((7.4, "7"), (0.01, "1"), (900, "60")):
-            batches._took_s = took_s
-            place = batches.enter()
+            batches._last_batch_s = took_s
+            place = batches.reserve()
             with pytest.raises(guards.ApiError) as full:
-                batches.enter()
-            batches.leave(place)
+                batches.reserve()
+            batches.release(place)
             assert full.value.status == 429
             assert full.value.headers == {"Retry-After": said}
             assert f"in {said} s" in str(full.value)

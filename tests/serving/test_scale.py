@@ -48,9 +48,9 @@ def ray_here():
     import ray
     from ray import serve
 
-    from ov_mllama.serving.caption import begin
+    from ov_mllama.serving.caption import init_ray
 
-    begin()
+    init_ray()
     yield
     serve.shutdown()
     ray.shutdown()
@@ -104,14 +104,14 @@ def test_a_folder_with_something_else_and_more_threads_than_cores(ray_here, demo
     from ov_mllama.serving.caption import caption
 
     (tmp_path / "other.parquet").write_text("something else")
-    with pytest.raises(ValueError, match=r"other.parquet is no file of captions"):
+    with pytest.raises(ValueError, match=r"other.parquet is not a file of captions"):
         caption(pictures, QUESTION, tmp_path, demo_dir)
     with pytest.raises(ValueError, match="64 cores"):
         caption(pictures, QUESTION, tmp_path / "out", demo_dir, threads=64)
 
 
 def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(demo_dir, tmp_path, monkeypatch):
-    from ov_mllama.serving.caption import Captioner, answered
+    from ov_mllama.serving.caption import Captioner, finished_ids
 
     captioner = Captioner(str(demo_dir), QUESTION, str(tmp_path), 128, None)
     paths = [str(path_of(sample)) for sample in SAMPLES[:3]]
@@ -125,23 +125,23 @@ def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(demo_dir, tm
 
     monkeypatch.setattr(captioner.model, "generate", small)
     batch = {"id": ["0", "1", "2"], "path": list(map(os.fsencode, paths))}
-    assert captioner(batch)["left"] == ["", "", "2 GB too little"]
+    assert captioner(batch)["skipped"] == ["", "", "2 GB too little"]
     assert sizes == [3, 1, 1, 1]
-    assert answered(tmp_path, QUESTION) == {"0", "1"}
+    assert finished_ids(tmp_path, QUESTION) == {"0", "1"}
     monkeypatch.undo()
-    assert captioner({"id": ["2"], "path": batch["path"][2:]})["left"] == [""]
+    assert captioner({"id": ["2"], "path": batch["path"][2:]})["skipped"] == [""]
     table = pd.read_parquet(tmp_path).sort_values("id")
     assert table["answer"].tolist()[2] == SAMPLES[2]["answer"]
     assert table["error"].isna().all()
 
 
 def test_what_cannot_be_read_now_is_asked_another_time(demo_dir, tmp_path):
-    from ov_mllama.serving.caption import Captioner, answered
+    from ov_mllama.serving.caption import Captioner, finished_ids
 
     captioner = Captioner(str(demo_dir), QUESTION, str(tmp_path), 128, None)
     batch = {"id": ["0", "1"], "path": [os.fsencode(path_of(SAMPLES[0])), b"/gone/p\xeacture.png"]}
-    assert captioner(batch)["left"] == ["", "/gone/p\ufffdcture.png cannot be read (No such file or directory)."]
-    assert answered(tmp_path, QUESTION) == {"0"}
+    assert captioner(batch)["skipped"] == ["", "/gone/p\ufffdcture.png cannot be read (No such file or directory)."]
+    assert finished_ids(tmp_path, QUESTION) == {"0"}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_what_cannot_be_read_now_is_asked_another_time(demo_dir, tmp_path):
     ],
 )
 def test_picture_that_the_machine_cannot_open_is_left_for_another_run(demo_dir, tmp_path, monkeypatch, error, said):
-    from ov_mllama.serving.caption import Captioner, answered
+    from ov_mllama.serving.caption import Captioner, finished_ids
 
     def failing(*arguments, **options):
         raise error
@@ -163,10 +163,10 @@ def test_picture_that_the_machine_cannot_open_is_left_for_another_run(demo_dir, 
     captioner, path = Captioner(str(demo_dir), QUESTION, str(tmp_path), 128, None), path_of(SAMPLES[0])
     with monkeypatch.context() as patch:
         patch.setattr("PIL.PngImagePlugin.PngImageFile.load", failing)
-        [left] = captioner({"id": ["0"], "path": [os.fsencode(path)]})["left"]
+        [left] = captioner({"id": ["0"], "path": [os.fsencode(path)]})["skipped"]
     assert left == f"{path} cannot be read ({said})."
-    assert answered(tmp_path, QUESTION) == set()
-    assert captioner({"id": ["0"], "path": [os.fsencode(path)]})["left"] == [""]
+    assert finished_ids(tmp_path, QUESTION) == set()
+    assert captioner({"id": ["0"], "path": [os.fsencode(path)]})["skipped"] == [""]
     assert pd.read_parquet(tmp_path)["error"].isna().all()
 
 
@@ -215,13 +215,13 @@ def test_folder_of_an_earlier_version_is_read_and_asked_anew(out, demo_dir, pict
 
 
 def test_answers_cut_by_a_lower_limit_are_asked_again_with_a_higher_one(demo_dir, tmp_path):
-    from ov_mllama.serving.caption import Captioner, answered, identity
+    from ov_mllama.serving.caption import Captioner, finished_ids, identity
 
     batch = {"id": ["0", "2"], "path": [os.fsencode(path_of(SAMPLES[i])) for i in (0, 2)]}
     asked = identity(demo_dir)
 
     def done(limit: int) -> set[str]:
-        return answered(tmp_path, QUESTION, asked | {"max_new_tokens": limit})
+        return finished_ids(tmp_path, QUESTION, asked | {"max_new_tokens": limit})
 
     Captioner(str(demo_dir), QUESTION, str(tmp_path), 2, None)(batch)
     assert pd.read_parquet(tmp_path)["finish"].tolist() == ["length"] * 2
@@ -232,17 +232,17 @@ def test_answers_cut_by_a_lower_limit_are_asked_again_with_a_higher_one(demo_dir
     assert table["max_new_tokens"].tolist() == [2, 2, 128, 128]
     assert table["finish"].tolist() == ["length"] * 2 + ["stop"] * 2
     assert done(128) == done(2) == done(1000) == {"0", "2"}
-    assert answered(tmp_path, QUESTION, asked | {"language_model": "another", "max_new_tokens": 1}) == set()
+    assert finished_ids(tmp_path, QUESTION, asked | {"language_model": "another", "max_new_tokens": 1}) == set()
     assert table.groupby(["id", "question", "model"]).last()["answer"].tolist()[1] == SAMPLES[2]["answer"]
 
 
 def test_parquet_files_of_something_else_are_refused_and_stay(tmp_path):
-    from ov_mllama.serving.caption import answered
+    from ov_mllama.serving.caption import finished_ids
 
     pd.DataFrame({"id": ["0"], "price": [1.0]}).to_parquet(tmp_path / "prices.parquet")
     before = (tmp_path / "prices.parquet").read_bytes()
-    with pytest.raises(ValueError, match="prices.parquet is no file of captions"):
-        answered(tmp_path, QUESTION)
+    with pytest.raises(ValueError, match="prices.parquet is not a file of captions"):
+        finished_ids(tmp_path, QUESTION)
     assert (tmp_path / "prices.parquet").read_bytes() == before
 
 
@@ -255,7 +255,7 @@ def test_where_no_more_can_be_written_it_ends(demo_dir, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(caption.pq, "write_table", full)
-    [end] = captioner({"id": ["0"], "path": [os.fsencode(path_of(SAMPLES[0]))]})["end"]
+    [end] = captioner({"id": ["0"], "path": [os.fsencode(path_of(SAMPLES[0]))]})["fatal"]
     assert "cannot be written to" in end
     assert "No space" in end
 
@@ -273,7 +273,7 @@ def test_workers_share_a_machine_without_taking_the_same_cores(demo_dir):
 def test_a_folder_without_pictures(tmp_path):
     from ov_mllama.serving.caption import caption
 
-    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+    with pytest.raises(FileNotFoundError, match="holds no images"):
         caption(tmp_path, QUESTION, tmp_path / "out", tmp_path)
 
 

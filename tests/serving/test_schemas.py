@@ -91,7 +91,7 @@ def test_schema_that_becomes_too_complex_is_an_error_of_its_own_answer_only(clie
             return getattr(self.matcher, name)
 
     monkeypatch.setattr(
-        "ov_mllama.serving.sequences.LLMatcher",
+        "ov_mllama.serving.sampling.LLMatcher",
         FailsLater := type(
             "FailsLater",
             (),
@@ -121,7 +121,7 @@ def test_schemas_are_compiled_one_at_a_time_beside_others(client, slow_demo, mon
         compiling.wait(10)
         running.pop()
 
-    monkeypatch.setattr("ov_mllama.serving.sequences.GrammarCompiler.matcher", slowly)
+    monkeypatch.setattr("ov_mllama.serving.sampling.GrammarCompiler.compile", slowly)
     with ThreadPoolExecutor(4) as pool:
         slow = [
             pool.submit(complete, client, user(text(WHO)), response_format={"type": "json_object"}) for _ in range(4)

@@ -214,7 +214,7 @@ def test_what_is_not_understood_is_refused_and_says_where(client, messages, opti
 
 
 def test_more_pixels_than_memory_is_for(client, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.protocol.MAX_PIXELS", 60_000)
+    monkeypatch.setattr("ov_mllama.serving.parsing.MAX_REQUEST_PIXELS", 60_000)
     assert complete(client, about(SAMPLES[0])).choices[0].message.content == SAMPLES[0]["answer"]
     error = refusal(client, user(picture(SAMPLES[0]), picture(SAMPLES[0]), text("?")))
     assert error.param == "messages[0].content[1].image_url"
@@ -244,7 +244,9 @@ def test_scripts_of_web_pages_may_ask_where_allowed(server, slow_demo, processor
         return HTTP.options(f"{url}/v1/chat/completions", headers=asks).headers.get("access-control-allow-origin")
 
     assert may(server) is None
-    with served(create_app(Scheduler(slow_demo, processor), "demo", KEY, origins=["http://localhost:3000"])) as other:
+    with served(
+        create_app(Scheduler(slow_demo, processor), "demo", KEY, cors_origins=["http://localhost:3000"])
+    ) as other:
         assert may(other) == "http://localhost:3000"
 
 
@@ -259,9 +261,9 @@ def test_a_key_is_also_the_password_of_the_chat(slow_demo, processor):
 
 def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(server):
     port = int(server.rpartition(":")[2])
-    with pytest.raises(OSError, match=f"{port} cannot be had .* --port"):
+    with pytest.raises(OSError, match=f"{port} is not available .* --port"):
         bind_socket("127.0.0.1", port)
-    with bind_socket("127.0.0.1", 0) as mine, pytest.raises(OSError, match="cannot be had"):
+    with bind_socket("127.0.0.1", 0) as mine, pytest.raises(OSError, match="is not available"):
         bind_socket("127.0.0.1", mine.getsockname()[1])  # by a second server, while the first one loads
     with pytest.raises(OSError, match="--port"):
         bind_socket("127.0.0.1", 99999)

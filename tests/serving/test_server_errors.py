@@ -29,7 +29,7 @@ SECRET = "sesame of the inside"
 
 
 INSIDE = [
-    "ov_mllama.serving.protocol.escape_special_tokens",
+    "ov_mllama.serving.parsing.escape_special_tokens",
     "ov_mllama.serving.scheduler.prompt_text",
     "ov_mllama.serving.scheduler.prompt_inputs",
     "ov_mllama.serving.scheduler.padded",
@@ -58,7 +58,7 @@ def test_text_of_an_error_amid_a_stream_stays_here(client, server, monkeypatch):
         yield "Hello"
         raise KeyError(SECRET)
 
-    monkeypatch.setattr(PendingRequest, "pieces", broken)
+    monkeypatch.setattr(PendingRequest, "chunks", broken)
     answer = post(server, {**ASKED, "stream": True})
     assert answer.status_code == 200
     assert SECRET not in answer.text
@@ -67,7 +67,7 @@ def test_text_of_an_error_amid_a_stream_stays_here(client, server, monkeypatch):
 
 
 def test_connection_survives_an_unexpected_error(client, server, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.protocol.escape_special_tokens", raises(RuntimeError(SECRET)))
+    monkeypatch.setattr("ov_mllama.serving.parsing.escape_special_tokens", raises(RuntimeError(SECRET)))
     with httpx.Client(headers=BEARER) as browser:
         kept = []
         for _ in range(3):
@@ -87,17 +87,17 @@ def test_too_little_memory_says_when_to_come_again(client, server, slow_demo, mo
 
 PLACES = [
     *(
-        "ov_mllama.serving.scheduler.Scheduler._next",
+        "ov_mllama.serving.scheduler.Scheduler._admit",
         "ov_mllama.serving.scheduler.Scheduler._inputs",
-        "ov_mllama.serving.sequences.Sequence.take",
+        "ov_mllama.serving.sequences.Sequence.append_token",
     ),
     *(
         "ov_mllama.serving.scheduler.padded",
         "ov_mllama.serving.scheduler.Sampler",
-        "ov_mllama.serving.scheduler.refusal_of",
-        "ov_mllama.serving.sequences.Detokenizer.put",
+        "ov_mllama.serving.scheduler.api_error_for",
+        "ov_mllama.serving.detokenizer.Detokenizer.put",
     ),
-    *("ov_mllama.serving.sequences.Sequence.choose", "ov_mllama.serving.scheduler.prompt_inputs"),
+    *("ov_mllama.serving.sequences.Sequence.sample", "ov_mllama.serving.scheduler.prompt_inputs"),
 ]
 
 
@@ -107,12 +107,12 @@ PLACES = [
     [RuntimeError(SECRET), MemoryError(), SystemExit(1), KeyboardInterrupt(), RecursionError(), StopIteration()],
 )
 def test_no_error_ends_the_answering_thread(client, server, slow_demo, where, error, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.scheduler.PAUSE_S", 0.02)
+    monkeypatch.setattr("ov_mllama.serving.scheduler.ERROR_PAUSE_S", 0.02)
     with monkeypatch.context() as patched:
-        if where.endswith("refusal_of"):
+        if where.endswith("api_error_for"):
             patched.setattr(slow_demo, "generate", raises(RuntimeError()))
         patched.setattr(where, raises(error))
-        if where.endswith("_next"):
+        if where.endswith("_admit"):
             post(server, ASKED)  # whose thread has been within it before
         for stream in (False, True):
             answer = post(server, {**ASKED, "stream": stream})
@@ -124,8 +124,8 @@ def test_no_error_ends_the_answering_thread(client, server, slow_demo, where, er
 
 def test_error_between_batches_is_of_the_first_that_waits_only(client, scheduler, slow_demo, monkeypatch):
     failing = [1]
-    most = Scheduler._most_tiles
-    monkeypatch.setattr(Scheduler, "_most_tiles", lambda self: 1 / 0 if failing and failing.pop() else most(self))
+    most = Scheduler._max_tiles
+    monkeypatch.setattr(Scheduler, "_max_tiles", lambda self: 1 / 0 if failing and failing.pop() else most(self))
     slow_demo.step_s = 60
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(complete, client, user(text(WHO)))
@@ -151,8 +151,8 @@ def test_health_is_503_once_nothing_is_answered_any_more(slow_demo, processor, m
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     with small_server(slow_demo, processor) as (url, batches):
         assert HTTP.get(f"{url}/health").json() == {"status": "ok"}
-        monkeypatch.setattr(Scheduler, "_work_once", raises(SystemExit("gone")))
-        post(url, ASKED)  # by the thread that is still within `_work_once`
+        monkeypatch.setattr(Scheduler, "_run_once", raises(SystemExit("gone")))
+        post(url, ASKED)  # by the thread that is still within `_run_once`
         answer = post(url, ASKED)
         assert answer.status_code == 503
         assert is_openai_error(answer)
