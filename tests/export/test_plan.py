@@ -104,7 +104,7 @@ def test_the_90bs_widths_cost_what_was_measured():
 def test_the_whole_90b_needs_a_machine_of_64_gb():
     whole = make_config(**SHAPES["90b"])
     fitting = [
-        size for size in (16, 24, 32, 64) if not plan(whole, Machine(size * 2**30 - SYSTEM, MUCH), PLAIN).lacking
+        size for size in (16, 24, 32, 64) if not plan(whole, Machine(size * 2**30 - SYSTEM, MUCH), PLAIN).shortfalls
     ]
     assert fitting == [64]
     assert costs.conversion_cost(whole).disk / 1e9 == pytest.approx(177, abs=2)
@@ -170,7 +170,7 @@ def test_one_core_takes_twice_as_long_as_two(config):
 
 
 def test_what_does_not_fit_is_said(config):
-    (sentence,) = plan(config, Machine(8 * 2**30 - SYSTEM, 60e9), PLAIN).lacking
+    (sentence,) = plan(config, Machine(8 * 2**30 - SYSTEM, 60e9), PLAIN).shortfalls
     assert re.search(r"takes 11\.\d GB of memory and 4\.6 GB are free: close other programs", sentence)
     assert "too little memory" in by_memory(config, PLAIN, [8])
 
@@ -222,7 +222,7 @@ def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, capsy
     # when all is made the disk is as good as full, and that is no reason to complain
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e3))
     stamps = {name: ir.ir_stamp(folder / name) for name in names}
-    assert not plan_here(DEMO, folder, DEMO / "draft", for_chat=True).lacking
+    assert not plan_here(DEMO, folder, DEMO / "draft", for_chat=True).shortfalls
     with pytest.raises(OSError, match="All steps write .* make room"):
         prepare(DEMO, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
