@@ -197,7 +197,7 @@ def test_default_precision_is_as_good(default_model, exact_answers, processor, h
 
 def test_price_list_holds_what_is_measured(demo_dir, capsys):
     """Of the original and of the IRs in 16 bit; `price_list` does the same in a process for each."""
-    samples = heldout_samples(5)
+    samples = list(heldout_samples(5))
     original, reference = measure(DEMO, demo_dir, None, samples, None)
     converted, _ = measure(DEMO, demo_dir, (LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME), samples, reference)
     assert (original["kl"], original["lost"], original["won"], original["questions"]) == (0, 0, 0, 5)

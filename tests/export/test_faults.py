@@ -81,7 +81,7 @@ def load(folder, names=(VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)):
 
 def test_killed_at_any_moment(pair, finished, tmp_path, times, tally):
     expected, seconds = weights(finished[0]), finished[1]
-    rng, wrong, count = random.Random(time.time_ns()), [], times(2, 50)  # noqa: S311
+    rng, wrong, count = random.Random(time.time_ns()), [], times(1, 50)  # noqa: S311
     folder, killed = tmp_path / "0", 0
     while killed < count:
         process, moment = start(pair.checkpoint, folder), rng.uniform(0.02, 1) * seconds
@@ -110,7 +110,7 @@ def test_killed_at_any_moment(pair, finished, tmp_path, times, tally):
 
 def test_killed_while_another_checkpoint_is_converted(pair, other_dir, finished, tmp_path, times, tally):
     """One checkpoint's folder becomes another's or is refused: never one's weights beside the other's tokenizer."""
-    expected, seconds, count, wrong = weights(finished[0]), finished[1], times(2, 20), []
+    expected, seconds, count, wrong = weights(finished[0]), finished[1], times(1, 20), []
     rng = random.Random(time.time_ns())  # noqa: S311
     for number in range(count):
         folder = shutil.copytree(other_dir, tmp_path / str(number))
@@ -216,7 +216,7 @@ def test_a_broken_file_is_refused_and_the_next_run_mends_it(pair, folder, other_
 @pytest.mark.parametrize("fault", ["weights cut short", "a bit of the weights", "graph cut short", "graph missing"])
 def test_a_broken_smaller_ir_is_made_anew(pair, folder, finished, name, fault, tally):
     FAULTS[fault](folder / name, None)
-    with pytest.raises((ValueError, FileNotFoundError), match="convert"):
+    with pytest.raises((ValueError, FileNotFoundError), match="convert|compress"):
         check_model_dir(folder, (name,))
     kills.everything(pair.checkpoint, folder)
     assert weights(folder) == weights(finished[0])
@@ -269,7 +269,7 @@ def test_a_disk_that_fills(pair, finished, tmp_path, times, tally, monkeypatch):
     monkeypatch.setattr(convert, "check_disk_and_memory", lambda *_: None)  # or nothing would be written at all
     monkeypatch.setattr("ov_mllama.export.build.check_disk_and_memory", lambda *_: None)
     needed = sum(path.stat().st_size for path in finished[0].iterdir()) // 1024
-    sizes = np.linspace(8, needed, times(3, 10), endpoint=False).astype(int).tolist()
+    sizes = np.linspace(8, needed, times(2, 10), endpoint=False).astype(int).tolist()
     wrong = []
     for number, size in enumerate(sizes):
         folder = tmp_path / str(number)
