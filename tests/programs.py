@@ -84,6 +84,7 @@ class Nursery:
     """The process that programs are forked from."""
 
     def __init__(self):
+        self.environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
         self.process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", NURSERY],
             cwd=ROOT,
@@ -110,7 +111,7 @@ class Nursery:
         request = {
             "code": code,
             "arguments": [str(argument) for argument in arguments],
-            "environment": {**os.environ, **environment},
+            "environment": {**self.environment, **environment},
             "output": str(output),
             "folder": str(ROOT),
         }

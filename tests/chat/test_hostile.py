@@ -30,7 +30,7 @@ from openai_client import KEY, served
 from ov_mllama.serving.app import create_app, mount_chat
 from ov_mllama.serving.scheduler import Scheduler
 
-pytestmark = [pytest.mark.torture, pytest.mark.alone]
+pytestmark = [pytest.mark.torture, pytest.mark.alone]  # it measures memory
 
 GROWTH = 300_000_000  # bytes of memory that strangers may cost on the demo
 SAMPLE = path_of(demo_samples()[0]).read_bytes()
@@ -94,7 +94,7 @@ def victim(target: Target, question: str) -> dict[str, str]:
     message = {"text": question, "files": [{"path": upload, "meta": {"_type": "gradio.FileData"}}]}
     call(client, target, "ask", message, "", 8, 0, 0.9, session=session)
     deadline = time.monotonic() + 60
-    while "Yes." not in (shown := json.dumps(call(client, target, "show", "", session=session))):
+    while "Yes." not in (shown := json.dumps(call(client, target, "refresh", "", session=session))):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert question in shown
@@ -485,11 +485,11 @@ class Forger:
             "ask": [message, "", 8, 0, 0.9],
             "api_chat": [message, "", 8, 0, 0.9],
             "being_written": [message],
-            "news": ["opened", victim["chat"], ""],
+            "poll": ["opened", victim["chat"], ""],
             "reopen": [victim["chat"]],
             "open": [self.value()],
             "delete": ["yes"],
-            "show": [""],
+            "refresh": [""],
             "choose": ["opened", "", 8, 0, 0.9],
         }.get(named, [])
         if self.random.random() < 0.3:

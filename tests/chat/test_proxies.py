@@ -2,7 +2,7 @@
 
 import http.server
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,14 +11,16 @@ import time
 import httpx
 import pytest
 
-from conftest import DEMO, ROOT
+from chat_page import path_of
+from conftest import ROOT, demo_samples
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama_helper import convert_mllama
+from programs import free_port
 
 NAMES = ("http_proxy", "https_proxy", "all_proxy")
 LAUNCH = """
 import sys
 from transformers import AutoProcessor
+from programs import free_port
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 bypass_proxy_for_loopback()  # as the notebook's first cell does
 import gradio as gr
@@ -34,11 +36,6 @@ PROGRAMS = {
     "server": ("-m", "ov_mllama", "serve", "--chat", "--model-dir"),
     "notebook's last cell": ("-c", LAUNCH),
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("proxies") / "ov")
 
 
 @pytest.fixture
@@ -69,17 +66,14 @@ def environment(address: str, home) -> dict[str, str]:
     return {**kept, **proxies, "CI": "true", "XDG_DATA_HOME": str(home)}
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("program", "scheme"),
     [(name, "http") for name in PROGRAMS] + [("chat", "socks5"), ("chat", "socks"), ("server", "socks")],
 )
-def test_pages_start_and_answer_behind_a_proxy(program, scheme, proxy, model_dir, tmp_path):
+def test_pages_start_and_answer_behind_a_proxy(program, scheme, proxy, demo_dir, tmp_path):
     address, asked = proxy
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, *PROGRAMS[program], str(model_dir), "--port", str(port)]
+    port = free_port()
+    command = [sys.executable, *PROGRAMS[program], str(demo_dir), "--port", str(port)]
     running = subprocess.Popen(  # noqa: S603
         command,
         cwd=ROOT,
@@ -111,18 +105,19 @@ def succeeds(client: httpx.Client, url: str) -> bool:
         return False
 
 
-@pytest.mark.alone
-def test_captions_are_made_behind_a_proxy(proxy, model_dir, tmp_path):
+def test_captions_are_made_behind_a_proxy(proxy, demo_dir, tmp_path):
     address, asked = proxy
-    out = tmp_path / "captions"
+    pictures, out = tmp_path / "pictures", tmp_path / "captions"
+    pictures.mkdir()
+    shutil.copy(path_of(demo_samples()[0]), pictures)
     command = [
         sys.executable,
         "-m",
         "ov_mllama",
         "caption",
-        DEMO / "samples",
+        pictures,
         "--model-dir",
-        model_dir,
+        demo_dir,
         "--out",
         out,
     ]
