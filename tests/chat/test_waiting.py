@@ -4,15 +4,16 @@ import asyncio
 import logging
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from chat_page import SELF, WHO, Tab, ahead_threads, expect, path_of, wait_until
 from conftest import demo_samples
 from openai_client import is_busy
-from ov_mllama.chat.answers import GRACE_S, Prefetcher
+from ov_mllama.chat.answers import GRACE_S, Chat, GenerationSettings, Prefetcher
 from ov_mllama.chat.shown import GO_ON
-from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Turn
+from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Conversations, Turn
 from ov_mllama.runtime.image_cache import EncodingTimes
 from ov_mllama.runtime.inference import Progress
 from ov_mllama.runtime.prompts import hit_token_limit
@@ -20,6 +21,56 @@ from ov_mllama.runtime.prompts import hit_token_limit
 SAMPLES = demo_samples()
 TYPED, OTHER, THIRD = SAMPLES[0], SAMPLES[2], SAMPLES[1]
 HELD = 60  # seconds that a step or a picture takes unless the test frees it before: for ever, here
+
+
+@pytest.fixture
+def model(slow_demo):
+    slow_demo.as_new(picture_s=HELD)
+    yield slow_demo
+    slow_demo.picture_s = slow_demo.step_s = 0
+    wait_until(lambda: not ahead_threads() and not is_busy(slow_demo))
+
+
+@pytest.fixture
+def grace(monkeypatch):
+    """A time that passes when a test says so; pictures that nobody wants are given up by it."""
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr("ov_mllama.chat.answers.clock", lambda: now.s)
+    return now
+
+
+@pytest.fixture
+def chat(model, processor, tmp_path):
+    return Chat(model, processor, Conversations(tmp_path))
+
+
+def about(sample) -> Turn:
+    return Turn(sample["question"], [path_of(sample)])
+
+
+async def answer(chat, turn, **wishes) -> list[str]:
+    """Answers a question whose pictures are in a text box, and tells what was said while there were no words."""
+    progress, said = Progress(), []
+    task = asyncio.create_task(chat.answer([turn], progress, GenerationSettings(**wishes), turn.pictures))
+    while not task.done():
+        if not turn.answer:
+            said.append(str(progress))
+        await asyncio.sleep(0.02)
+    return list(dict.fromkeys(said))
+
+
+# ---- Pictures ahead -------------------------------------------------------------------------------------------------
+
+
+def test_what_was_encoded_ahead_is_what_the_question_asks_about(model, chat):
+    model.picture_s, turn = 0, about(TYPED)
+    chat.ahead.want("page", [path_of(TYPED), path_of(OTHER)])
+    wait_until(lambda: not ahead_threads())
+    assert len(model.looks) == 2
+    asyncio.run(answer(chat, turn))
+    assert turn.answer == TYPED["answer"]
+    assert len(model.looks) == 2
+    assert model.stats.images_kept == 1
 
 
 def test_a_picture_is_given_up_only_when_no_page_wants_it(model, processor, grace):
