@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 
-from chat_page import path_of
+from chat_page import path_of, wait_until
 from conftest import ROOT, demo_samples
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from programs import free_port
@@ -67,34 +67,45 @@ def environment(address: str, home) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("program", "scheme"),
-    [(name, "http") for name in PROGRAMS] + [("chat", "socks5"), ("chat", "socks"), ("server", "socks")],
+    ("program", "scheme", "forked"),
+    [
+        ("chat", "http", True),
+        ("server", "http", True),
+        ("notebook's last cell", "http", False),
+        ("chat", "socks5", True),
+        ("chat", "socks", False),  # which packages that are imported too early do not take
+        ("server", "socks", False),
+    ],
 )
-def test_pages_start_and_answer_behind_a_proxy(program, scheme, proxy, demo_dir, tmp_path):
+def test_pages_start_and_answer_behind_a_proxy(program, scheme, forked, proxy, start, demo_dir, tmp_path):
     address, asked = proxy
-    port = free_port()
-    command = [sys.executable, *PROGRAMS[program], str(demo_dir), "--port", str(port)]
-    running = subprocess.Popen(  # noqa: S603
-        command,
-        cwd=ROOT,
-        env=environment(f"{scheme}://{address}", tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    port, variables, output = free_port(), environment(f"{scheme}://{address}", tmp_path), tmp_path / "output.txt"
+    arguments = [*PROGRAMS[program], str(demo_dir), "--port", str(port)]
+    if forked:
+        main = "from ov_mllama.__main__ import main; main()"
+        running = start(main, *arguments[2:], **dict.fromkeys(("no_proxy", "NO_PROXY")), **variables)
+        output = running.output
+    else:
+        with output.open("w") as file:
+            command = [sys.executable, *arguments]
+            running = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file)  # noqa: S603
     paths = ("health", "chat/") if program == "server" else ("config",)
     pages = [f"http://127.0.0.1:{port}/{path}" for path in paths]
     try:
         with httpx.Client(trust_env=False) as client:
             for page in pages:
                 while not succeeds(client, page):
-                    assert running.poll() is None, running.stdout.read()
-                    time.sleep(0.2)
-            time.sleep(1)  # Gradio asks itself after it answers others
-            assert running.poll() is None, running.stdout.read()
+                    assert running.poll() is None, output.read_text()
+                    time.sleep(0.1)
+        # Gradio asks itself after it answers others
+        if program == "notebook's last cell":
+            time.sleep(1)
+        else:
+            wait_until(lambda: "Ctrl-C ends it" in output.read_text())
+        assert running.poll() is None, output.read_text()
     finally:
         running.kill()
-        running.communicate()
+        running.wait()
     assert not asked
 
 
