@@ -102,7 +102,7 @@ class expect:  # noqa: N801
         self._locator, self._assertions = locator, check(locator)
 
     def __getattr__(self, name: str):
-        def soon(*expected, timeout=5000, **options) -> None:
+        def soon(*expected, timeout=20_000, **options) -> None:
             deadline = time.monotonic() + timeout / 1000
             while True:
                 try:

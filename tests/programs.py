@@ -84,6 +84,7 @@ class Nursery:
     """The process that programs are forked from."""
 
     def __init__(self):
+        self.environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
         self.process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", NURSERY],
             cwd=ROOT,
@@ -98,19 +99,20 @@ class Nursery:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, folder: Path, code: str, *arguments: str, **environment: str) -> Program:
+    def start(self, folder: Path, code: str, *arguments, **environment: str | None) -> Program:
         """Start a program.
 
         Args:
             folder: for its output.
             code: that it runs.
-            environment: variables that differ from those of the tests.
+            environment: variables that differ from those of the tests; None takes one away.
         """
+        variables = {**self.environment, **environment}
         output = folder / f"program-{random.randrange(10**9)}.txt"  # noqa: S311
         request = {
             "code": code,
             "arguments": [str(argument) for argument in arguments],
-            "environment": {**os.environ, **environment},
+            "environment": {name: value for name, value in variables.items() if value is not None},
             "output": str(output),
             "folder": str(ROOT),
         }

@@ -25,9 +25,7 @@ from ov_mllama.chat.render import CONTINUE, mark_formulas, to_gradio
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversations, Turn
 from ov_mllama.runtime.inference import Progress
 from ov_mllama.runtime.prompts import escape_special_tokens
-from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
-
-pytestmark = pytest.mark.alone
+from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 SAMPLES = demo_samples()
 LONG = 1500  # max_new_tokens for which the model below talks to the end
@@ -46,8 +44,8 @@ class TalkativeModel(OVMLlamaForConditionalGeneration):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return TalkativeModel(convert_mllama(DEMO, tmp_path_factory.mktemp("chat") / "ov"))
+def model(demo_dir):
+    return TalkativeModel(demo_dir)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 import sqlite3
@@ -298,14 +297,12 @@ def write(folder: Path, number: int) -> None:
         kept.save_settings(f"user {number}", [i])
 
 
-def test_programs_that_write_at_once_lose_nothing(kept):
-    several = multiprocessing.get_context("spawn")
-    programs = [several.Process(target=write, args=(kept.folder, number)) for number in range(PROGRAMS)]
-    for program in programs:
-        program.start()
-    for program in programs:
-        program.join()
-    assert [program.exitcode for program in programs] == [0] * PROGRAMS
+def test_programs_that_write_at_once_lose_nothing(kept, start):
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.append({here!r}); from test_conversations import Path, write\n"
+    code += "write(Path(sys.argv[1]), int(sys.argv[2]))"
+    programs = [start(code, kept.folder, number) for number in range(PROGRAMS)]
+    assert [program.wait() for program in programs] == [0] * PROGRAMS
     titles = kept.titles(ME)
     assert sorted(title for title, _ in titles) == sorted(f"{n}.{i}" for n in range(PROGRAMS) for i in range(SAVES))
     assert {len(kept.get(key, ME).turns) for _, key in titles} == {2}

@@ -6,38 +6,18 @@ import re
 import pillow_heif
 import pytest
 from PIL import Image
-from transformers import AutoProcessor
 
-from chat_page import CONTRAST, FOCUSED, SELF, WHO, Slow, Tab, drop, expect, path_of
-from conftest import DEMO, demo_samples
-from data_preprocessing import questions_about
-from gradio_helper import make_demo
-from ov_mllama_helper import convert_mllama
-
-pytestmark = pytest.mark.alone
+from chat_page import CONTRAST, FOCUSED, SELF, WHO, Tab, drop, expect, path_of
+from conftest import demo_samples
 
 SAMPLE = demo_samples()[0]
 PHONE = {"width": 390, "height": 844}
 READABLE = 4.5  # contrast of text, by WCAG 2 AA
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return Slow(convert_mllama(DEMO, tmp_path_factory.mktemp("page") / "a-model"))
-
-
-@pytest.fixture(scope="module")
-def url(model, tmp_path_factory):
-    processor, folder = AutoProcessor.from_pretrained(DEMO), tmp_path_factory.mktemp("conversations")
-    demo = make_demo(model, processor, questions_about(DEMO)[:2], folder)
-    _, address, _ = demo.launch(prevent_thread_lock=True)
-    yield address
-    demo.close()
-
-
-def test_it_says_who_answers_and_what_the_model_knows(page, model):
+def test_it_says_who_answers_and_what_the_model_knows(page, model, demo_dir):
     foot = page.tab.locator(".block.foot")
-    assert model.about == "a-model · 16 bit, pictures 16 bit · CPU"
+    assert model.about == f"{demo_dir.name} · 16 bit, pictures 16 bit · CPU"
     expect(foot).to_contain_text(model.about)
     expect(foot).to_contain_text("Everything stays on the machine")
     expect(page.tab.locator(".placeholder")).to_contain_text(model.config.about)
@@ -85,7 +65,7 @@ def test_what_is_no_picture_is_refused_at_once(page, tmp_path):
                 drop(page, {name: kind}, target)
             else:
                 page.tab.locator("input[type=file]").first.set_input_files(str(tmp_path / name))
-            expect(message).to_contain_text(re.compile("Invalid file type|Accepted formats: .jpg"), timeout=1000)
+            expect(message).to_contain_text(re.compile("Invalid file type|Accepted formats: .jpg"))
             expect(page.tab.locator(".thumbnail-item")).to_have_count(0)
             page.tab.get_by_test_id("toast-close").click()
             expect(message).to_have_count(0)

@@ -2,7 +2,7 @@
 
 import http.server
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,14 +11,16 @@ import time
 import httpx
 import pytest
 
-from conftest import DEMO, ROOT
+from chat_page import path_of, wait_until
+from conftest import ROOT, demo_samples
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama_helper import convert_mllama
+from programs import free_port
 
 NAMES = ("http_proxy", "https_proxy", "all_proxy")
 LAUNCH = """
 import sys
 from transformers import AutoProcessor
+from programs import free_port
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 bypass_proxy_for_loopback()  # as the notebook's first cell does
 import gradio as gr
@@ -34,11 +36,6 @@ PROGRAMS = {
     "server": ("-m", "ov_mllama", "serve", "--chat", "--model-dir"),
     "notebook's last cell": ("-c", LAUNCH),
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("proxies") / "ov")
 
 
 @pytest.fixture
@@ -69,38 +66,46 @@ def environment(address: str, home) -> dict[str, str]:
     return {**kept, **proxies, "CI": "true", "XDG_DATA_HOME": str(home)}
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
-    ("program", "scheme"),
-    [(name, "http") for name in PROGRAMS] + [("chat", "socks5"), ("chat", "socks"), ("server", "socks")],
+    ("program", "scheme", "forked"),
+    [
+        ("chat", "http", True),
+        ("server", "http", True),
+        ("notebook's last cell", "http", False),
+        ("chat", "socks5", True),
+        ("chat", "socks", False),  # which packages that are imported too early do not take
+        ("server", "socks", False),
+    ],
 )
-def test_pages_start_and_answer_behind_a_proxy(program, scheme, proxy, model_dir, tmp_path):
+def test_pages_start_and_answer_behind_a_proxy(program, scheme, forked, proxy, start, demo_dir, tmp_path):
     address, asked = proxy
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, *PROGRAMS[program], str(model_dir), "--port", str(port)]
-    running = subprocess.Popen(  # noqa: S603
-        command,
-        cwd=ROOT,
-        env=environment(f"{scheme}://{address}", tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    port, variables, output = free_port(), environment(f"{scheme}://{address}", tmp_path), tmp_path / "output.txt"
+    arguments = [*PROGRAMS[program], str(demo_dir), "--port", str(port)]
+    if forked:
+        main = "from ov_mllama.__main__ import main; main()"
+        running = start(main, *arguments[2:], **dict.fromkeys(("no_proxy", "NO_PROXY")), **variables)
+        output = running.output
+    else:
+        with output.open("w") as file:
+            command = [sys.executable, *arguments]
+            running = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file)  # noqa: S603
     paths = ("health", "chat/") if program == "server" else ("config",)
     pages = [f"http://127.0.0.1:{port}/{path}" for path in paths]
     try:
         with httpx.Client(trust_env=False) as client:
             for page in pages:
                 while not succeeds(client, page):
-                    assert running.poll() is None, running.stdout.read()
-                    time.sleep(0.2)
-            time.sleep(1)  # Gradio asks itself after it answers others
-            assert running.poll() is None, running.stdout.read()
+                    assert running.poll() is None, output.read_text()
+                    time.sleep(0.1)
+        # Gradio asks itself after it answers others
+        if program == "notebook's last cell":
+            time.sleep(1)
+        else:
+            wait_until(lambda: "Ctrl-C ends it" in output.read_text())
+        assert running.poll() is None, output.read_text()
     finally:
         running.kill()
-        running.communicate()
+        running.wait()
     assert not asked
 
 
@@ -111,18 +116,19 @@ def succeeds(client: httpx.Client, url: str) -> bool:
         return False
 
 
-@pytest.mark.alone
-def test_captions_are_made_behind_a_proxy(proxy, model_dir, tmp_path):
+def test_captions_are_made_behind_a_proxy(proxy, demo_dir, tmp_path):
     address, asked = proxy
-    out = tmp_path / "captions"
+    pictures, out = tmp_path / "pictures", tmp_path / "captions"
+    pictures.mkdir()
+    shutil.copy(path_of(demo_samples()[0]), pictures)
     command = [
         sys.executable,
         "-m",
         "ov_mllama",
         "caption",
-        DEMO / "samples",
+        pictures,
         "--model-dir",
-        model_dir,
+        demo_dir,
         "--out",
         out,
     ]

@@ -79,6 +79,37 @@ def test_others_may_use_the_processor_while_a_batch_is_padded(client, slow_demo,
     assert asked[0].result().choices[0].message.content == SELF
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_short_answer_does_not_wait_for_a_long_one(client, scheduler, slow_demo, stream, monkeypatch):
+    slow_demo.as_new(step_s=60)
+    step, counted, short_ended = slow_demo.language_model.infer, [], threading.Event()
+
+    def held(*given):
+        counted.append(1)
+        if len(counted) > 6:  # both answers have begun: the first one has 2 tokens, as the short one
+            assert short_ended.wait(60)
+        return step(*given)
+
+    def ask(limit):
+        answer = complete(client, user(text(WHO)), max_tokens=limit, stream=stream)
+        if stream:
+            assert list(answer)[-1].choices[0].finish_reason
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(complete, client, user(text(WHO)), max_tokens=2)
+        wait_until(lambda: is_busy(slow_demo))
+        short, long = (pool.submit(ask, limit) for limit in (2, 100))
+        wait_until(lambda: len(scheduler._waiting) == 2)
+        monkeypatch.setattr(slow_demo.language_model, "infer", held)
+        slow_demo.step_s = 0
+        first.result()
+        short.result(60)
+        assert not long.done()
+        short_ended.set()
+        long.result()
+    assert len(counted) > 10
+
+
 def test_others_are_served_while_a_long_text_is_read(client, server, monkeypatch):
     reading, served_meanwhile = threading.Event(), threading.Event()
 
@@ -213,6 +244,26 @@ def test_who_leaves_a_stream_that_has_not_begun_frees_the_model(client, slow_dem
     with complete(client, about(SAMPLES[0]), stream=True):
         wait_until(lambda: slow_demo.looks)
     wait_until(lambda: slow_demo.given_up)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_before_the_first_word_frees_the_model_and_the_line(client, scheduler, slow_demo, stream):
+    slow_demo.as_new(picture_s=60)
+
+    def leave(messages):
+        with pytest.raises(openai.APITimeoutError):
+            complete(client, messages, stream=stream, timeout=0.6)
+
+    with ThreadPoolExecutor(7) as pool:
+        looking = pool.submit(leave, about(SAMPLES[0]))
+        wait_until(lambda: slow_demo.looks)
+        waiting = [pool.submit(leave, user(text(WHO))) for _ in range(6)]  # as many as there is room for
+        for left in [looking, *waiting]:
+            left.result()
+    wait_until(lambda: slow_demo.given_up)
+    slow_demo.picture_s = 0
+    wait_until(lambda: not scheduler._places)  # the last six may not be known to have left yet
+    assert complete(client, user(text(WHO))).choices[0].message.content == SELF
 
 
 def test_who_leaves_the_line_leaves_room(client, scheduler, slow_demo):

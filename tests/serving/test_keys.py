@@ -1,14 +1,9 @@
 """Keys: where they come from, and what is let in."""
 
-import subprocess
-import sys
-
 import pytest
 
-from conftest import ROOT
 from openai_client import HTTP, KEY, is_openai_error
 from ov_mllama.serving import guards
-from programs import free_port
 
 
 @pytest.mark.parametrize(
@@ -57,20 +52,3 @@ def test_key_is_read_from_option_file_or_environment(tmp_path, monkeypatch):
             guards.key_from(key, path)
     with pytest.raises(OSError, match="gone"):
         guards.key_from(None, tmp_path / "gone")
-
-
-def test_empty_key_ends_the_program_with_a_sentence(tmp_path):
-    (tmp_path / "key").write_text("", encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "ov_mllama",
-        "serve",
-        "--key-file",
-        str(tmp_path / "key"),
-        "--port",
-        str(free_port()),
-    ]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
-    assert ended.returncode == 1
-    assert "holds no key" in ended.stderr
