@@ -15,9 +15,10 @@ from transformers import MllamaForConditionalGeneration
 import ov_mllama.__main__ as command_line
 from conftest import F32, ROOT, chat_of
 from notebook_utils import follow
+from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.piecewise import quantize_in_pieces, split
-from ov_mllama.export.prepare import made_of, plan_here, prepare
+from ov_mllama.export.prepare import current_irs, plan_here, prepare
 from ov_mllama.export.quality import caption_log_probs, verdict
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION
 from ov_mllama.runtime.cross_attention import visible_kv
@@ -169,8 +170,9 @@ def test_another_reference_is_converted_again_and_said_once(pair, tmp_path, capl
         assert followed(folder) == {NAMES[name]}
         convert_mllama(pair.checkpoint, folder, reference=name)
         assert "already holds" in caplog.text
-    assert made_of(pair.checkpoint, folder)
-    assert not made_of(pair.checkpoint, folder, "meta")
+    checkpoint = Checkpoint(pair.checkpoint)
+    assert current_irs(checkpoint, folder, True, "auto")
+    assert not current_irs(checkpoint, folder, True, "meta")
 
 
 @pytest.fixture(scope="module")
