@@ -273,7 +273,7 @@ def test_who_leaves_the_line_leaves_room(client, scheduler, slow_demo):
         wait_until(lambda: slow_demo.looks)
         waiting = [pool.submit(complete, client, user(text(WHO)), timeout=0.6) for _ in range(6)]
         assert all(isinstance(left.exception(), openai.APITimeoutError) for left in waiting)
-        wait_until(lambda: all(asked.row.cancelled.is_set() for asked in list(scheduler._waiting)))
+        wait_until(lambda: all(asked.sequence.cancelled.is_set() for asked in list(scheduler._waiting)))
         another = pool.submit(complete, client, user(text(WHO)))
         wait_until(lambda: len(scheduler._waiting) == 1)
         slow_demo.picture_s = 0
@@ -301,7 +301,7 @@ def test_pictures_of_those_who_left_are_not_looked_at(client, scheduler, slow_de
         wait_until(lambda: len(slow_demo.looks) == 2)
         for each in left:
             each.result()
-        wait_until(lambda: sum(asked.row.cancelled.is_set() for asked in batch) == len(left))
+        wait_until(lambda: sum(asked.sequence.cancelled.is_set() for asked in batch) == len(left))
         slow_demo.picture_s = 0
         assert first.result().choices[0].message.content == SAMPLES[0]["answer"]
         assert stays.result().choices[0].message.content == SAMPLES[4]["answer"]
