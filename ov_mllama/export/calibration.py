@@ -236,11 +236,7 @@ def processed(processor, sample: dict) -> dict[str, np.ndarray]:
 
 
 def check_processor(processor, count: int | None) -> None:
-    """Refuse the published notebook's call, with the number of samples alone.
-
-    Raises:
-        TypeError: with the call that works.
-    """
+    """Raise a TypeError for the published notebook's call, with the number of samples alone."""
     if count is None or not hasattr(processor, "image_processor"):
         raise TypeError(
             "Give the model's processor, then the number of samples: "
@@ -255,9 +251,7 @@ def prepare_dataset_vision(
 
     Args:
         processor: the model's `MllamaProcessor`.
-        source, seed: as for `load_samples`.
-    Raises:
-        InputError: during the iteration, if the source has fewer.
+        source, seed: as for `load_samples`; `Samples` raises if the source has fewer.
     """
     check_processor(processor, count)
 
@@ -277,9 +271,7 @@ def prepare_dataset_llm(
 
     Args:
         image_encoder: encodes each image when it is needed; its K/V are freed with the sample.
-        source, seed: as for `load_samples`.
-    Raises:
-        InputError: during the iteration, if the source has fewer.
+        source, seed: as for `load_samples`; `Samples` raises if the source has fewer.
     """
     check_processor(processor, count)
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from .compat import ModuleCompatMixin
 from .cross_attention import tiles_seen
 from .errors import InputError
 from .golden import check_golden_answer
-from .inference import Progress, acquire
+from .inference import Progress, acquire, all_stopped
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name, generation_config
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
@@ -116,7 +117,6 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         self.turn = threading.RLock()
         self._watched: tuple = None, Progress()  # stop and progress of the current call of generate
         self._calls = 0  # depth in the current thread: generate calls the model
-
         started = time.perf_counter()
         self.image_encoder = OVImageEncoder(
             model_dir / vision, self.shapes, device, ov_config, image_cache_bytes, stamps[vision]
@@ -161,11 +161,8 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             progress: updated with the current stage.
         """
         if stop:
-
-            def stopped(input_ids, scores, **_):
-                return torch.full((len(input_ids),), stop.is_set())
-
-            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stopped]
+            criteria = kwargs.get("stopping_criteria") or ()
+            kwargs["stopping_criteria"] = [*criteria, partial(all_stopped, stop)]
         with self._in_turn(stop):
             self._watched = stop, progress or Progress()
             try:
