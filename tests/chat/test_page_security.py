@@ -507,7 +507,7 @@ def test_page_of_another_origin_asks_nothing_in_its_readers_name(demo, url, orig
         assert client.http.post(path, headers={"Sec-Fetch-Site": "cross-site"}, **body).status_code == 403
     for path in ("config", "gradio_api/token", "gradio_api/queue/data?session_hash=s"):
         answer = client.http.get(path, headers={"Origin": origin})
-        assert (answer.status_code, answer.text) == (403, "A page of another origin may not ask here.")
+        assert (answer.status_code, answer.text) == (403, "Cross-origin requests are rejected.")
 
 
 def test_page_itself_and_programs_may_ask(demo, url):
@@ -584,7 +584,7 @@ def test_token_of_an_earlier_version_brings_its_chats_once(demo, url, says, fold
     former = secrets.token_hex(16)
     earlier = asked(Client(demo, url).open(), "Asked long ago")
     token = earlier.http.cookies["ov_mllama"]
-    wait_until(lambda: not demo.chat._under_way)  # noqa: SLF001
+    wait_until(lambda: not demo.chat._running)  # noqa: SLF001
     demo.chat.flush()
     with closing(sqlite3.connect(folder / "chat.sqlite3")) as database, database:  # as the migration leaves it
         for table in ("conversations", "settings"):
