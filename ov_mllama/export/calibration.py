@@ -111,11 +111,7 @@ def own_samples(checkpoint: str | Path) -> Path | None:
 
 def questions_about(checkpoint: str | Path) -> list[dict]:
     """Return example questions: the checkpoint's own samples, {"image", "question", "answer"}, if they have questions;
-    the golden question of a converted model's folder; else `samples.photographs`, without right answers.
-
-    Raises:
-        NotFoundError: if a package that brings the photographs is not installed.
-    """
+    the golden question of a converted model's folder; else `samples.photographs`, without right answers."""
     folder, golden = own_samples(checkpoint), Path(checkpoint) / "golden.json"
     if folder:
         samples = load_dataset("imagefolder", data_dir=str(folder), split="train")
@@ -327,12 +323,11 @@ class CalibrationSet(Iterable):
         return "{} of {}".format(*self.available)
 
     @functools.cached_property
-    def samples(self) -> Iterable[dict]:
-        """The prepared samples."""
+    def _samples(self) -> Iterable[dict]:
         return self.prepare(self.path.parent, *self.available)
 
     def __iter__(self) -> Iterator[dict]:
-        return iter(self.samples)
+        return iter(self._samples)
 
 
 def language_samples(model_dir: Path, count: int, source: str | Path | None) -> Iterable[dict]:

@@ -226,7 +226,7 @@ def test_fingerprint_of_a_small_checkpoint_is_its_copys(pair, tmp_path):
 
 
 def test_fingerprint_of_a_large_checkpoint_takes_headers_sizes_and_times(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "ALL_BYTES", 1000)
+    monkeypatch.setattr(checkpoints, "FULL_HASH_MAX_BYTES", 1000)
     monkeypatch.setattr(checkpoints, "SAMPLE", 1)
     folder = split(changed(pair.checkpoint, tmp_path / "large", dict))
     before = checkpoint_fingerprint(folder)
