@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import openvino as ov
+import torch
 
 POLL_S = 0.05  # interval of polling a stop event
 
@@ -18,6 +19,11 @@ def check_stop(stop) -> None:
     """Raise `Cancelled` once the event is set; None never is."""
     if stop and stop.is_set():
         raise Cancelled("Cancelled: the stop event is set.")
+
+
+def stopping_criterion(stop) -> Callable[..., torch.Tensor]:
+    """Return a stopping criterion for `generate` that is met once the event is set."""
+    return lambda input_ids, scores, **_: torch.full((len(input_ids),), stop.is_set())
 
 
 def run(request: ov.InferRequest, inputs: dict[str, np.ndarray], stop=None) -> None:

@@ -35,7 +35,7 @@ from .compat import ModuleCompatMixin
 from .cross_attention import tiles_seen
 from .errors import InputError
 from .golden import check_golden_answer
-from .inference import Progress, acquire
+from .inference import Progress, acquire, stopping_criterion
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name, generation_config
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
@@ -161,11 +161,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             progress: updated with the current stage.
         """
         if stop:
-
-            def stopped(input_ids, scores, **_):
-                return torch.full((len(input_ids),), stop.is_set())
-
-            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stopped]
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stopping_criterion(stop)]
         with self._in_turn(stop):
             self._watched = stop, progress or Progress()
             try:
