@@ -21,9 +21,9 @@ def check_stop(stop) -> None:
         raise Cancelled("Cancelled: the stop event is set.")
 
 
-def all_stopped(stop, input_ids, scores, **_) -> torch.BoolTensor:
-    """Stopping criterion of `generate`: every sequence of the batch ends once `stop` is set."""
-    return torch.full((len(input_ids),), stop.is_set())
+def stopping_criterion(stop) -> Callable[..., torch.Tensor]:
+    """Return a stopping criterion for `generate` that is met once the event is set."""
+    return lambda input_ids, scores, **_: torch.full((len(input_ids),), stop.is_set())
 
 
 def run(request: ov.InferRequest, inputs: dict[str, np.ndarray], stop=None) -> None:

@@ -199,7 +199,8 @@ def check_model_dir(model_dir: Path, names: tuple[str, ...] | str) -> dict[str, 
             if name.startswith("llm_"):
                 made = ", ".join(sorted(path.name for path in model_dir.glob("llm_*.xml"))) or "none"
                 raise NotFoundError(
-                    f"{model_dir / name} is missing: run compress_language_model first, or choose one of {made}."
+                    f"{model_dir / name} is missing: run convert_mllama and compress_language_model, or choose "
+                    f"another: {made}."
                 )
             raise NotFoundError(f"{model_dir / name} is missing: run {maker}(model_id, '{model_dir}') first.")
     stamps = {name: ir_stamp(model_dir / name) for name in names}

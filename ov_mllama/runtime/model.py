@@ -7,7 +7,6 @@ import contextlib
 import logging
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ from .compat import ModuleCompatMixin
 from .cross_attention import tiles_seen
 from .errors import InputError
 from .golden import check_golden_answer
-from .inference import Progress, acquire, all_stopped
+from .inference import Progress, acquire, stopping_criterion
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name, generation_config
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
@@ -161,8 +160,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             progress: updated with the current stage.
         """
         if stop:
-            criteria = kwargs.get("stopping_criteria") or ()
-            kwargs["stopping_criteria"] = [*criteria, partial(all_stopped, stop)]
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stopping_criterion(stop)]
         with self._in_turn(stop):
             self._watched = stop, progress or Progress()
             try:

@@ -163,7 +163,7 @@ def test_token_of_an_earlier_version_brings_its_chats_once(demo, url, says, fold
     former = secrets.token_hex(16)
     earlier = asked(Client(demo, url).open(), "Asked long ago")
     token = earlier.http.cookies["ov_mllama"]
-    wait_until(lambda: not demo.chat._under_way)  # noqa: SLF001
+    wait_until(lambda: not demo.chat._running)  # noqa: SLF001
     demo.chat.flush()
     with closing(sqlite3.connect(folder / "chat.sqlite3")) as database, database:  # as the migration leaves it
         for table in ("conversations", "settings"):
