@@ -20,7 +20,6 @@ from conftest import HELPERS, ROOT, demo_samples
 PACKAGE = ROOT / "ov_mllama"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [PACKAGE / room for room in ("runtime", "export", "chat", "serving")]
-LARGEST_ROOM = 0.4
 
 # Floors of the package, and what may be imported on each of them: the floor's own modules and these
 FLOORS = {
@@ -79,11 +78,14 @@ def test_imports_within_a_room_have_no_circle(room):
     sorter.prepare()  # raises CycleError
 
 
-def test_no_room_holds_a_third_of_the_package():
+def test_no_room_holds_a_third_of_the_lines():
+    """Of the package, the root modules, the demo model and the benchmarks; tests are not counted."""
+    others = [*ROOT.glob("*.py"), *(ROOT / "demo_model").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     lines = Counter()
-    for path in FILES:
-        lines[floor_of(path)] += path.read_text(encoding="utf-8").count("\n")
-    assert max(lines.values()) <= LARGEST_ROOM * lines.total(), lines
+    for path in [*FILES, *others]:
+        room = floor_of(path) if path in FILES else path.parent.name
+        lines[room] += path.read_text(encoding="utf-8").count("\n")
+    assert max(lines.values()) <= 0.3 * lines.total(), lines
 
 
 def test_benchmarks_are_imported_by_nothing():
