@@ -150,7 +150,7 @@ def test_errors_are_left_to_the_question(chat, tmp_path, caplog):
 
 
 def test_a_question_says_what_it_waits_for(model, chat):
-    model.as_new(picture_s=1.2, step_s=0.3)
+    model.as_new(picture_s=2.5, step_s=0.3)
     turn = Turn("Which?", [path_of(sample) for sample in (TYPED, OTHER)])
     said = asyncio.run(answer(chat, turn, max_new_tokens=2))
     stages = list(dict.fromkeys(sentence.split(" ...")[0] for sentence in said))
