@@ -104,7 +104,7 @@ def ask(chat, question, *pictures, **wishes) -> Turn:
 def test_conversation_longer_than_the_context_is_refused_first(chat):
     turn = ask(chat, "word " * 200_000)
     assert turn.state == FAILED
-    assert "more than the" in turn.note
+    assert "exceed the model's context" in turn.note
 
 
 def test_failing_generation_is_said_and_the_next_one_works(chat):

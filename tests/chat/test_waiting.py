@@ -35,7 +35,7 @@ def model(slow_demo):
 def grace(monkeypatch):
     """A time that passes when a test says so; pictures that nobody wants are given up by it."""
     now = SimpleNamespace(s=0.0)
-    monkeypatch.setattr("ov_mllama.chat.answers.clock", lambda: now.s)
+    monkeypatch.setattr("ov_mllama.chat.answers.now", lambda: now.s)
     return now
 
 
@@ -154,13 +154,13 @@ def test_a_question_says_what_it_waits_for(model, chat):
     turn = Turn("Which?", [path_of(sample) for sample in (TYPED, OTHER)])
     said = asyncio.run(answer(chat, turn, max_new_tokens=2))
     stages = list(dict.fromkeys(sentence.split(" ...")[0] for sentence in said))
-    looking = [stage for stage in stages if stage.startswith(("Looking", "Reading"))]
+    looking = [stage for stage in stages if stage.startswith(("Encoding", "Reading"))]
     assert looking == [
         "Encoding image 1 of 2",
         "Encoding image 2 of 2",
         f"Reading {model.stats.prompt_tokens} tokens",
     ]
-    second = [sentence for sentence in said if "picture 2" in sentence]
+    second = [sentence for sentence in said if "image 2" in sentence]
     assert re.search(r"about \d+ s left$", second[0])
     assert second[-1].endswith("any moment now")
 
@@ -239,7 +239,7 @@ def test_first_words_within_two_steps_of_a_question_typed_for_as_long_as_its_pic
     assert len(model.looks) == 1
     assert len(steps) <= 3  # the third is held
     model.step_s = 0
-    page.expect_answers(TYPED["answer"], "1 kept")
+    page.expect_answers(TYPED["answer"], "1 cached")
 
 
 def test_a_question_waits_for_what_is_left_of_its_picture(page, model):

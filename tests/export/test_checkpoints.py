@@ -227,7 +227,7 @@ def test_fingerprint_of_a_small_checkpoint_is_its_copys(pair, tmp_path):
 
 def test_fingerprint_of_a_large_checkpoint_takes_headers_sizes_and_times(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "FULL_HASH_MAX_BYTES", 1000)
-    monkeypatch.setattr(checkpoints, "SAMPLE", 1)
+    monkeypatch.setattr(checkpoints, "SAMPLE_BYTES", 1)
     folder = split(changed(pair.checkpoint, tmp_path / "large", dict))
     before = checkpoint_fingerprint(folder)
     assert checkpoint_fingerprint(folder) == before
@@ -333,7 +333,7 @@ def test_conversion_killed_at_any_step_leaves_one_checkpoint_whole(two, tmp_path
     irs = {path: ov.Core().read_model(second_dir / path) for path in IRS}
     monkeypatch.setattr(convert, "convert_vision_encoder", lambda *_: irs[VISION_ENCODER_NAME].clone())
     monkeypatch.setattr(convert, "convert_language_model", lambda *_: irs[LANGUAGE_MODEL_NAME].clone())
-    monkeypatch.setattr(convert, "load_checkpoint", functools.cache(convert.load_checkpoint))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", functools.cache(checkpoints.load_checkpoint))
     whole, step, outcomes = {checkpoint_fingerprint(first): files_of(first_dir)}, 0, []
     whole[checkpoint_fingerprint(second)] = files_of(second_dir)
     start = shutil.copytree(first_dir, tmp_path / "start")
@@ -374,7 +374,7 @@ def test_draft_model_killed_at_any_step_is_no_mixture(tmp_path, monkeypatch):
     ir = ov.Core().read_model(expected / DRAFT_MODEL_NAME)
     monkeypatch.setattr(compressing, "convert_language_model", lambda _: ir.clone())
     monkeypatch.setattr(compressing, "compress_weights", lambda model, _: model)
-    monkeypatch.setattr(compressing, "load_checkpoint", functools.cache(compressing.load_checkpoint))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", functools.cache(checkpoints.load_checkpoint))
     step, ended = 0, False
     while not ended:
         step += 1

@@ -229,7 +229,7 @@ def test_parts_of_different_checkpoints(pair, copy, tmp_path):
 
 
 def test_ir_missing(pair):
-    with pytest.raises(FileNotFoundError, match="make it with compress_language_model, or choose another"):
+    with pytest.raises(FileNotFoundError, match="run convert_mllama and compress_language_model, or choose another"):
         OVMLlamaForConditionalGeneration(pair.model_dir, language_model_name="llm_int4.xml")
 
 

@@ -176,12 +176,12 @@ def test_photographs_become_the_vision_encoders_inputs():
 def test_a_missing_package_is_named_with_the_fix(package, monkeypatch):
     find = packaged.find_spec
     monkeypatch.setattr(packaged, "find_spec", lambda name: None if name == package else find(name))
-    with pytest.raises(FileNotFoundError, match=rf"{package}/.* is not here.*pip install -r requirements\.txt"):
+    with pytest.raises(FileNotFoundError, match=rf"{package}/.* is missing.*pip install -r requirements\.txt"):
         all_of(PHOTOGRAPHS)
 
 
 def test_a_package_without_the_file_is_as_good_as_missing():
-    with pytest.raises(FileNotFoundError, match=r"skimage/data/none\.png is not here.*requirements\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"skimage/data/none\.png is missing.*requirements\.txt"):
         packaged.installed("skimage/data/none.png")
 
 

@@ -275,12 +275,12 @@ def test_a_checkpoint_is_never_written_over(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["chat", "--device", "GPU.7"], "There is no device GPU.7 here, only CPU"),
+        (["chat", "--device", "GPU.7"], "There is no device GPU.7 here: choose one of CPU"),
         (["chat", "--checkpoint", "{}"], "is a converted model: give it as model_dir"),
         (["chat", "--model-dir", "no/where"], "no/where holds no openvino_language_model.xml"),
         (
             ["chat", "--model-dir", "{}", "--language-model", "llm_int4.xml"],
-            r"llm_int4.xml is missing: .* there: llm_int4_asym_r10_gs64.xml\.",
+            r"llm_int4.xml is missing: .* choose another: llm_int4_asym_r10_gs64.xml\.",
         ),
     ],
 )
@@ -332,7 +332,7 @@ def test_where_memory_is_short_what_is_only_kept_goes_before_a_picture_is_encode
 
 def test_a_long_prompt_takes_the_memory_of_the_tokens_computed_at_once(config, monkeypatch):
     prompt = Prompt(np.zeros((1, 4000), np.int64))
-    needed = costs.prompt_memory(config, 1, 4000, PREFILL_TOKENS, 0) + 4000 * 1e4
+    needed = memory.prompt_memory(config, 1, 4000, PREFILL_TOKENS, 0) + 4000 * 1e4
     monkeypatch.setattr("ov_mllama.runtime.checks.free_memory", lambda: needed)
     check_prompt_fits(config, prompt, 0, 0, 1e4)
     monkeypatch.setattr("ov_mllama.runtime.checks.free_memory", lambda: needed - 1)

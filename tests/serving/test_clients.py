@@ -262,7 +262,7 @@ def test_who_leaves_before_the_first_word_frees_the_model_and_the_line(client, s
             left.result()
     wait_until(lambda: slow_demo.given_up)
     slow_demo.picture_s = 0
-    wait_until(lambda: not scheduler._places)  # the last six may not be known to have left yet
+    wait_until(lambda: not scheduler._reservations)  # the last six may not be known to have left yet
     assert complete(client, user(text(WHO))).choices[0].message.content == SELF
 
 

@@ -336,7 +336,7 @@ def test_a_killed_replica_loses_no_request(ray_here, demo_dir):
     def ask(_=None) -> str:
         question = [{"role": "user", "content": WHO}]
         try:
-            return client.chat.completions.create(model="ov", messages=question).choices[0].message.content
+            return client.chat.completions.create(model=demo_dir.name, messages=question).choices[0].message.content
         except openai.APIError as error:
             return type(error).__name__
 
