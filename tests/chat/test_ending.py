@@ -18,11 +18,13 @@ from ov_mllama.chat.store import STOPPED
 from programs import free_port
 
 SAMPLE = demo_samples()[0]
-STEP_S = 1.0  # a dozen steps are an answer
 PROGRAM = """
-import time, types
+import os, time, types
 import numpy as np, openvino as ov, openvino.opset13 as ops
 import chat_page, ov_mllama.__main__, ov_mllama.runtime.model
+
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, range(os.cpu_count()))  # or a busy step leaves a worker's browser no time
 
 def compute(seconds):
     until, request = time.perf_counter() + seconds, square.create_infer_request()
@@ -32,6 +34,7 @@ def compute(seconds):
 def slow(*arguments, **options):
     model = chat_page.Slow(*arguments, **options)
     model.as_new(step_s={step_s})
+    model.free_steps = {free_steps}
     return model
 
 matrix = ops.parameter([1000, 1000])
@@ -46,11 +49,12 @@ ov_mllama.__main__.main()
 
 @pytest.fixture
 def begin(start, tmp_path):
-    """`begin(url, *arguments)`: a program that begins each step with a busy second, once it answers."""
+    """`begin(url, step_s, free_steps, *arguments)`: a program whose steps are busy for so long, but for the first ones;
+    once it answers."""
 
-    def begin(url: str, *arguments, step_s=STEP_S):
+    def begin(url: str, step_s: float, free_steps: int, *arguments):
         data = str(tmp_path / "data")
-        code = PROGRAM.format(step_s=step_s)
+        code = PROGRAM.format(step_s=step_s, free_steps=free_steps)
         program = start(code, *arguments, HOME=str(tmp_path), XDG_DATA_HOME=data, PATH="")
 
         def answers() -> bool:
@@ -77,7 +81,7 @@ def interrupt(program) -> str:
 def test_the_chat_ends_within_an_answer_and_keeps_what_was_said(browser, begin, demo_dir, tmp_path):
     port = free_port()
     url = f"http://127.0.0.1:{port}/"
-    program = begin(f"{url}config", "chat", "--model-dir", demo_dir, "--port", port)
+    program = begin(f"{url}config", 600, 7, "chat", "--model-dir", demo_dir, "--port", port)
     page = Tab(browser, url)
     page.ask(SAMPLE["question"], path_of(SAMPLE))
     expect(page.bot.last).to_contain_text("One cross", timeout=20_000)
@@ -97,7 +101,7 @@ def test_the_chat_ends_within_an_answer_and_keeps_what_was_said(browser, begin, 
 def test_the_chat_ends_at_once_after_its_start(begin, demo_dir):
     """Weights are being repacked then."""
     port = free_port()
-    program = begin(f"http://127.0.0.1:{port}/config", "chat", "--model-dir", demo_dir, "--port", port, step_s=600)
+    program = begin(f"http://127.0.0.1:{port}/config", 600, 0, "chat", "--model-dir", demo_dir, "--port", port)
     wait_until(lambda: "Ctrl-C ends it" in program.said())
     time.sleep(0.5)  # or it ends before they are
     interrupt(program)
@@ -107,7 +111,7 @@ def test_the_server_ends_within_an_answer_though_a_page_is_open(browser, begin, 
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     serve = ("serve", "--model-dir", demo_dir, "--port", port, "--name", "demo", "--chat")
-    program = begin(f"{url}/health", *serve)
+    program = begin(f"{url}/health", 1, 5, *serve)  # it waits for a step's end
     page = Tab(browser, f"{url}/chat")
     client = openai_client(url)
     began, failed = threading.Event(), []

@@ -117,7 +117,7 @@ def target(slow_demo, processor, tmp_path_factory):
     for path in beside:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(words[0])
-    app = create_app(Scheduler(slow_demo, processor, size=4, max_queue=16), "demo", KEY, max_bytes=2_000_000)
+    app = create_app(Scheduler(slow_demo, processor, max_batch=4, max_queue=16), "demo", KEY, max_bytes=2_000_000)
     app = mount_chat(app, slow_demo, processor, DEMO, KEY)
     demo = next(route.app.get_blocks() for route in app.routes if getattr(route, "path", "") == "/chat")
     functions = {number: getattr(fn.fn, "__name__", "none") for number, fn in demo.fns.items()}

@@ -20,7 +20,6 @@ NAMES = ("http_proxy", "https_proxy", "all_proxy")
 LAUNCH = """
 import sys
 from transformers import AutoProcessor
-from programs import free_port
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 bypass_proxy_for_loopback()  # as the notebook's first cell does
 import gradio as gr

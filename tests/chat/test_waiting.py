@@ -48,9 +48,13 @@ def about(sample) -> Turn:
     return Turn(sample["question"], [path_of(sample)])
 
 
-async def answer(chat, turn, **wishes) -> list[str]:
-    """Answers a question whose pictures are in a text box, and tells what was said while there were no words."""
-    progress, said = Progress(), []
+async def answer(chat, turn, said=None, **wishes) -> list[str]:
+    """Answers a question whose pictures are in a text box, and tells what was said while there were no words.
+
+    Args:
+        said: a list that takes it as it is said.
+    """
+    progress, said = Progress(), [] if said is None else said
     task = asyncio.create_task(chat.answer([turn], progress, GenerationSettings(**wishes), turn.pictures))
     while not task.done():
         if not turn.answer:
@@ -150,9 +154,22 @@ def test_errors_are_left_to_the_question(chat, tmp_path, caplog):
 
 
 def test_a_question_says_what_it_waits_for(model, chat):
-    model.as_new(picture_s=2.5, step_s=0.3)
-    turn = Turn("Which?", [path_of(sample) for sample in (TYPED, OTHER)])
-    said = asyncio.run(answer(chat, turn, max_new_tokens=2))
+    model.as_new(picture_s=2, step_s=HELD)
+    turn, told = Turn("Which?", [path_of(sample) for sample in (TYPED, OTHER)]), []
+
+    async def asked():
+        answering = asyncio.create_task(answer(chat, turn, told, max_new_tokens=2))
+        while len(model.looks) < 2:
+            await asyncio.sleep(0.02)
+        model.picture_s = HELD
+        for stage in (r"image 2 of 2 .* any moment now", "Reading"):
+            while not re.search(stage, told[-1]):
+                await asyncio.sleep(0.02)
+            model.picture_s = 0
+        model.step_s = 0
+        return await answering
+
+    said = asyncio.run(asked())
     stages = list(dict.fromkeys(sentence.split(" ...")[0] for sentence in said))
     looking = [stage for stage in stages if stage.startswith(("Encoding", "Reading"))]
     assert looking == [

@@ -51,7 +51,7 @@ def test_full_queue_of_bytes_is_told_429(slow_demo, processor):
         for answer in refused:
             assert answer.json()["error"]["code"] == "rate_limit_exceeded"
             assert int(answer.headers["Retry-After"]) >= 1
-        assert not batches._reservations
+        wait_until(lambda: not batches._reservations)
         assert post(url, messages).is_success
         larger = {**messages, "messages": user(*[encoded(data)] * 5)}
         assert post(url, larger).status_code == 413
