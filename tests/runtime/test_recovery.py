@@ -145,15 +145,15 @@ BEFORE = ("nothing", "the same", "another")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_next_call_is_right(pair, right, fault, times, tally):
     turn = list(FAULTS).index(fault) % 3
-    befores = times(BEFORE[turn : turn + 1], BEFORE * 20)
+    states = times(BEFORE[turn : turn + 1], BEFORE * 20)
     wrong = []
-    for number, before in enumerate(befores):
+    for number, before in enumerate(states):
         model = fresh(pair)
         if before != "nothing":
             model(**right[0]["wide" if before == "the same" else "text before image"])
         fail(model, FAULTS[fault], right[0]["wide"] if (number + len(before)) % 2 else pair.inputs("chat"))
         wrong += filter(None, [differs(model, right, case) for case in ("wide", "mixed batch", "wide")])
-    tally("failed inferences", len(befores), wrong)
+    tally("failed inferences", len(states), wrong)
 
 
 @pytest.mark.parametrize("fault", ["mask too short", "interrupted"])
