@@ -54,7 +54,7 @@ build/slice/config.json: .venv/.run
 	$(BIN)/python -m benchmarks.make_checkpoint --out build/slice --text-layers 5 --vision-layers 4 --global-layers 1
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m 'not alone'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m 'not alone'
 	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m alone
 
 quick: .venv/.dev

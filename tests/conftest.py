@@ -120,6 +120,19 @@ def pytest_configure():
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+# Files that take a worker a minute or more: they begin first, or one worker waits for the other at the end
+SLOW = tuple(f"test_{name}.py" for name in ("scale", "notebook", "history", "proxies", "faults", "compression"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Order of files for `--dist loadfile --no-loadscope-reorder`: slow ones, then those of most tests."""
+    count = Counter(item.path for item in items)
+    items.sort(
+        key=lambda item: (SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW), -count[item.path])
+    )
+
+
 def pytest_addoption(parser):
     parser.addoption("--torture", action="store_true", help="the long form of the tests marked torture")
 

@@ -1,6 +1,7 @@
 """Programs that tests start, interrupt and kill. Each is forked from one process that has imported the package with its
 page and its server: a start then costs no seconds of imports. Also ports that no other worker of pytest-xdist uses."""
 
+import http.server
 import json
 import os
 import random
@@ -8,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chat_page import wait_until
@@ -132,3 +135,36 @@ def free_port() -> int:
             free.bind(("127.0.0.1", port))
             return port
     raise OSError("no port is free")
+
+
+# ---- Behind a proxy -------------------------------------------------------------------------------------------------
+
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy")
+
+
+@contextmanager
+def refusing_proxy() -> Iterator[tuple[str, list[str]]]:
+    """The address of a proxy that can reach nothing, and the lines of the requests that it got."""
+    asked = []
+
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.requestline)
+            self.send_error(503)
+
+        do_POST = do_HEAD = do_CONNECT = do_GET  # noqa: N815
+
+        def log_message(self, *given):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def environment_behind(address: str, home) -> dict[str, str]:
+    """The environment of a company's machine: proxies in both spellings, and no `no_proxy`."""
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    proxies = {spelling: address for name in PROXY_VARIABLES for spelling in (name, name.upper())}
+    return {**kept, **proxies, "CI": "true", "XDG_DATA_HOME": str(home)}

@@ -80,7 +80,7 @@ def build_ir(
         needed = force or not is_current(path, stamp)  # checked again: another process may have written it meanwhile
         if needed:
             logger.info(
-                "⌛ %s: writing %s, %s, in about %s on two cores with %s of memory...",
+                "⌛ %s: writing %s, %s, about %s on two cores, %s of memory",
                 *(name, path.name, gigabytes(cost.disk), duration(cost.seconds), gigabytes(cost.memory)),
             )
             model = make()  # before the companions: a checkpoint that it refuses leaves the folder as it was

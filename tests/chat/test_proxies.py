@@ -1,22 +1,21 @@
-"""Programs start and answer with proxies in the environment, and ask them nothing about this machine."""
+"""Programs start and answer with proxies in the environment, and ask them nothing about this machine.
 
-import http.server
+Captions behind a proxy are in `test_scale.py`.
+"""
+
 import os
-import shutil
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import pytest
 
-from chat_page import path_of, wait_until
-from conftest import ROOT, demo_samples
+from chat_page import wait_until
+from conftest import ROOT
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from programs import free_port
+from programs import environment_behind, free_port, refusing_proxy
 
-NAMES = ("http_proxy", "https_proxy", "all_proxy")
 LAUNCH = """
 import sys
 from transformers import AutoProcessor
@@ -40,29 +39,8 @@ PROGRAMS = {
 @pytest.fixture
 def proxy():
     """The address of a proxy that can reach nothing, and what it was asked for."""
-    asked = []
-
-    class Refuses(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.requestline)
-            self.send_error(503)
-
-        do_POST = do_HEAD = do_CONNECT = do_GET  # noqa: N815
-
-        def log_message(self, *given):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-
-
-def environment(address: str, home) -> dict[str, str]:
-    """That of a company's machine: proxies in both spellings, and no `no_proxy`."""
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    proxies = {spelling: address for name in NAMES for spelling in (name, name.upper())}
-    return {**kept, **proxies, "CI": "true", "XDG_DATA_HOME": str(home)}
+    with refusing_proxy() as proxy:
+        yield proxy
 
 
 @pytest.mark.parametrize(
@@ -78,7 +56,11 @@ def environment(address: str, home) -> dict[str, str]:
 )
 def test_pages_start_and_answer_behind_a_proxy(program, scheme, forked, proxy, start, demo_dir, tmp_path):
     address, asked = proxy
-    port, variables, output = free_port(), environment(f"{scheme}://{address}", tmp_path), tmp_path / "output.txt"
+    port, variables, output = (
+        free_port(),
+        environment_behind(f"{scheme}://{address}", tmp_path),
+        tmp_path / "output.txt",
+    )
     arguments = [*PROGRAMS[program], str(demo_dir), "--port", str(port)]
     if forked:
         main = "from ov_mllama.__main__ import main; main()"
@@ -113,31 +95,6 @@ def succeeds(client: httpx.Client, url: str) -> bool:
         return client.get(url).is_success
     except httpx.TransportError:
         return False
-
-
-def test_captions_are_made_behind_a_proxy(proxy, demo_dir, tmp_path):
-    address, asked = proxy
-    pictures, out = tmp_path / "pictures", tmp_path / "captions"
-    pictures.mkdir()
-    shutil.copy(path_of(demo_samples()[0]), pictures)
-    command = [
-        sys.executable,
-        "-m",
-        "ov_mllama",
-        "caption",
-        pictures,
-        "--model-dir",
-        demo_dir,
-        "--out",
-        out,
-    ]
-    run = subprocess.run(  # noqa: S603
-        command, cwd=ROOT, env=environment(f"http://{address}", tmp_path), capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert list(out.glob("*.parquet"))
-    # Ray looks whether it runs in a cloud, at addresses that every provider has
-    assert not [line for line in asked if "169.254.169.254" not in line and "metadata.google.internal" not in line]
 
 
 @pytest.fixture
