@@ -1,4 +1,4 @@
-"""What the tests of the chat share: the demo model as slow as the 11B, answers made up, and a browser's tab as a person
+"""Shared by the tests of the chat: the demo model as slow as the 11B, answers made up, and a browser's tab as a person
 uses it."""
 
 import asyncio
@@ -62,7 +62,7 @@ class Slow(OVMLlamaForConditionalGeneration):
 
 
 class Says:
-    """What is answered in place of the model: `text`, which may grow until it is `over`."""
+    """An answer in place of the model's: `text`, which may grow until it is `over`."""
 
     def __init__(self):
         self.text, self.over = "", True

@@ -325,7 +325,7 @@ def slow_demo(one_slow_demo):
 
 @pytest.fixture(scope="module")
 def scheduler(slow_demo, processor):
-    """What answers the requests of `server`."""
+    """The scheduler behind `server`."""
     from ov_mllama.serving.scheduler import Scheduler
 
     return Scheduler(slow_demo, processor, max_batch=4, max_queue=6)
@@ -355,7 +355,7 @@ def client(server, slow_demo):
 
 @pytest.fixture(scope="session")
 def nursery():
-    """Where programs of tests are forked from."""
+    """The process that programs of tests are forked from."""
     from programs import Nursery
 
     nursery = Nursery()
@@ -382,7 +382,7 @@ def start(nursery, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the conversations of a file's page are kept."""
+    """Folder of the conversations of a file's page."""
     return tmp_path_factory.mktemp("conversations")
 
 
@@ -412,7 +412,7 @@ def url(demo):
 
 @pytest.fixture
 def model(slow_demo):
-    """What answers on the page, as new."""
+    """The model behind the page, as new."""
     slow_demo.as_new()
     return slow_demo
 

@@ -1,4 +1,4 @@
-"""What the tests of faults run in processes that are killed: every step that writes into a model's folder."""
+"""Steps that the tests of faults run in processes that are killed: every step that writes into a model's folder."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What the tests of the server share: an app on a free port, and questions as OpenAI's client asks them."""
+"""Shared by the tests of the server: an app on a free port, and questions as OpenAI's client asks them."""
 
 import base64
 import contextlib
@@ -133,7 +133,7 @@ def encoded(data: bytes) -> dict:
 
 
 def is_busy(model) -> bool:
-    """Whether it answers."""
+    """Return whether it answers."""
     if model.turn.acquire(blocking=False):
         model.turn.release()
         return False

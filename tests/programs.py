@@ -79,7 +79,7 @@ class Program:
             self.wait()
 
     def said(self) -> str:
-        """What it has written so far."""
+        """Its output so far."""
         return self.output.read_text(encoding="utf-8")
 
 

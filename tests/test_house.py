@@ -165,7 +165,7 @@ def written(document: Path) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    """What links may name of a document: its headings, as GitHub writes them, or Jupyter."""
+    """Anchors that links may name: a document's headings, as GitHub writes them, or Jupyter."""
     headings = re.findall(r"^#+ (.*)$", written(document), re.M)
     if document.suffix == ".ipynb":
         return {heading.replace(" ", "-") for heading in headings}

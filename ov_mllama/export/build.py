@@ -32,7 +32,7 @@ class Companions:
     remove_outdated: bool = False
 
     def are_current(self) -> bool:
-        """Whether the folder holds these, complete and unchanged."""
+        """Return whether the folder holds these, complete and unchanged."""
         return are_current(self.folder, self.checkpoint.fingerprint, self.checkpoint.source_digest)
 
     def update(self) -> None:

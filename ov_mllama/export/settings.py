@@ -84,7 +84,7 @@ class Settings:
 
     @property
     def is_int4(self) -> bool:
-        """Whether any layer may be in 4 bit."""
+        """True if any layer may be in 4 bit."""
         return self.algo in INT4
 
     @property

@@ -38,7 +38,7 @@ class Prompt:
 
     @property
     def prefix_cacheable(self) -> bool:
-        """Whether another prompt may share a prefix: one row, unpadded, consecutive positions."""
+        """True if another prompt may share a prefix: one row, unpadded, consecutive positions."""
         consecutive = self.position_ids is None or np.array_equal(
             self.position_ids[0], np.arange(self.input_ids.shape[1])
         )

@@ -52,7 +52,7 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are answered."""
+        """True if requests are answered."""
         return self._thread.is_alive()
 
     # ---- The queue ----

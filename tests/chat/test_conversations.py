@@ -1,4 +1,4 @@
-"""What is kept of conversations: by whom it is read again, what is gone for good, and what a killed program leaves."""
+"""Conversations on disk: who reads them again, what is deleted for good, and what a killed program leaves."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ def noise(seed: int) -> Image.Image:
 
 
 def same(one: Path, other) -> bool:
-    """Whether two pictures have the same pixels."""
+    """Return whether two images have the same pixels."""
     return ImageChops.difference(Image.open(one), open_picture(other)).getbbox() is None
 
 
@@ -288,7 +288,7 @@ def test_uploads_of_a_killed_program_go_after_a_day(kept):
 
 
 def write(folder: Path, number: int) -> None:
-    """What each of several programs does."""
+    """The work of each of several programs."""
     kept = Conversations(folder)
     for i in range(SAVES):
         conversation = talk(kept, f"{number}.{i}")

@@ -53,7 +53,7 @@ def selected(page):
 
 
 def address(page) -> str:
-    """What is behind the page's address."""
+    """The server behind the page's address."""
     page.tab.wait_for_url("**/?chat=*")
     return "?" + page.tab.url.rpartition("?")[2]
 
@@ -282,7 +282,7 @@ def test_back_and_forward_go_through_conversations(page, model):
 
 
 def serves(program, port: int) -> bool:
-    """Whether a program takes questions."""
+    """Return whether a program answers requests."""
     assert program.poll() is None, program.said()
     with contextlib.suppress(httpx.TransportError):
         return HTTP.get(f"http://127.0.0.1:{port}/config").is_success

@@ -101,7 +101,7 @@ def joined(client: Client, session: str | None, question: str = "Mine") -> httpx
 
 
 def sent(client: Client, path: str) -> str:
-    """What the queue sends, until it has no more, or for some seconds."""
+    """Events that the queue sends, until it has no more, or for some seconds."""
     said = ""
     try:
         with client.http.stream("GET", path, timeout=3) as response:

@@ -1,4 +1,4 @@
-"""What a person sees and can do on the chat's page, in a real browser: pictures of every kind, formulas, a phone, the
+"""The chat page as a person sees and uses it, in a real browser: pictures of every kind, formulas, a phone, the
 dark, a keyboard alone, and text that would like to be a program."""
 
 import re

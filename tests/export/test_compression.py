@@ -56,7 +56,7 @@ def processor(model_dir):
 
 
 def constant_types(path) -> Counter:
-    """How many weight matrices (constants of two or three axes that are large) an IR has in each type."""
+    """Number of weight matrices (constants of two or three axes that are large) an IR has in each type."""
     model = ov.Core().read_model(path)
     constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
     return Counter(

@@ -1,4 +1,4 @@
-"""What convert_mllama writes, what it reuses, and how it refuses."""
+"""Files that convert_mllama writes and reuses, and its errors."""
 
 import hashlib
 import json

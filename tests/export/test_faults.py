@@ -48,7 +48,7 @@ def start(checkpoint, folder):
 
 
 def weights(folder) -> list[str]:
-    """What identifies each IR's weights; empty for what would not be loaded."""
+    """Identities of the IRs' weights; empty for those that would not be loaded."""
     return [ir_stamp(folder / name).get("weights", "") for name in IRS]
 
 
@@ -131,7 +131,7 @@ def test_killed_while_another_checkpoint_is_converted(pair, other_dir, finished,
 
 
 def same_file(one, other) -> bool:
-    """Whether two files are there and equal."""
+    """Return whether two files exist and are equal."""
     return one.is_file() and one.read_bytes() == other.read_bytes()
 
 

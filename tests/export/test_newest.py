@@ -1,4 +1,4 @@
-"""Which two IRs of a folder are loaded, by `make chat` too."""
+"""Choice of the two IRs that are loaded from a folder, by `make chat` too."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What a plan says is what was measured, what it decides fits, and what it is asked on is seen as it is."""
+"""Plans against measurements, their decisions, and the machine as they see it."""
 
 import json
 import platform

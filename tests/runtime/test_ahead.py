@@ -182,7 +182,7 @@ def test_an_answer_is_stopped_while_its_prompt_is_computed(pair, model, monkeypa
 
 
 def test_an_answer_is_stopped_between_tokens(pair, model):
-    """What was written is returned."""
+    """The part that was written is returned."""
     inputs, stop = pair.inputs("wide"), threading.Event()
 
     class StopAtThird:

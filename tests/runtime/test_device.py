@@ -1,4 +1,4 @@
-"""What differs by device, as far as it can be seen without the device: the K/V's way through a GPU's memory, with a
+"""Differences by device, as far as they can be tested without the device: the K/V's way through a GPU's memory, with a
 stand-in for its context, and the golden answer."""
 
 import json

@@ -1,4 +1,4 @@
-"""What `generate` and `forward` accept beyond plain decoding, each against transformers or a stated property."""
+"""Options of `generate` and `forward` beyond plain decoding, each against transformers or a stated property."""
 
 import pytest
 import torch

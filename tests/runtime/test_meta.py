@@ -87,7 +87,7 @@ def one_pair(tmp_path_factory):
 
 
 def features(checkpoint, reference, images):
-    """What the graph's projector reads of images given as its inputs by port name: f32 [rows, channels] of each."""
+    """Features that the graph's projector reads of images given as its inputs by port name: f32 [rows, channels] of each."""
     encoder, read = VisionEncoder(load_checkpoint(checkpoint).float(), reference), []
     encoder.projector.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0][0]))
     with torch.no_grad():
@@ -197,7 +197,7 @@ def test_generated_tokens_and_their_logits_equal_metas(meta_pair, case):
 
 
 def test_transformers_convention_fails_this_comparison(one_pair, tmp_path):
-    """Where text stands before the picture, and where none does: the layers alone."""
+    """Prompts with and without text before the image: the layers alone."""
     other = convert_mllama(one_pair.checkpoint, tmp_path / "ov", reference="transformers")
     model = OVMLlamaForConditionalGeneration(other, ov_config=F32)
     for text in ("<|image|>what is it", "some words, <|image|>then a picture"):

@@ -1,4 +1,4 @@
-"""What an IR is computed in: by CPU and stamp, and that OpenVINO is told so."""
+"""Precision of each IR by CPU and stamp, and as OpenVINO receives it."""
 
 import numpy as np
 import openvino as ov
@@ -100,7 +100,7 @@ def test_openvino_is_told(copy, monkeypatch, cpu):
 
 @pytest.mark.skipif(not Cpu.here().bf16, reason="this CPU has no bf16")
 def test_images_rounded_beforehand_give_the_same_logits(pair):
-    """What the plugin would do at each token (`cross_attention.read_in_bf16`)."""
+    """The conversion that the plugin would do at each token (`cross_attention.read_in_bf16`)."""
     inputs = {name: tensor.numpy() for name, tensor in pair.inputs("wide").items()}
     images = ImageInputs(*(inputs[name] for name in ImageInputs._fields))
     encoded = pair.ov.image_encoder.encode(images)

@@ -111,7 +111,7 @@ def fresh(pair):
 
 
 def differs(model, right, case) -> str:
-    """What is wrong with a right call; nothing, if it is right."""
+    """The fault of a valid call's result; empty if it is right."""
     inputs, expected = right[0][case], right[1][case]
     try:
         logits = model(**inputs).logits
@@ -173,7 +173,7 @@ def test_a_failing_step_in_the_middle_of_an_answer(pair, right, fault, times, ta
 
 @pytest.mark.parametrize("fault", ["mask too short", "interrupted"])
 def test_the_other_conversations_go_on(pair, right, fault, times, tally):
-    """What is interrupted loses its own tokens; what fails those of all, which are computed once more."""
+    """An interrupted session loses its own tokens; a failure those of all, which are computed again."""
     wrong, count = [], times(2, 20)
     for _ in range(count):
         model = fresh(pair)

@@ -1,4 +1,4 @@
-"""What of transformers' interface is refused: with one sentence that names the fix, before anything is computed. What
+"""Parts of transformers' interface that raise an error with the fix, before anything is computed. What
 is the same is in test_interface.py."""
 
 import copy

@@ -1,4 +1,4 @@
-"""What is not computed again, or ahead: a conversation's beginning, drafts of assisted decoding; and what it is said
+"""Reuse, and computing ahead: a conversation's beginning, drafts of assisted decoding; and what it is said
 to have cost. Each against a model that knows nothing of the calls before."""
 
 import itertools
