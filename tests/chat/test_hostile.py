@@ -581,7 +581,7 @@ KINDS = ("raw", "headers", "body", "image", "file", "upload", "event", "route")
 
 
 def sent(port: int, kind: str, request: bytes) -> bytes:
-    """Bytes that a server sends back until it closes the connection, or for some seconds. Some requests arrive slowly."""
+    """Bytes that a server sends until it closes the connection, or for some seconds. Some requests arrive slowly."""
     endless = kind == "raw" or any(way in request for way in (b"/heartbeat/", b"/queue/data", b"/call/"))
     wait_s, slow = 1 if endless else 30, len(request) % 16 == 0
     received, deadline = b"", time.monotonic() + wait_s

@@ -87,7 +87,7 @@ def one_pair(tmp_path_factory):
 
 
 def features(checkpoint, reference, images):
-    """Features that the graph's projector reads of images given as its inputs by port name: f32 [rows, channels] of each."""
+    """Features that the projector reads of images, given as inputs by port name: f32 [rows, channels] of each."""
     encoder, read = VisionEncoder(load_checkpoint(checkpoint).float(), reference), []
     encoder.projector.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0][0]))
     with torch.no_grad():
