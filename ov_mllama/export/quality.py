@@ -2,7 +2,7 @@
 
 If right answers are known, variants answer the questions (`measure`); otherwise they are compared by their
 probabilities along a given caption (`diverge`), as are the two references that a checkpoint's weights may have been
-trained with (`compare_references`). Each variant is measured in a process of its own, one after the other.
+trained with (`compare_references`). Each variant of `price_list` is measured in a process of its own, in turn.
 """
 
 import time
@@ -75,10 +75,8 @@ def price_list(
             row, answers = run_in_process(
                 function, source, model_dir, files, samples, expected, adapt, on_progress=bar.update, preload=__name__
             )
-            expected, adapt = (
-                expected or answers,
-                None,
-            )  # the original alone is adapted, and imports what `follow` needs
+            expected = expected or answers
+            adapt = None  # the original alone is adapted, and imports what `follow` needs
             rows.append({"variant": name, **row})
     return rows
 

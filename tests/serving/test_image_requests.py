@@ -139,7 +139,7 @@ def test_same_image_counts_once(slow_demo, processor):
 
 @pytest.mark.parametrize("room", [16, 9])
 def test_eight_images_of_two_tiles_are_encoded_once_each(slow_demo, processor, monkeypatch, room):
-    """Whatever the image cache holds, it holds a batch's."""
+    """The image cache holds a batch's images, whatever its size."""
     encoder = slow_demo.image_encoder
     tile = encoder.shapes.cross_kv_bytes(encoder.shapes.patches_per_tile)
     monkeypatch.setattr(encoder.cache, "max_bytes", room * tile)
