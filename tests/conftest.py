@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo_model"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from ov_mllama.export.checkpoint import checkpoint_fingerprint  # noqa: E402
 from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama  # noqa: E402
 from tiny_mllama import LLAMA3_ROPE, make_checkpoint  # noqa: E402
 
@@ -195,7 +196,10 @@ def any_pair(request, tiny_folder):
 @pytest.fixture(scope="session")
 def pair(tiny_folder):
     """The checkpoint most like the real ones, for what does not depend on the architecture."""
-    return Pair("gqa-llama3", tiny_folder)
+    made = Pair("gqa-llama3", tiny_folder)
+    before = checkpoint_fingerprint(made.checkpoint)
+    yield made
+    assert checkpoint_fingerprint(made.checkpoint) == before, "a test has changed the checkpoint that all share"
 
 
 @pytest.fixture(scope="session")

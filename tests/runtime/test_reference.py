@@ -3,6 +3,7 @@ put right; and what the row mask brings, a beginning that another image does not
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -77,27 +78,25 @@ def test_another_reference_is_refused(pair, tmp_path):
 class Followed:
     """A checkpoint converted as asked, and transformers' model that follows the same reference."""
 
-    def __init__(self, pair, folder, reference):
-        self.inputs, self.model_dir = pair.inputs, convert_mllama(pair.checkpoint, folder, reference=reference)
+    def __init__(self, inputs, checkpoint, folder, reference):
+        self.inputs, self.model_dir = inputs, convert_mllama(checkpoint, folder, reference=reference)
         self.ov = OVMLlamaForConditionalGeneration(self.model_dir, ov_config=F32)
-        self.hf = MllamaForConditionalGeneration.from_pretrained(pair.checkpoint, dtype=torch.float32).eval()
+        self.hf = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.hf = follow(self.hf, self.ov.reference)
 
 
 @pytest.fixture(scope="module")
 def meta(pair, tmp_path_factory):
     """The override on a checkpoint of transformers 5."""
-    return Followed(pair, tmp_path_factory.mktemp("meta") / "ov", "meta")
+    return Followed(pair.inputs, pair.checkpoint, tmp_path_factory.mktemp("meta") / "ov", "meta")
 
 
 @pytest.fixture(scope="module")
 def before_4_55(pair, tmp_path_factory):
     """The layers alone: a checkpoint that an older transformers saved."""
-    version = json.loads((pair.checkpoint / "config.json").read_text())["transformers_version"]
-    written_by(pair.checkpoint, "4.54.1")
-    made = Followed(pair, tmp_path_factory.mktemp("before") / "ov", "auto")
-    written_by(pair.checkpoint, version)
-    return made
+    folder = tmp_path_factory.mktemp("before")
+    checkpoint = written_by(shutil.copytree(pair.checkpoint, folder / "checkpoint"), "4.54.1")
+    return Followed(pair.inputs, checkpoint, folder / "ov", "auto")
 
 
 @pytest.mark.parametrize("case", CASES)
