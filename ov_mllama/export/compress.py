@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint
-from ov_mllama.export.convert import convert_language_model
+from ov_mllama.export.convert import convert_language_model, of_language_model
 from ov_mllama.export.costs import compression_cost, vision_cost
 from ov_mllama.export.piecewise import quantize_in_pieces
 from ov_mllama.export.settings import DATA_FREE_METRIC, DEFAULT_VISION_OPTION, INT8, VISION_OPTIONS, Settings
@@ -59,7 +59,7 @@ def compress_language_model(
     model_dir: str | Path,
     settings: Settings,
     samples: Samples | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     force: bool = False,
 ) -> Path:
     """Compress the language model's weights, unless a current IR of the same settings exists.
@@ -90,7 +90,7 @@ def compress_language_model(
     config = AutoConfig.from_pretrained(model_dir)
     settings.check(config)
     reference = Reference.of(encoder)
-    source = Checkpoint(checkpoint) if checkpoint else None
+    source = Checkpoint.of(checkpoint) if checkpoint else None
     stamp = source.stamp(reference) if source else provenance(original)
     if stamp.get("checkpoint") != encoder["checkpoint"]:
         raise InputError(
@@ -103,12 +103,16 @@ def compress_language_model(
     def make() -> ov.Model:
         dataset = nncf.Dataset(samples) if samples and settings.dataset_size else None
         with quiet_nncf():
-            model = convert_language_model(source.load(), reference) if source else ov.Core().read_model(original)
-            return compress_weights(model, settings, dataset)
+            if not source:
+                return compress_weights(ov.Core().read_model(original), settings, dataset)
+            model = source.load(scratch=model_dir, needed=of_language_model)
+            return compress_weights(convert_language_model(model, reference), settings, dataset)
 
     advice = "leave out the calibration data (dataset_size=0)" if settings.dataset_size else ""
     advice = advice or ("set awq=False" if settings.awq else "close other programs")
     path, cost = model_dir / settings.file_name, compression_cost(settings, config)
+    scratch = source.scratch_bytes(needed=of_language_model) if source else 0
+    cost = cost._replace(disk=cost.disk + scratch)
     build_ir(path, stamp, cost, make, "Compressed model", advice, force=force)
     return path
 
@@ -140,7 +144,7 @@ def make_draft_model(
 
     def make() -> ov.Model:
         with quiet_nncf():
-            return compress_weights(convert_language_model(source.load(LlamaForCausalLM)), settings)
+            return compress_weights(convert_language_model(source.load(LlamaForCausalLM, out_dir)), settings)
 
     companions = Companions(out_dir, source, partial(save_draft_companions, source))
     cost = compression_cost(settings, source.config)

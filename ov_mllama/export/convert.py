@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ov_mllama.export.build import Companions, build_ir
-from ov_mllama.export.checkpoint import Checkpoint
+from ov_mllama.export.checkpoint import Checkpoint, every
 from ov_mllama.export.costs import CONVERSION_MEMORY_BYTES, Cost, conversion_seconds
 from ov_mllama.export.graphs import LanguageModel, VisionEncoder
 from ov_mllama.export.tracing import make_stateful, name_ports, trace
@@ -127,7 +127,7 @@ def convert_language_model(
 
 
 def convert_mllama(
-    model_id: str | Path, out_dir: str | Path, language_model: bool = True, reference: str = "auto"
+    model_id: str | Path | Checkpoint, out_dir: str | Path, language_model: bool = True, reference: str = "auto"
 ) -> Path:
     """Convert a Mllama checkpoint to OpenVINO; IRs in `out_dir` that are current stay.
 
@@ -135,8 +135,8 @@ def convert_mllama(
     conversion wrote stay.
 
     Args:
-        model_id: hub id or local folder of any Mllama checkpoint (11B, 90B, Guard, fine-tunes). A bfloat16 or float16
-            checkpoint's weights are stored bit for bit; a float32 one's as float16.
+        model_id: hub id, local folder or `Checkpoint` of any Mllama checkpoint (11B, 90B, Guard, fine-tunes). A
+            bfloat16 or float16 checkpoint's weights are stored bit for bit; a float32 one's as float16.
         out_dir: folder for `openvino_vision_encoder.xml`, `openvino_language_model.xml` (and their .bin), the config,
             the generation config and the processor with its chat template.
         language_model: False leaves it to `compress(..., checkpoint=model_id)`, which then never writes it in 16 bit.
@@ -147,11 +147,11 @@ def convert_mllama(
         out_dir as a Path.
     Raises:
         InputError, NotFoundError, AccessError: as `Checkpoint`.
-        InputError: if out_dir is the checkpoint's own folder, for another `reference`, or as `check_tensors`; in each
-            case before anything is written.
+        InputError: if out_dir is the checkpoint's own folder, for another `reference`, or as `Checkpoint.tensors`; in
+            each case before anything is written.
         DiskError, OutOfMemoryError: as `check_disk_and_memory`; parts that are done stay, a rerun does the rest.
     """
-    checkpoint, out_dir = Checkpoint(model_id), Path(out_dir)
+    checkpoint, out_dir = Checkpoint.of(model_id), Path(out_dir)
     checkpoint.check_apart(out_dir)
     chosen, why = reference_of(checkpoint.folder, reference)
     stamp = checkpoint.stamp(chosen) | {"format": "16 bit"}
@@ -164,7 +164,10 @@ def convert_mllama(
 
     logger.info("Reference: %s (%s)", described(chosen), why)
     logger.info("⌛ Loading the original model")
-    model = checkpoint.load()
+    needed = every if language_model else of_vision_encoder
+    scratch = checkpoint.scratch_bytes(needed=needed)
+    check_disk_and_memory(out_dir, scratch, CONVERSION_MEMORY_BYTES, "close other programs")
+    model = checkpoint.load(scratch=out_dir, needed=needed)
     costs = {name: conversion_cost_of(MODULES[name](model)) for name in names}
     total = sum(costs[name].disk for name in missing)  # checked for all parts before the first one is written
     check_disk_and_memory(out_dir, total, CONVERSION_MEMORY_BYTES, "close other programs")
@@ -178,6 +181,16 @@ def convert_mllama(
         make = partial(convert, model, chosen)
         build_ir(out_dir / name, expected, costs[name], make, title, companions=companions)
     return out_dir
+
+
+def of_vision_encoder(name: str) -> bool:
+    """Return whether the vision encoder's IR needs a tensor of the checkpoint."""
+    return name.startswith(("model.vision_model.", "model.multi_modal_projector.")) or ".cross_attn." in name
+
+
+def of_language_model(name: str) -> bool:
+    """Return whether the language model's IR needs a tensor of the checkpoint."""
+    return not name.startswith(("model.vision_model.", "model.multi_modal_projector."))
 
 
 MODULES = {VISION_ENCODER_NAME: VisionEncoder, LANGUAGE_MODEL_NAME: LanguageModel}

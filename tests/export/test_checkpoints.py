@@ -18,10 +18,11 @@ from conftest import DEMO, F32
 from ov_mllama.export import checkpoint as checkpoints
 from ov_mllama.export import compress as compressing
 from ov_mllama.export import convert
-from ov_mllama.export.checkpoint import checkpoint_fingerprint
+from ov_mllama.export.checkpoint import Checkpoint, checkpoint_fingerprint
 from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.prepare import plan_here
+from ov_mllama.export.sources import files
 from ov_mllama.runtime import companions
 from ov_mllama.runtime.ir import (
     DRAFT_FOLDER,
@@ -65,9 +66,6 @@ def reshaped(tensors: dict) -> dict:
 
 LEFT_OVER = r"\d+ of \d+ tensors are missing, such as .*; \d+ are unexpected, such as {}.*"
 BROKEN = {
-    "adapter prefix": (renamed(lambda name: f"base_model.model.{name}"), LEFT_OVER.format("base_model") + "adapter"),
-    "DDP prefix": (renamed(lambda name: f"module.{name}"), LEFT_OVER.format("module") + "remove 'module.'"),
-    "compiled": (renamed(lambda name: f"_orig_mod.{name}"), LEFT_OVER.format("_orig_mod") + "remove '_orig_mod.'"),
     "any prefix": (renamed(lambda name: f"student.net.{name}"), LEFT_OVER.format("student") + "remove 'student.net.'"),
     "no lm_head": (without("lm_head"), "1 of 1?[0-9]+ tensors are missing, such as lm_head.weight"),
     "no cross-attention": (without("cross_attn"), r"\d+ of \d+ tensors are missing, such as .*cross_attn"),
@@ -80,6 +78,36 @@ BROKEN = {
     ),
     "other shape": (reshaped, r"1 have another shape, such as .*lm_head.weight: \[\d+, 64\] instead of \[\d+, 64\]"),
 }
+
+
+PREFIXES = {
+    "peft": lambda name: f"base_model.model.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "all": lambda name: f"module._orig_mod.base_model.model.{name}",
+    "within": lambda name: name.replace("layers.", "layers._orig_mod.module.").replace(
+        "proj.weight", "proj.base_layer.weight"
+    ),
+    "some": lambda name: f"base_model.model.{name}" if "vision" in name else name,
+}
+
+
+@pytest.mark.parametrize("tool", PREFIXES)
+def test_what_tools_add_to_names_is_removed(pair, tmp_path, tool):
+    source = changed(pair.checkpoint, tmp_path / "prefixed", renamed(PREFIXES[tool]))
+    found, expected = Checkpoint(source).tensors(), Checkpoint(pair.checkpoint).tensors()
+    assert {*found} == {*expected}
+    assert all(torch.equal(found[name].read(), expected[name].read()) for name in expected)
+
+
+def test_a_tensor_under_two_names_is_refused(pair, tmp_path):
+    def doubled(tensors):
+        name = next(name for name in tensors if name.endswith("lm_head.weight"))
+        return tensors | {f"module.{name}": torch.zeros_like(tensors[name])}
+
+    with pytest.raises(ValueError, match="1 are there twice under different names, such as .*lm_head"):
+        convert_mllama(changed(pair.checkpoint, tmp_path / "doubled", doubled), tmp_path / "ov")
+    assert not (tmp_path / "ov").exists()
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -98,15 +126,15 @@ def test_compress_from_a_broken_checkpoint_is_refused(pair, copy, tmp_path, monk
     before = sorted(path.name for path in copy.iterdir())
     with pytest.raises(ValueError, match="another checkpoint.*convert_mllama"):
         compress(copy, checkpoint=broken, group_size=32)
-    monkeypatch.setattr(checkpoints, "checkpoint_fingerprint", lambda _: checkpoint_fingerprint(pair.checkpoint))
+    expected = checkpoint_fingerprint(pair.checkpoint)
+    monkeypatch.setattr(checkpoints, "identity", lambda *_: expected)
     with pytest.raises(ValueError, match="tensors are missing"):
         compress(copy, checkpoint=broken, group_size=32)
     assert sorted({path.name for path in copy.iterdir()} - {".lock"}) == sorted({*before} - {".lock"})
 
 
-@pytest.mark.parametrize("case", ["adapter prefix", "DDP prefix", "one layer less"])
-def test_draft_models_tensors_are_checked_too(tmp_path, case):
-    change = without("layers.1.") if case == "one layer less" else BROKEN[case][0]
+@pytest.mark.parametrize("change", [without("layers.1."), BROKEN["any prefix"][0]], ids=["one layer less", "prefix"])
+def test_draft_models_tensors_are_checked_too(tmp_path, change):
     broken = changed(DRAFT, tmp_path / "broken", change)
     with pytest.raises(ValueError, match="tensors are missing"):
         make_draft_model(broken, tmp_path / "draft")
@@ -148,7 +176,7 @@ def split(folder: Path) -> Path:
     for file, inside in parts.items():
         save_file({name: tensors[name] for name in inside}, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, inside in parts.items() for name in inside}}
-    (folder / checkpoints.INDEX).write_text(json.dumps(index))
+    (folder / files.INDEX).write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     return folder
 
@@ -188,7 +216,7 @@ def test_shards_that_are_absent_or_without_an_index(pair, tmp_path):
     with pytest.raises(ValueError, match=f"1 of the 2 files that .*index.json names are missing, such as {SHARD}"):
         convert_mllama(folder, tmp_path / "new")
     (tmp_path / SHARD).rename(folder / SHARD)
-    (folder / checkpoints.INDEX).unlink()
+    (folder / files.INDEX).unlink()
     with pytest.raises(ValueError, match="no model.safetensors and no model.safetensors.index.json: download"):
         convert_mllama(folder, tmp_path / "new")
     for path in folder.glob("model-*"):
@@ -205,7 +233,7 @@ def test_shards_that_are_absent_or_without_an_index(pair, tmp_path):
 def test_fingerprint_changes_with_each_tensor_of_a_small_checkpoint(tmp_path):
     folder = changed(DEMO, tmp_path / "demo", dict)
     before, data = checkpoint_fingerprint(folder), bytearray((folder / "model.safetensors").read_bytes())
-    header, tensors = checkpoints.read_header(folder / "model.safetensors")
+    header, tensors = files.read_header(folder / "model.safetensors")
     times = (folder / "model.safetensors").stat().st_mtime_ns
     seen = set()
     for tensor in tensors.values():
@@ -235,7 +263,7 @@ def test_fingerprint_of_a_large_checkpoint_takes_headers_sizes_and_times(pair, t
     (folder / SHARD).symlink_to(blob)
     assert checkpoint_fingerprint(folder) == before
     stat = blob.stat()
-    header, tensors = checkpoints.read_header(blob)
+    header, tensors = files.read_header(blob)
     data = bytearray(blob.read_bytes())
     data[8 + len(header) + next(iter(tensors.values()))["data_offsets"][0] + 3] ^= 1
     blob.write_bytes(data)
@@ -489,7 +517,7 @@ def test_index_that_names_another_folders_file_is_refused(tmp_path, name):
     folder.mkdir()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ValueError, match="index"):
-        checkpoints.weight_files(folder)
+        files.weight_files(folder)
 
 
 def test_shards_of_the_hubs_cache_are_links(tmp_path):
@@ -498,18 +526,18 @@ def test_shards_of_the_hubs_cache_are_links(tmp_path):
     folder.mkdir()
     (folder / "model-1.safetensors").symlink_to("../blob")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    assert checkpoints.weight_files(folder) == [folder / "model-1.safetensors"]
+    assert files.weight_files(folder) == [folder / "model-1.safetensors"]
 
 
 def test_deep_json_is_refused_with_a_sentence(tmp_path):
     deep = b"[" * 200_000
     (tmp_path / "model.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep)
     with pytest.raises(ValueError, match="no safetensors file"):
-        checkpoints.read_header(tmp_path / "model.safetensors")
+        files.read_header(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_bytes(deep)
     with pytest.raises(ValueError, match="no index of weights"):
-        checkpoints.weight_files(tmp_path)
+        files.weight_files(tmp_path)
     (tmp_path / companions.STAMP_NAME).write_bytes(deep)
     assert companions.stamp_of(tmp_path) == {}
 

@@ -1,0 +1,43 @@
+"""Quantised checkpoints: which file reads which method of `quantization_config`.
+
+Each file has two functions: `describe(quantization)` returns a phrase for people, or refuses what it does not read by
+config alone; `decode(tensors, quantization)` returns the tensors in 16 bit by the names of the unquantised checkpoint.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ov_mllama.export.sources.tensors import Tensor
+from ov_mllama.runtime.errors import InputError
+
+Tensors = dict[str, Tensor]
+
+
+class Method(NamedTuple):
+    """A method of quantisation.
+
+    Attributes:
+        describe: return a phrase such as "bitsandbytes nf4"; raises InputError for variants that are not read.
+        decode: return the tensors dequantised when they are read.
+    """
+
+    describe: Callable[[dict], str]
+    decode: Callable[[Tensors, dict], Tensors]
+
+
+METHODS: dict[str, Method] = {}  # by `quant_method`
+
+
+def method_of(quantization: dict) -> Method:
+    """Return the method of a checkpoint's `quantization_config`.
+
+    Raises:
+        InputError: for one that is not read.
+    """
+    name = str(quantization.get("quant_method", ""))
+    if name not in METHODS:
+        raise InputError(
+            f"The checkpoint is quantised with '{name}', which is not read (only {', '.join(METHODS)}): convert the "
+            "16-bit checkpoint that it was made of, this program compresses it itself."
+        )
+    return METHODS[name]
