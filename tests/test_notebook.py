@@ -60,8 +60,8 @@ plan = dataclasses.replace(plan, write_16_bit=False, compare_with_pytorch=False)
 
 
 def for_the_demo(folder, times):
-    """The notebook and the solutions. What is measured in its price list is in tests/export/test_demo_model.py; the list
-    itself is made with --torture."""
+    """The notebook and the solutions. The list of prices is made with --torture; tests/export/test_demo_model.py has
+    what is measured in it."""
     notebook = with_solutions(apart(folder))
     insert_behind(notebook, '"INT4 AWQ + scales"', THREE)
     if times(True, False):  # Ray takes half a minute to start; tests/serving/test_scale.py writes captions
@@ -99,10 +99,12 @@ def imports(source: str) -> str:
     return "\n".join(map(ast.unparse, nodes))
 
 
-ANOTHER = """import gc, os
-get_ipython().run_line_magic("reset", "-f")
-import gc, os
+ANOTHER = """import os
 os.chdir({folder!r})
+for name in set(globals()) - get_ipython().user_ns_hidden.keys():
+    if not name.startswith("_"):
+        del globals()[name]
+import gc
 gc.collect()"""
 
 
