@@ -85,9 +85,16 @@ def for_a_small_machine(folder, times):
     insert_behind(notebook, "questions_about(", f"samples = samples[:{times(2, 100)}]")
     settings = {"MODEL_ID": "random", "CALIBRATION_DATA": "photographs", "MAX_NEW_TOKENS": 20, "QUESTIONS": 200}
     settings["DRAFT_MODEL"] = "guessing"
+    if times(True, False):
+        insert_behind(notebook, "import price_list", IN_THIS_PROCESS)
     insert_behind(notebook, "MODEL_ID = ", "\n".join(f"{name} = {value!r}" for name, value in settings.items()))
     return notebook
 
+
+# a process for each variant, as `price_list` has it, imports for seconds; tests/export/test_quality.py has that
+IN_THIS_PROCESS = """from ov_mllama.export import quality
+
+quality.run_in_process = lambda function, *arguments, on_progress, **_: function(*arguments, on_progress)"""
 
 # texts of cells that show something on a graph of a few nodes
 TOYS = ("class Attention(", "convert_model(attention", "MakeStateful(", "request.infer(", "class Block(", "kinds =")

@@ -208,20 +208,26 @@ def answer(pair):
     return pair.ov.generate(**pair.inputs("wide"), **GREEDY).tolist()
 
 
-@pytest.mark.parametrize("name", [VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_file_is_refused_and_the_next_run_mends_it(pair, folder, other_dir, name, fault, answer, times, tally):
-    """Mended is what has the same weights and graph, and one of them, or with --torture all, is loaded."""
-    FAULTS[fault](folder / name, other_dir / name)
-    with pytest.raises((ValueError, FileNotFoundError), match="convert"):
-        load(folder)
+def test_a_broken_file_is_refused_and_the_next_run_mends_it(
+    pair, finished, folder, other_dir, tmp_path, fault, answer, times, tally
+):
+    """Each IR alone is refused; both are mended. Mended is what has the same weights and graph, and after one fault, or
+    with --torture each, it is loaded."""
+    for name in IRS[:2]:
+        broken = shutil.copytree(finished[0], tmp_path / f"broken {name}")
+        for each in (broken, folder):
+            FAULTS[fault](each / name, other_dir / name)
+        with pytest.raises((ValueError, FileNotFoundError), match="convert"):
+            load(broken)
+        tally("broken files", 1)
     convert_mllama(pair.checkpoint, folder)
     check_model_dir(folder, IRS[:2])
     assert weights(folder)[:2] == weights(pair.model_dir)[:2]
-    assert operations(folder / name) == operations(pair.model_dir / name)
+    for name in IRS[:2]:
+        assert operations(folder / name) == operations(pair.model_dir / name)
     if fault in times(["graph of another model"], FAULTS):
         assert load(folder).generate(**pair.inputs("wide"), **GREEDY).tolist() == answer
-    tally("broken files", 1)
 
 
 def operations(path) -> list[tuple[str, str]]:
