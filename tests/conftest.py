@@ -367,6 +367,16 @@ def nursery():
     nursery.close()
 
 
+@pytest.fixture(scope="session")
+def bare_nursery():
+    """The process that programs are forked from which must not find the package imported, nor what it needs not."""
+    from programs import FOUNDATIONS, Nursery
+
+    nursery = Nursery(FOUNDATIONS, ())
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture
 def start(nursery, tmp_path):
     """`start(code, *arguments, **environment)`: a program, killed at the end of the test."""
