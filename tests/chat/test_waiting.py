@@ -270,17 +270,17 @@ def test_a_question_waits_for_what_is_left_of_its_picture(page, model):
     assert model.stats.image_s[0] < time.perf_counter() - model.looks[0]
 
 
-def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, browser, url, model, monkeypatch):
+def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, url, model, monkeypatch):
     monkeypatch.setattr("ov_mllama.chat.answers.GRACE_S", 0.2)
     page.attach(path_of(THIRD))
     wait_until(lambda: model.looks)
     page.tab.locator(".delete-button").first.click()
     expect(page.tab.locator(".thumbnail-item")).to_have_count(0)
     wait_until(lambda: model.given_up)
-    closed = Tab(browser, url)
+    closed = Tab(page.context, url)
     closed.attach(path_of(OTHER))
     wait_until(lambda: len(model.looks) == 2)
-    closed.close()
+    closed.tab.close()
     wait_until(lambda: model.given_up == 2)
     wait_until(lambda: not ahead_threads())
 
@@ -326,8 +326,8 @@ def test_stop_between_words_keeps_them(page, model):
     page.expect_answers("I describe shapes", "Stopped.")
 
 
-def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):
-    second, third = Tab(browser, url), Tab(browser, url)
+def test_stop_in_line_lets_the_others_go_on(page, url, model):
+    second, third = Tab(page.context, url), Tab(page.context, url)
     model.as_new(step_s=HELD)
     model.free_steps = 2
     page.ask(WHO)
@@ -341,8 +341,6 @@ def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):
     model.step_s = 0
     for tab in (page, third):
         tab.expect_answers(SELF, "tokens per second")
-    second.close()
-    third.close()
 
 
 def test_an_answer_that_was_cut_says_so_and_goes_on(page, model):
