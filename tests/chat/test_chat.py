@@ -356,12 +356,12 @@ def test_broken_picture_then_go_on(page, tmp_path):
 
 
 def test_two_people_at_once_get_their_own_answers(page, browser, url):
-    other = Tab(browser, url)
-    tabs, samples = (page, other), (SAMPLES[2], SAMPLES[0])
+    second = Tab(browser, url)
+    tabs, samples = (page, second), (SAMPLES[2], SAMPLES[0])
     for tab, sample in zip(tabs, samples, strict=True):
         tab.ask(sample["question"], path_of(sample))
     for tab, sample, other in zip(tabs, samples, samples[::-1], strict=True):
         tab.expect_answers(sample["answer"], "1 picture")
         assert other["answer"] not in tab.tab.inner_text("body")
         expect(tab.history).to_have_count(1)
-    other.close()
+    second.close()

@@ -270,17 +270,17 @@ def test_a_question_waits_for_what_is_left_of_its_picture(page, model):
     assert model.stats.image_s[0] < time.perf_counter() - model.looks[0]
 
 
-def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, url, model, monkeypatch):
+def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, browser, url, model, monkeypatch):
     monkeypatch.setattr("ov_mllama.chat.answers.GRACE_S", 0.2)
     page.attach(path_of(THIRD))
     wait_until(lambda: model.looks)
     page.tab.locator(".delete-button").first.click()
     expect(page.tab.locator(".thumbnail-item")).to_have_count(0)
     wait_until(lambda: model.given_up)
-    closed = Tab(page.context, url)
+    closed = Tab(browser, url)
     closed.attach(path_of(OTHER))
     wait_until(lambda: len(model.looks) == 2)
-    closed.tab.close()
+    closed.close()
     wait_until(lambda: model.given_up == 2)
     wait_until(lambda: not ahead_threads())
 
