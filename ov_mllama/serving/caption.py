@@ -159,17 +159,16 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def hash_file(row: dict) -> dict:
-    """Add the hash of a file's content as "id" to its "path"; a hash of the path if it cannot be read."""
-    try:
-        with open(row["path"], "rb") as file:  # noqa: PTH123 - bytes
-            return {"id": hashlib.file_digest(file, "sha256").hexdigest(), "path": row["path"]}
-    except OSError:
-        return {"id": f"unread {hashlib.sha256(row['path']).hexdigest()}", "path": row["path"]}
-
-
 def unique(paths: list[Path]) -> dict[str, bytes]:
-    """Return the first path of each different image by id."""
+    """Return the first path of each different image by id, a hash of its content; of its path if it cannot be read."""
+
+    def hash_file(row: dict) -> dict:  # local, so pickled by value: Ray's processes need not import PyTorch
+        try:
+            with open(row["path"], "rb") as file:  # noqa: PTH123 - bytes
+                return {"id": hashlib.file_digest(file, "sha256").hexdigest(), "path": row["path"]}
+        except OSError:
+            return {"id": f"unread {hashlib.sha256(row['path']).hexdigest()}", "path": row["path"]}
+
     hashed = ray.data.from_items([{"path": os.fsencode(path)} for path in paths]).map(hash_file).iter_rows()
     first: dict[str, bytes] = {}
     for row in tqdm(hashed, desc="Reading", total=len(paths), unit="image", leave=False):
