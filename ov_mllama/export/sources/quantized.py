@@ -7,6 +7,7 @@ config alone; `decode(tensors, quantization)` returns the tensors in 16 bit by t
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ov_mllama.export.sources import compressed_tensors
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
@@ -25,7 +26,9 @@ class Method(NamedTuple):
     decode: Callable[[Tensors, dict], Tensors]
 
 
-METHODS: dict[str, Method] = {}  # by `quant_method`
+METHODS: dict[str, Method] = {  # by `quant_method`
+    "compressed-tensors": Method(compressed_tensors.describe, compressed_tensors.decode),
+}
 
 
 def method_of(quantization: dict) -> Method:
