@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from ov_mllama.export.sources.files import stored_tensors, weight_files
+from ov_mllama.export.sources.meta import PARAMS, config_of, is_meta, shards_of
+from ov_mllama.export.sources.meta import stored_tensors as meta_tensors
 from ov_mllama.export.sources.quantized import method_of
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
@@ -47,6 +50,9 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
     Raises:
         InputError: for another model type, or a kind that is not read, with what to do instead.
     """
+    if is_meta(folder) and model_type == "mllama":
+        config, files = config_of(folder), shards_of(folder)
+        return Source("Meta's own", config, [folder / PARAMS], files, partial(meta_tensors, files, config))
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint or a hub id.")
     config = AutoConfig.from_pretrained(folder)
