@@ -66,6 +66,6 @@ def dequantised(name: str, weight: Tensor, scale: Tensor, size: list[int] | None
     rows, columns = weight.shape
     single = max(scale.shape, default=1) == 1
     block = (rows, columns) if single else tuple(size) if size else (1, columns)
-    blocks = Blocks((rows, columns), block, torch.float32, weight.read, scale.read)
+    blocks = Blocks((rows, columns), (block[0], block[1]), torch.float32, weight.read, scale.read)
     check_shape(name, scale, blocks.grid)
     return blocks.tensor()

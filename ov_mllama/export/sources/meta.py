@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import MllamaConfig
@@ -23,7 +24,7 @@ from ov_mllama.runtime.errors import InputError
 
 PARAMS = "params.json"
 AGAIN = "download the checkpoint again, completely."
-VISION = {  # of the one vision tower that Meta published
+VISION: dict[str, Any] = {  # of the one vision tower that Meta published
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
