@@ -21,7 +21,7 @@ def unchanged(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix whose blocks share a scale: weight = (value - zero point) * scale.
+    """A matrix whose blocks share a scale: weight = (value - zero point) * scale + bias, each rounded to `dtype`.
 
     Attributes:
         shape: rows and columns.
@@ -31,6 +31,7 @@ class Blocks:
         scale: return the scales, [blocks of rows, blocks of columns].
         unpack: return some of the stored rows as numbers, [rows, columns].
         zero_point: return the zero points, as the scales; None without.
+        bias: likewise.
         order: block of each column, i64 [columns]; None if they are in order.
     """
 
@@ -41,6 +42,7 @@ class Blocks:
     scale: Callable[[], torch.Tensor]
     unpack: Callable[[torch.Tensor], torch.Tensor] = unchanged
     zero_point: Callable[[], torch.Tensor] | None = None
+    bias: Callable[[], torch.Tensor] | None = None
     order: torch.Tensor | None = None
 
     @property
@@ -51,8 +53,9 @@ class Blocks:
     def read(self) -> torch.Tensor:
         """Return the weight, computed in chunks of rows."""
         rows, columns = self.shape
-        stored, scale = self.stored(), self.scale().reshape(self.grid).to(self.dtype)
-        zero = None if self.zero_point is None else self.zero_point().reshape(self.grid).to(self.dtype)
+        stored, scale = self.stored(), self.on_grid(self.scale)
+        zero = None if self.zero_point is None else self.on_grid(self.zero_point)
+        bias = None if self.bias is None else self.on_grid(self.bias)
         across = torch.arange(columns) // self.block[1] if self.order is None else self.order
         weight, step = torch.empty(self.shape, dtype=self.dtype), max(1, CHUNK_WEIGHTS // columns)
         for start in range(0, rows, step):
@@ -60,12 +63,30 @@ class Blocks:
             values = self.unpack(stored[start : start + step]).to(self.dtype)
             if zero is not None:
                 values = values - zero[down][:, across]
-            weight[start : start + step] = values * scale[down][:, across]
+            values = values * scale[down][:, across]
+            weight[start : start + step] = values if bias is None else values + bias[down][:, across]
         return weight
+
+    def on_grid(self, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what there is one of for each block, [blocks of rows, blocks of columns]."""
+        return read().reshape(self.grid).to(self.dtype)
 
     def tensor(self) -> Tensor:
         """Return the weight as a `Tensor`, computed when it is read."""
         return Tensor(self.shape, self.dtype, self.read)
+
+
+def unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Return the numbers in a matrix's words, the first in the lowest bits: u8 [rows, columns].
+
+    Args:
+        words: i32 or u32 [rows, words].
+        bits: 4 or 8.
+    """
+    values = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), -1).flatten(1)
+    return values[:, :columns]
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ov_mllama.export.sources.blocks import AGAIN, FIX, Blocks, check_rest, check_shape, unchanged
+from ov_mllama.export.sources.blocks import AGAIN, FIX, Blocks, check_rest, check_shape, unchanged, unpacked
 from ov_mllama.export.sources.names import unwrapped
 from ov_mllama.export.sources.tensors import Packed, Tensor
 from ov_mllama.runtime.errors import InputError
@@ -129,7 +129,7 @@ def dequantised(module: str, layer: dict[str, Tensor], weights: dict) -> Tensor:
         part = "weight" if stored is None else "weight_scale" if scale is None else "weight_shape"
         raise InputError(f"{module}.{part} is missing beside {module}.{next(iter(layer))}: {AGAIN}")
     rows, columns = layer["weight_shape"].read().tolist() if packed else stored.shape
-    unpack = partial(unpacked, bits=bits, columns=columns) if packed else unchanged
+    unpack = partial(signed, bits=bits, columns=columns) if packed else unchanged
     blocks = Blocks((rows, columns), block_of(weights, rows, columns), scale.dtype, stored.read, scale.read, unpack)
     check_shape(f"{module}.weight_scale", scale, blocks.grid)
     if packed:
@@ -151,23 +151,15 @@ def block_of(weights: dict, rows: int, columns: int) -> tuple[int, int]:
     return sizes.get(strategy_of(weights)) or (1, weights["group_size"])
 
 
-def unpacked(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Return the numbers in a matrix's words, the first in the lowest bits: i8 [rows, columns].
-
-    Args:
-        packed: i32 [rows, words].
-        bits: 4 or 8.
-    """
-    values = packed.contiguous().view(torch.uint8)
-    if bits == 4:
-        values = torch.stack((values & 15, values >> 4), -1).flatten(1)
-    return (values[:, :columns].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+def signed(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Return the numbers that are `unpacked`, which are stored without sign: i8 [rows, columns]."""
+    return (unpacked(packed, bits, columns).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
 def zero_points(tensor: Tensor, bits: int, grid: tuple[int, int]) -> torch.Tensor:
     """Return the zero points of a grid of blocks, which are packed along the rows if they are packed."""
     stored = tensor.read()
-    return unpacked(stored.T, bits, grid[0]).T if stored.dtype == torch.int32 else stored
+    return signed(stored.T, bits, grid[0]).T if stored.dtype == torch.int32 else stored
 
 
 def order_of(index: torch.Tensor, size: int) -> torch.Tensor | None:

@@ -55,6 +55,8 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
         raise another_model(folder, settings.get("model_type"), model_type)
     config = AutoConfig.from_pretrained(folder)
     quantization = settings.get("quantization_config") or {}
+    if settings.get("quantization"):
+        quantization = {**settings["quantization"], "quant_method": "mlx"}
     method = method_of(quantization) if quantization else None
     kind = method.describe(quantization) if method else "16-bit safetensors"
     if hasattr(config, "quantization_config"):
