@@ -19,8 +19,9 @@ from huggingface_hub.utils import httpx  # the version that the hub's client use
 from transformers import MllamaForConditionalGeneration
 
 from ov_mllama.export.sources.files import read_header
-from ov_mllama.export.sources.find import find_source, without_weights
+from ov_mllama.export.sources.find import find_source
 from ov_mllama.export.sources.names import place
+from ov_mllama.export.sources.others import without_weights
 from ov_mllama.export.sources.tensors import Tensor, computed_bytes, materialize, weight_dtype
 from ov_mllama.runtime.companions import source_digest
 from ov_mllama.runtime.errors import AccessError, DiskError, InputError, NotFoundError

@@ -24,6 +24,8 @@ from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint, every
 from ov_mllama.export.costs import CONVERSION_MEMORY_BYTES, Cost, conversion_seconds
 from ov_mllama.export.graphs import LanguageModel, VisionEncoder
+from ov_mllama.export.sources.meta import is_meta
+from ov_mllama.export.sources.meta_tokenizer import processor_of
 from ov_mllama.export.tracing import make_stateful, name_ports, trace
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_disk_and_memory, is_current
 from ov_mllama.runtime.reference import TRANSFORMERS, Reference, described, reference_of
@@ -215,7 +217,7 @@ def save_companions(checkpoint: Checkpoint, folder: Path) -> None:
     checkpoint.config.save_pretrained(folder)
     if (source / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(source).save_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(source)
+    processor = processor_of(source, checkpoint.config) if is_meta(source) else AutoProcessor.from_pretrained(source)
     processor.save_pretrained(folder)
     if not processor.chat_template:
         logger.warning("⚠️ No chat template: a base model continues text and answers no questions; use an -Instruct one")

@@ -7,6 +7,7 @@ config alone; `decode(tensors, quantization)` returns the tensors in 16 bit by t
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ov_mllama.export.sources import compressed_tensors, fp8, mlx
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
@@ -25,7 +26,12 @@ class Method(NamedTuple):
     decode: Callable[[Tensors, dict], Tensors]
 
 
-METHODS: dict[str, Method] = {}  # by `quant_method`
+METHODS: dict[str, Method] = {  # by `quant_method`
+    "compressed-tensors": Method(compressed_tensors.describe, compressed_tensors.decode),
+    "fp8": Method(fp8.describe, fp8.decode),
+    "fbgemm_fp8": Method(fp8.describe, fp8.decode),
+    "mlx": Method(mlx.describe, mlx.decode),
+}
 
 
 def method_of(quantization: dict) -> Method:
