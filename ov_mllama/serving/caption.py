@@ -320,6 +320,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be; default: demo_model"
     )
+    parser.add_argument("--base", help="of a LoRA adapter, as for `ov-mllama prepare`")
     parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="token limit; default: 128")
@@ -329,7 +330,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--address", help="of a Ray cluster; default: this machine only")
     options = parser.parse_args(arguments)
     folder = default_folder(options.checkpoint)
-    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
+    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference, base=options.base)
     print_load_estimate(model_dir, "CPU", *files_to_load(model_dir))
     init_ray(options.address)
     limits = {name: getattr(options, name) for name in ("max_new_tokens", "batch", "workers", "threads")}

@@ -1,17 +1,22 @@
 """The source of a checkpoint: what a folder holds, told from its files and its config, and how its weights are read."""
 
 import json
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from ov_mllama.export.sources.files import stored_tensors, weight_files
+from ov_mllama.export.sources.lora import ADAPTER_WEIGHTS, CONFIG, adapter_files, adapter_settings, is_adapter
 from ov_mllama.export.sources.quantized import method_of
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 MODEL_TYPES = {  # model_type of config.json: its use here, and an example
     "mllama": "this converter takes Llama 3.2 Vision ones (model_type 'mllama'), such as "
@@ -26,10 +31,11 @@ class Source:
 
     Attributes:
         kind: for people, such as "16-bit safetensors" or "bitsandbytes nf4".
-        config: as transformers reads it, of the unquantised model.
+        config: as transformers reads it, of the unquantised model; None of an adapter.
         settings: files that say how the weights are meant: config.json, adapter_config.json.
         weights: files of weights.
         tensors: return all tensors by stored names, in 16 bit when they are read.
+        adapter: the adapter_config.json of a LoRA adapter, whose base is another source; empty for a model.
     """
 
     kind: str
@@ -37,6 +43,7 @@ class Source:
     settings: list[Path]
     weights: list[Path]
     tensors: Callable[[], dict[str, Tensor]]
+    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 def find_source(folder: Path, model_type: str = "mllama") -> Source:
@@ -47,6 +54,11 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
     Raises:
         InputError: for another model type, or a kind that is not read, with what to do instead.
     """
+    if is_adapter(folder):
+        settings, stored = adapter_settings(folder), adapter_files(folder)
+        return Source("LoRA adapter", None, [folder / CONFIG], stored, partial(stored_tensors, stored), settings)
+    if (folder / CONFIG).is_file():
+        logger.info("%s holds a complete model, so its %s is not used", folder, CONFIG)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint or a hub id.")
     config = AutoConfig.from_pretrained(folder)
@@ -76,6 +88,8 @@ def quantization_of(folder: Path) -> dict:
 
 def without_weights(folder: Path) -> InputError:
     """Return the error for a folder without weights that are read."""
+    if is_adapter(folder):
+        return InputError(f"{folder} holds {CONFIG} but no {ADAPTER_WEIGHTS}: download it again, completely.")
     if any(folder.glob("*.xml")):
         return InputError(
             f"{folder} is a converted model: give it as model_dir (make chat MODEL_DIR={folder}), or the "
