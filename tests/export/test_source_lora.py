@@ -114,10 +114,10 @@ def test_base_in_another_type_keeps_it(tmp_path):
 
 NAMES = {
     "transformers 4": lambda name: (
-        name.replace("model.lm_head", "model.language_model.lm_head")
-        .replace("model.model.language_model.", "model.language_model.model.")
+        name.replace("model.model.language_model.", "model.language_model.model.")
         .replace("model.model.vision_model.", "model.vision_model.")
         .replace("model.model.multi_modal_projector.", "model.multi_modal_projector.")
+        .replace("model.lm_head", "model.language_model.lm_head")
     ),
     "with the adapter's name": lambda name: re.sub(r"(lora_[AB])\.", r"\1.default.", name),
     "a wrapped model": lambda name: f"module._orig_mod.{name}",

@@ -88,6 +88,8 @@ def of_8_bit(name: str, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
     form = int(parts["weight_format"].read()) if "weight_format" in parts else ROW_MAJOR
     if form != ROW_MAJOR:
         raise InputError(f"{name} is stored in a GPU's order (weight_format {form}), which is not read: {FIX}")
+    others = [part for part in parts if part not in ("SCB", "weight_format")]
+    check(not others, name, f"{', '.join(others)} left over")
     fits = weight.dtype == torch.int8 and len(weight.shape) == 2 and parts["SCB"].shape == weight.shape[:1]
     check(fits, name, f"{list(parts['SCB'].shape)} scales SCB for {weight.dtype} {list(weight.shape)}")
     return Tensor(weight.shape, torch.float32, partial(read_8_bit, weight, parts["SCB"]))
@@ -95,7 +97,12 @@ def of_8_bit(name: str, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
 
 def read_8_bit(weight: Tensor, scales: Tensor) -> torch.Tensor:
     """Return an 8-bit weight dequantised, f32 [rows, columns]."""
-    return (weight.read() * scales.read().float().view(-1, 1)).mul_(RECIPROCAL_OF_127)
+    values, by_row, made = weight.read(), scales.read().float().view(-1, 1), torch.empty(weight.shape)
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    for start in range(0, len(made), rows):
+        some = slice(start, start + rows)
+        made[some] = (values[some] * by_row[some]).mul_(RECIPROCAL_OF_127)
+    return made
 
 
 def of_4_bit(name: str, weight: Tensor, parts: dict[str, Tensor], stored_state: Tensor) -> Tensor:
