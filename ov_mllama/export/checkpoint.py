@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx  # the version that the hub's client uses
-from transformers import MllamaForConditionalGeneration
+from transformers import LlamaForCausalLM, MllamaForConditionalGeneration
 
 from ov_mllama.export.sources.files import read_header
 from ov_mllama.export.sources.find import find_source, without_weights
@@ -175,6 +175,19 @@ class Checkpoint:
             return place(self.source.tensors(), model, self.folder)
         base, adapter = self.base.tensors(kind), self.source.tensors()
         return merge(base, adapter, self.source.adapter, TensorNames(model), self.folder)
+
+    def check_adapter(self) -> None:
+        """Refuse an adapter that does not fit its base's config; the base's weights need not be there.
+
+        Raises:
+            InputError: as `merge`.
+        """
+        if self.base and self.source.weights:
+            kind = MllamaForConditionalGeneration if self.config.model_type == "mllama" else LlamaForCausalLM
+            with torch.device("meta"):
+                names = TensorNames(kind(self.config))
+            base = {name: Tensor(tuple(each.shape), each.dtype, each.clone) for name, each in names.expected.items()}
+            merge(base, self.source.tensors(), self.source.adapter, names, self.folder)
 
     def scratch_bytes(self, kind: Any = MllamaForConditionalGeneration, needed: Needed = every) -> int:
         """Return the disk that `load` takes for a while: of needed weights that are not stored in 16 bit."""

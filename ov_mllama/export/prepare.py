@@ -71,9 +71,11 @@ def plan_here(
         base: of a LoRA adapter, as for `Checkpoint`.
     Raises:
         InputError, NotFoundError, AccessError: as `Checkpoint`.
-        InputError: if the draft model has another vocabulary, or the reference does not exist.
+        InputError: if the draft model has another vocabulary, the reference does not exist, or as
+            `Checkpoint.check_adapter`.
     """
     source = Checkpoint(checkpoint, with_weights=False, base=base)
+    source.check_adapter()
     here, downloaded = Machine.here(model_dir, HF_HUB_CACHE), all(map(has_weights, source.folders))
     made = current_irs(source, Path(model_dir), downloaded, reference)
     if not draft:

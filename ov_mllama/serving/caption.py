@@ -317,9 +317,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images; its subfolders are included")
     parser.add_argument("--question", default="Describe this image.", help="default: 'Describe this image.'")
     parser.add_argument("--out", type=Path, default=Path("captions.parquet"), help="default: captions.parquet")
-    parser.add_argument(
-        "--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be; default: demo_model"
-    )
+    parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
     parser.add_argument("--base", help="of a LoRA adapter, as for `ov-mllama prepare`")
     parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")

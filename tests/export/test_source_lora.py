@@ -379,6 +379,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(adapter, tmp_pa
         convert_mllama(adapter, tmp_path / "ov")
     assert "merge_and_unload" in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        plan_here(adapter, tmp_path / "ov")
     assert not (tmp_path / "ov").exists()
 
 
