@@ -155,8 +155,8 @@ def make_draft_model(
 def save_draft_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what running a draft model needs beside its IR: config, generation config, tokenizer."""
     checkpoint.config.save_pretrained(folder)
-    generation_config(checkpoint.folder, checkpoint.config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(checkpoint.folder).save_pretrained(folder)
+    generation_config(checkpoint.settings_folder, checkpoint.config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint.settings_folder).save_pretrained(folder)
 
 
 def compress_weights(model: ov.Model, settings: Settings, dataset: nncf.Dataset | None = None) -> ov.Model:

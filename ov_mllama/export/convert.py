@@ -155,7 +155,7 @@ def convert_mllama(
     """
     checkpoint, out_dir = Checkpoint.of(model_id), Path(out_dir)
     checkpoint.check_apart(out_dir)
-    chosen, why = reference_of(checkpoint.folder, reference)
+    chosen, why = reference_of(checkpoint.settings_folder, reference)
     stamp = checkpoint.stamp(chosen) | {"format": "16 bit"}
     companions = Companions(out_dir, checkpoint, partial(save_companions, checkpoint), remove_outdated=True)
     names = [VISION_ENCODER_NAME, *[LANGUAGE_MODEL_NAME] * language_model]
@@ -213,7 +213,7 @@ def conversion_cost_of(module: torch.nn.Module) -> Cost:
 def save_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what running the model needs beside the IRs: config, generation config, processor, chat template, and the
     golden answer if the checkpoint brings one with its image."""
-    source = checkpoint.folder
+    source = checkpoint.settings_folder
     checkpoint.config.save_pretrained(folder)
     if (source / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(source).save_pretrained(folder)

@@ -316,9 +316,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images; its subfolders are included")
     parser.add_argument("--question", default="Describe this image.", help="default: 'Describe this image.'")
     parser.add_argument("--out", type=Path, default=Path("captions.parquet"), help="default: captions.parquet")
-    parser.add_argument(
-        "--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be; default: demo_model"
-    )
+    parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    parser.add_argument("--base", help="of a LoRA adapter, as for `ov-mllama prepare`")
     parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="token limit; default: 128")
@@ -328,7 +327,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--address", help="of a Ray cluster; default: this machine only")
     options = parser.parse_args(arguments)
     folder = default_folder(options.checkpoint)
-    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
+    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference, base=options.base)
     print_load_estimate(model_dir, "CPU", *files_to_load(model_dir))
     init_ray(options.address)
     limits = {name: getattr(options, name) for name in ("max_new_tokens", "batch", "workers", "threads")}

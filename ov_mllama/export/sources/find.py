@@ -1,8 +1,9 @@
 """The source of a checkpoint: what a folder holds, told from its files and its config, and how its weights are read."""
 
 import json
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 from transformers import AutoConfig
 
 from ov_mllama.export.sources.files import hint, stored_tensors, weight_files
+from ov_mllama.export.sources.lora import CONFIG, adapter_files, adapter_settings, is_adapter
 from ov_mllama.export.sources.meta import PARAMS, config_of, is_meta, shards_of
 from ov_mllama.export.sources.meta import stored_tensors as meta_tensors
 from ov_mllama.export.sources.others import another_model, without_config
 from ov_mllama.export.sources.quantized import method_of
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,11 @@ class Source:
 
     Attributes:
         kind: for people, such as "16-bit safetensors" or "bitsandbytes nf4".
-        config: as transformers reads it, of the unquantised model.
+        config: as transformers reads it, of the unquantised model; None of an adapter.
         settings: files that say how the weights are meant: config.json, adapter_config.json.
         weights: files of weights.
         tensors: return all tensors by stored names, in 16 bit when they are read.
+        adapter: the adapter_config.json of a LoRA adapter, whose base is another source; empty for a model.
     """
 
     kind: str
@@ -35,6 +40,7 @@ class Source:
     settings: list[Path]
     weights: list[Path]
     tensors: Callable[[], dict[str, Tensor]]
+    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 def find_source(folder: Path, model_type: str = "mllama") -> Source:
@@ -48,6 +54,11 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
     if is_meta(folder) and model_type == "mllama":
         config, files = config_of(folder), shards_of(folder)
         return Source("Meta's own", config, [folder / PARAMS], files, partial(meta_tensors, files, config))
+    if is_adapter(folder):
+        adapter, stored = adapter_settings(folder), adapter_files(folder)
+        return Source("LoRA adapter", None, [folder / CONFIG], stored, partial(stored_tensors, stored), adapter)
+    if (folder / CONFIG).is_file():
+        logger.info("%s holds a complete model, so its %s is not used", folder, CONFIG)
     if not (folder / "config.json").is_file():
         raise without_config(folder)
     settings = settings_of(folder)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ov_mllama.export.sources.lora import ADAPTER_WEIGHTS, CONFIG, is_adapter
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import parse_stamp
 
@@ -45,6 +46,8 @@ def made_for_others(names: list[str]) -> str:
 def without_weights(folder: Path) -> InputError:
     """Return the error for a folder with config.json, but without weights that are read."""
     names = sorted(path.name for path in folder.iterdir())
+    if is_adapter(folder):
+        return InputError(f"{folder} holds {CONFIG} but no {ADAPTER_WEIGHTS}: download it again, completely.")
     if any(parse_stamp(path.read_text("utf-8", "replace")) for path in folder.glob("openvino_*.xml")):
         return InputError(
             f"{folder} is a converted model: give it as model_dir (make chat MODEL_DIR={folder}), or the "
