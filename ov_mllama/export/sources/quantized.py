@@ -7,6 +7,7 @@ config alone; `decode(tensors, quantization)` returns the tensors in 16 bit by t
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ov_mllama.export.sources import gptq
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
@@ -25,7 +26,13 @@ class Method(NamedTuple):
     decode: Callable[[Tensors, dict], Tensors]
 
 
-METHODS: dict[str, Method] = {}  # by `quant_method`
+AUTO_ROUND = Method(gptq.describe_auto_round, gptq.decode_auto_round)
+METHODS: dict[str, Method] = {  # by `quant_method`
+    "gptq": Method(gptq.describe_gptq, gptq.decode_gptq),
+    "awq": Method(gptq.describe_awq, gptq.decode_awq),
+    "auto-round": AUTO_ROUND,
+    "intel/auto-round": AUTO_ROUND,
+}
 
 
 def method_of(quantization: dict) -> Method:
