@@ -30,6 +30,7 @@ class Source:
         settings: files that say how the weights are meant: config.json, adapter_config.json.
         weights: files of weights.
         tensors: return all tensors by stored names, in 16 bit when they are read.
+        quantized: whether any are stored in fewer bits.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Source:
     settings: list[Path]
     weights: list[Path]
     tensors: Callable[[], dict[str, Tensor]]
+    quantized: bool = False
 
 
 def find_source(folder: Path, model_type: str = "mllama") -> Source:
@@ -63,7 +65,7 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
         stored = stored_tensors(files)
         return method.decode(stored, quantization) if method else stored
 
-    return Source(kind, config, [folder / "config.json"], files, tensors)
+    return Source(kind, config, [folder / "config.json"], files, tensors, quantized=bool(method))
 
 
 def quantization_of(folder: Path) -> dict:

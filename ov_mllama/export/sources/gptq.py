@@ -1,7 +1,7 @@
-"""GPTQ, AWQ and AutoRound: integers packed into 32-bit words, a scale and an integer zero point for each group of inputs.
+"""GPTQ, AWQ and AutoRound: integers packed into 32-bit words, with a scale and an integer zero point for each group.
 
-weight[row, column] = scale[group, row] * (value[row, column] - zero_point[group, row]), group = column // group size, or
-g_idx[column] where GPTQ ordered the columns by activation (desc_act).
+weight[row, column] = scales[group, row] * (value[row, column] - zero_point[group, row]), where group is column // group
+size, or g_idx[column] if GPTQ ordered the columns by activation (desc_act).
 
     GPTQ  qweight i32 [columns * bits / 32, rows]  packed along the columns, in order
     AWQ   qweight i32 [columns, rows * 4 / 32]     packed along the rows, in the order of AWQ_ORDER
@@ -195,15 +195,27 @@ class Matrix:
     given_size: int
 
     def __post_init__(self):
-        (groups, rows), words = self.parts["scales"].shape, self.parts["qweight"].shape
-        zeros, columns = self.parts["qzeros"].shape, self.columns
-        expected = (columns, rows * self.bits // 32) if self.packing.awq else (columns * self.bits // 32, rows)
-        fits = self.bits in ((4,) if self.packing.awq else BITS) and zeros == (groups, rows * self.bits // 32)
-        index = self.parts["g_idx"].shape if "g_idx" in self.parts else (columns,)
-        sized = -(-columns // self.group_size) == groups and (self.order is None or int(self.order.max()) < groups)
-        if not (fits and words == expected and index == (columns,) and sized):
+        if not self.fits():
             shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in self.parts.items())
             raise InputError(f"{self.layer} has parts that do not fit each other ({shapes}): {FIX}")
+
+    def fits(self) -> bool:
+        """Return whether the shapes of the parts, and the groups of the columns, fit each other."""
+        if any(len(self.parts[part].shape) != 2 or 0 in self.parts[part].shape for part in PARTS[:3]):
+            return False
+        if self.bits not in ((4,) if self.packing.awq else BITS):
+            return False
+        columns, rows, groups = self.columns, self.rows, self.parts["scales"].shape[0]
+        expected = {
+            "qweight": (columns, rows * 4 // 32) if self.packing.awq else (columns * self.bits // 32, rows),
+            "qzeros": (groups, rows * self.bits // 32),
+            "g_idx": (columns,),
+        }
+        if any(self.parts[part].shape != shape for part, shape in expected.items() if part in self.parts):
+            return False
+        if self.order is None:
+            return -(-columns // self.group_size) == groups
+        return 0 <= int(self.order.min()) and int(self.order.max()) < groups
 
     @property
     def rows(self) -> int:
@@ -226,7 +238,7 @@ class Matrix:
         """Columns that share a scale: as the config gives it unless this layer has another number of groups."""
         groups = self.parts["scales"].shape[0]
         given = self.given_size if self.given_size > 0 else self.columns
-        return given if -(-self.columns // given) == groups else self.columns // groups
+        return given if -(-self.columns // given) == groups else max(1, self.columns // groups)
 
     @cached_property
     def order(self) -> np.ndarray | None:
