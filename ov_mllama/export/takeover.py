@@ -65,7 +65,7 @@ def warn_of_second_quantization(tensors: dict[str, Tensor]) -> None:
     again = [name for name, tensor in tensors.items() if TAKEN.match(name) and not (tensor.mapped or tensor.pack)]
     if again:
         logger.warning(
-            "⚠️ The checkpoint stores %d matrices quantised in a way that the IR cannot take over; they are quantised "
+            "⚠️ The checkpoint stores %d matrices quantised in a way that the IR cannot take over: they are quantised "
             "again. 4 bits on top of 4 bits lose 1.4 times as much as once, on top of 8 bits hardly more than once; "
             "algo='int8_asym' loses next to nothing more, at twice the size.",
             len(again),

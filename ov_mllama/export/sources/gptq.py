@@ -215,7 +215,7 @@ class Matrix:
             return False
         if self.order is None:
             return -(-columns // self.group_size) == groups
-        return 0 <= int(self.order.min()) and int(self.order.max()) < groups
+        return int(self.order.min()) >= 0 and int(self.order.max()) < groups
 
     @property
     def rows(self) -> int:
