@@ -6,6 +6,7 @@ FOLDER/source: a tiny Mllama in bfloat16. FOLDER/gptq: the same, quantised as a 
 each of CASES the parts of a layer, and its `weight` as auto-round itself computes with it.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def main(folder: Path) -> None:
     tensors = {f"{case}.{part}": tensor for case in CASES for part, tensor in layer_of(case).items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "layers.safetensors")
     source = str(make_checkpoint(folder / "source", kv_heads=4))
+    gc.freeze()  # auto-round collects garbage after each layer: most of the time, with all that it imports
     options = {"iters": 0, "disable_opt_rtn": True, "device_map": "cpu", "enable_torch_compile": False}
     rounded = AutoRound(source, bits=4, group_size=32, sym=False, **options)
     rounded.quantize_and_save(output_dir=str(folder / "saved"), format="auto_gptq")
