@@ -33,6 +33,7 @@ class Source:
         weights: files of weights.
         tensors: return all tensors by stored names, in 16 bit when they are read.
         adapter: the adapter_config.json of a LoRA adapter, whose base is another source; empty for a model.
+        quantized: whether any are stored in fewer bits.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Source:
     weights: list[Path]
     tensors: Callable[[], dict[str, Tensor]]
     adapter: dict[str, Any] = field(default_factory=dict)
+    quantized: bool = False
 
 
 def find_source(folder: Path, model_type: str = "mllama") -> Source:
@@ -78,7 +80,7 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
         stored = stored_tensors(files)
         return method.decode(stored, quantization) if method else stored
 
-    return Source(kind, config, [folder / "config.json"], files, tensors)
+    return Source(kind, config, [folder / "config.json"], files, tensors, quantized=bool(method))
 
 
 def settings_of(folder: Path) -> dict:

@@ -7,7 +7,7 @@ config alone; `decode(tensors, quantization)` returns the tensors in 16 bit by t
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ov_mllama.export.sources import bitsandbytes, compressed_tensors, fp8, mlx
+from ov_mllama.export.sources import bitsandbytes, compressed_tensors, fp8, gptq, mlx
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
@@ -31,6 +31,10 @@ METHODS: dict[str, Method] = {  # by `quant_method`
     "compressed-tensors": Method(compressed_tensors.describe, compressed_tensors.decode),
     "fp8": Method(fp8.describe, fp8.decode),
     "fbgemm_fp8": Method(fp8.describe, fp8.decode),
+    "gptq": Method(gptq.describe_gptq, gptq.decode_gptq),
+    "awq": Method(gptq.describe_awq, gptq.decode_awq),
+    "auto-round": Method(gptq.describe_auto_round, gptq.decode_auto_round),
+    "intel/auto-round": Method(gptq.describe_auto_round, gptq.decode_auto_round),
     "mlx": Method(mlx.describe, mlx.decode),
 }
 
