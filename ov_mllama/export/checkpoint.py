@@ -3,31 +3,29 @@
 Only headers of the weights are read before they are loaded, so a bad checkpoint is refused before anything is written.
 """
 
-import errno
+import contextlib
 import hashlib
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import httpx  # the version that the hub's client uses
 from transformers import MllamaForConditionalGeneration
 
 from ov_mllama.export.sources.files import read_header
 from ov_mllama.export.sources.find import find_source, without_weights
+from ov_mllama.export.sources.hub import as_on_the_hub, download, origin_of, preview
 from ov_mllama.export.sources.names import place
 from ov_mllama.export.sources.tensors import Tensor, computed_bytes, materialize, weight_dtype
 from ov_mllama.runtime.companions import source_digest
-from ov_mllama.runtime.errors import AccessError, DiskError, InputError, NotFoundError
+from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import CONVERTER_VERSION
 from ov_mllama.runtime.reference import Reference
 
-DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "golden.*"]
 FULL_HASH_MAX_BYTES = 64_000_000  # of all weights; larger ones are sampled
 SAMPLE_BYTES, SAMPLES_PER_FILE = 1 << 16, 64
 
@@ -45,9 +43,11 @@ class Checkpoint:
     Args:
         model_id: hub id or local folder.
         model_type: expected `model_type`, "mllama" or "llama".
-        with_weights: False fetches the config alone.
+        with_weights: False fetches configs and headers alone: tensors can then be checked, but not read.
     Attributes:
-        folder: the given one, or the hub's cached download.
+        folder: the given one, the hub's cached download, or a preview that is removed with this object.
+        origin: hub id, or absolute path.
+        download_bytes: that are still to be downloaded; 0 if the weights can be read.
         config: as transformers reads it, of the unquantised model.
     Raises:
         InputError: another model type, or a kind that is not read.
@@ -56,18 +56,31 @@ class Checkpoint:
     """
 
     def __init__(self, model_id: str | Path, model_type: str = "mllama", with_weights: bool = True):
-        folder = Path(model_id).expanduser()
+        folder, self.download_bytes, self.origin = Path(model_id).expanduser(), 0, origin_of(model_id)
         if not folder.is_dir():
-            folder = download(str(model_id), DOWNLOAD_PATTERNS if with_weights else ["config.json"])
-        self.folder, self.source = folder, find_source(folder, model_type)
+            if with_weights:
+                folder = download(str(model_id))
+            else:
+                scratch = Path(tempfile.mkdtemp(prefix="ov-mllama-"))
+                weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+                with as_on_the_hub(scratch, self.origin):
+                    folder, self.download_bytes = preview(str(model_id), scratch)
+        self.folder = folder
+        with self.errors():
+            self.source = find_source(folder, model_type)
+            if not self.source.weights:
+                raise without_weights(folder)
         self.config = self.source.config
-        if with_weights and not self.source.weights:
-            raise without_weights(folder)
+        self.placed: dict[Any, dict[str, Tensor]] = {}
 
     @classmethod
     def of(cls, model_id: "str | Path | Checkpoint") -> "Checkpoint":
         """Return the checkpoint itself, or the one of a hub id or folder."""
         return model_id if isinstance(model_id, Checkpoint) else cls(model_id)
+
+    def errors(self) -> contextlib.AbstractContextManager:
+        """Return a context whose errors name the hub id instead of a preview's folder."""
+        return as_on_the_hub(self.folder, self.origin) if self.download_bytes else contextlib.nullcontext()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,9 +120,12 @@ class Checkpoint:
         Raises:
             InputError: without weights, or as `read_header` and `place`.
         """
-        with torch.device("meta"):
-            model = kind(self.config)
-        return place(self.source.tensors(), model, self.folder)
+        if kind not in self.placed:
+            with torch.device("meta"):
+                model = kind(self.config)
+            with self.errors():
+                self.placed[kind] = place(self.source.tensors(), model, self.folder)
+        return self.placed[kind]
 
     def scratch_bytes(self, kind: Any = MllamaForConditionalGeneration, needed: Needed = every) -> int:
         """Return the disk that `load` takes for a while: of needed weights that are not stored in 16 bit."""
@@ -127,9 +143,11 @@ class Checkpoint:
             scratch: folder for a temporary file of `scratch_bytes`, freed with the model; default: the system's.
             needed: whether a tensor of this name is needed; others are zeros if they would have to be computed.
         Raises:
-            InputError: as `tensors`.
+            InputError: as `tensors`, or for a checkpoint without its weights.
             DiskError: if the scratch folder's disk is full.
         """
+        if self.download_bytes:
+            raise InputError(f"{self.origin} is not downloaded: open it with its weights.")
         tensors = self.tensors(kind)
         dtype = weight_dtype(tensors)
         left_out = frozenset(name for name in tensors if not needed(name))
@@ -145,39 +163,6 @@ def load_checkpoint(folder: str | Path, kind: Any = MllamaForConditionalGenerati
         kind: the model's class, LlamaForCausalLM for a draft model.
     """
     return Checkpoint(folder, "mllama" if kind is MllamaForConditionalGeneration else "llama").load(kind)
-
-
-def download(model_id: str, patterns: list[str]) -> Path:
-    """Download a repository's files that match `patterns`, and return their folder in the hub's cache.
-
-    Raises:
-        AccessError, NotFoundError: as `Checkpoint`.
-        DiskError: if the cache cannot be written.
-    """
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise AccessError(
-            f"{model_id} is gated: accept its licence on https://huggingface.co/{model_id}, then log in with "
-            "`huggingface_hub.login()` or set HF_TOKEN."
-        ) from error
-    except (RepositoryNotFoundError, ValueError) as error:  # ValueError: not of the form "owner/name"
-        raise NotFoundError(
-            f"'{model_id}' is neither a folder here nor a repository on the Hugging Face hub; check the spelling, and "
-            "for a private repository log in with `huggingface_hub.login()`."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-            raise DiskError(
-                number,
-                f"{model_id} could not be written to {HF_HUB_CACHE} ({error.strerror}): free disk space, or set "
-                "HF_HOME to a folder on another disk",
-            ) from error
-        raise NotFoundError(
-            f"{model_id} could not be fetched from the Hugging Face hub ({type(error).__name__}) and is not in the "
-            "local cache; check the network, or give the folder of a checkpoint on this disk."
-        ) from error
 
 
 def identity(settings: list[Path], weights: list[Path]) -> str:
