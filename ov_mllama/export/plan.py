@@ -176,7 +176,7 @@ class Plan:
             DiskError: if there is too little disk (errno.ENOSPC).
             OutOfMemoryError: if there is too little memory.
         """
-        advice = "Nothing was downloaded or written; --yes (in Python yes=True) goes on all the same."
+        advice = "Nothing was downloaded; --yes (in Python yes=True) goes on."
         text = " ".join((*self.shortfalls, advice))
         if disk_shortfalls(self.steps, self.machine):
             raise DiskError(errno.ENOSPC, text)

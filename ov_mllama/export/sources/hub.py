@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from huggingface_hub.file_download import DryRunFileInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx, tqdm
 
-from ov_mllama.export.sources.files import HEADER_MAX_BYTES, INDEX, read_header
+from ov_mllama.export.sources.files import HEADER_MAX_BYTES, INDEX, WEIGHTS, read_header
 from ov_mllama.runtime.errors import AccessError, DiskError, InputError, NotFoundError, UserError
 
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "golden.*"]
@@ -97,8 +97,10 @@ def has_weights(folder: Path) -> bool:
 
 
 def absent_shards(index: Path, names: set[str]) -> list[str]:
-    """Return the files of an index that are not among `names`; none for an index that is broken, which `weight_files`
-    refuses."""
+    """Return the files of an index that are not among `names`; none if it is not needed, or broken (`weight_files`
+    refuses that)."""
+    if WEIGHTS in names or not index.is_file():
+        return []
     try:
         shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
@@ -204,7 +206,7 @@ def fetch_bytes(model_id: str, file: DryRunFileInfo, start: int, end: int) -> by
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S) as response:
         hf_raise_for_status(response)
-        if response.status_code != 206:
+        if response.status_code != 206 and (start, end) != (0, file.file_size):
             raise NotFoundError(
                 f"{model_id} cannot be checked before it is downloaded, its server sends no parts of files: download "
                 "it, and give its folder."

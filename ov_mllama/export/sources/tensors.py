@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ov_mllama.runtime.errors import DiskError
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+WRITTEN_AT_ONCE = 1 << 24  # values converted to 16 bit at a time: of a mapped tensor only these take memory
 ALIGNMENT_BYTES = 64  # of each tensor in a temporary file, as OpenVINO aligns constants
 
 
@@ -101,7 +102,8 @@ def materialize(
                 offsets[name] = offset
                 if name not in left_out:
                     file.seek(offset)  # written, not mapped: a full disk would end the process
-                    file.write(tensor.read().to(dtype).reshape(-1).view(torch.uint8).numpy().data)
+                    for values in tensor.read().reshape(-1).split(WRITTEN_AT_ONCE):
+                        file.write(values.to(dtype).view(torch.uint8).numpy().data)
                 offset += padded(tensor)
             file.truncate(offset)
             file.flush()
