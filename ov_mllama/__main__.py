@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoProcessor
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama.cli import exit_on_user_error
+from ov_mllama.cli import YES, confirm, exit_on_user_error, user_path
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import markdown
 from ov_mllama.export.prepare import (
@@ -54,7 +54,8 @@ def run_plan(options: argparse.Namespace) -> None:
 def run_prepare(options: argparse.Namespace) -> Path:
     """Convert and compress a checkpoint as planned, unless that is done."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
-    return prepare(options.checkpoint, model_dir, options.draft, options.reference, options.base)
+    yes = options.yes or confirm
+    return prepare(options.checkpoint, model_dir, options.draft, options.reference, options.base, yes)
 
 
 def run_chat(options: argparse.Namespace) -> None:
@@ -158,16 +159,19 @@ def add_chat_arguments(page: argparse.ArgumentParser) -> None:
     """Add the arguments of `chat`."""
     page.add_argument("--checkpoint", help=f"hub id or folder; default, without --model-dir: {DEMO}")
     page.add_argument("--base", help=BASE_HELP)
-    page.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<checkpoint's name>")
+    page.add_argument(
+        "--model-dir", type=user_path, help="folder of a converted model; default: models/<checkpoint's name>"
+    )
     page.add_argument("--language-model", help="its .xml; default: the latest compressed one, else the 16-bit one")
     page.add_argument("--image-encoder", help="its .xml; default likewise")
     page.add_argument("--draft", help=DRAFT_HELP)
     page.add_argument("--reference", **REFERENCE)
+    page.add_argument("--yes", **YES)
     page.add_argument("--device", default="CPU")
     page.add_argument("--host", help="address to listen on; default: GRADIO_SERVER_NAME, else 127.0.0.1")
     page.add_argument("--port", type=int, help="default: the first free one from GRADIO_SERVER_PORT, else 7860, on")
     users = page.add_mutually_exclusive_group()
-    users.add_argument("--auth-file", type=Path, help="lines NAME:PASSWORD; users see only their own chats")
+    users.add_argument("--auth-file", type=user_path, help="lines NAME:PASSWORD; users see only their own chats")
     users.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"), help="visible to all users of this machine")
 
 
@@ -184,9 +188,11 @@ def argument_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("checkpoint", nargs="?", default=DEMO, help=f"hub id or folder; default: {DEMO}")
         command.add_argument("--base", help=BASE_HELP)
-        command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
+        command.add_argument("--model-dir", type=user_path, help="default: models/<name of the checkpoint>")
         command.add_argument("--draft", help=DRAFT_HELP)
         command.add_argument("--reference", **REFERENCE)
+        if name == "prepare":
+            command.add_argument("--yes", **YES)
     page = commands.add_parser("chat", help="serve the chat page for a model, prepared first if needed")
     page.set_defaults(run=run_chat)
     add_chat_arguments(page)
@@ -195,7 +201,7 @@ def argument_parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare-references", help="compare Meta's and transformers' code on a checkpoint")
     compare.set_defaults(run=run_compare)
     compare.add_argument("checkpoint", help="hub id or folder")
-    compare.add_argument("--out", type=Path, help="folder for both conversions; default: models/<name>-references")
+    compare.add_argument("--out", type=user_path, help="folder for both conversions; default: models/<name>-references")
     return parser
 
 

@@ -5,12 +5,17 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from ov_mllama.runtime.errors import UserError
 
 logger = logging.getLogger("ov_mllama")
 
 SHUTDOWN_TIMEOUT_S = 1
+YES: dict = {
+    "action": "store_true",
+    "help": "go on where memory or disk is short; default: ask on a terminal, else stop",
+}
 EXTRAS = {  # package -> extra that installs it
     **dict.fromkeys(("gradio", "starlette", "platformdirs"), "chat"),
     **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic", "pyarrow"), "serve"),
@@ -52,6 +57,21 @@ def configure_console(verbose: bool = False) -> None:
     stderr = logging.StreamHandler()
     stderr.addFilter(lambda record: not record.name.startswith(logger.name))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[stderr])
+
+
+def user_path(text: str) -> Path:
+    """Parse a command-line argument that is a path; `~` is expanded within quotes too, as in the Makefile."""
+    return Path(text).expanduser()
+
+
+def confirm(question: str = "Go on all the same? [y/N] ") -> bool:
+    """Return whether the user confirms a question; False without a terminal."""
+    if not (sys.stdin and sys.stdin.isatty()):
+        return False
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 @contextlib.contextmanager

@@ -40,7 +40,12 @@ class Companions:
         if not self.are_current():
             outdated = outdated_files(self.folder, self.checkpoint.fingerprint) if self.remove_outdated else []
             write_companions(
-                self.folder, self.checkpoint.fingerprint, self.checkpoint.source_digest, self.save, outdated
+                self.folder,
+                self.checkpoint.fingerprint,
+                self.checkpoint.source_digest,
+                self.save,
+                outdated,
+                self.checkpoint.origin,
             )
 
 

@@ -3,36 +3,34 @@
 Only headers of the weights are read before they are loaded, so a bad checkpoint is refused before anything is written.
 """
 
-import errno
+import contextlib
 import hashlib
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import httpx  # the version that the hub's client uses
-from transformers import LlamaForCausalLM, MllamaForConditionalGeneration
+from transformers import MllamaForConditionalGeneration
 
 from ov_mllama.export.sources.files import read_header
 from ov_mllama.export.sources.find import find_source
+from ov_mllama.export.sources.hub import as_on_the_hub, download, origin_of, preview
 from ov_mllama.export.sources.lora import CONFIG, base_names, merge, overlay
 from ov_mllama.export.sources.names import TensorNames, place
 from ov_mllama.export.sources.others import without_weights
 from ov_mllama.export.sources.tensors import Tensor, computed_bytes, materialize, weight_dtype
 from ov_mllama.runtime.companions import source_digest
-from ov_mllama.runtime.errors import AccessError, DiskError, InputError, NotFoundError
+from ov_mllama.runtime.errors import AccessError, InputError, NotFoundError
 from ov_mllama.runtime.ir import CONVERTER_VERSION
 from ov_mllama.runtime.reference import Reference
 
 logger = logging.getLogger(__name__)
 
-DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "golden.*"]
 FULL_HASH_MAX_BYTES = 64_000_000  # of all weights; larger ones are sampled
 SAMPLE_BYTES, SAMPLES_PER_FILE = 1 << 16, 64
 
@@ -50,11 +48,12 @@ class Checkpoint:
     Args:
         model_id: hub id or local folder.
         model_type: expected `model_type`, "mllama" or "llama".
-        with_weights: False fetches the config alone, of what is not in a local folder.
+        with_weights: False fetches configs and headers alone: tensors can then be checked, but not read.
         base: hub id or folder of the model that an adapter was trained on; default: as its config names it.
     Attributes:
         name: as given.
-        folder: the given one, or the hub's cached download.
+        folder: the given one, the hub's cached download, or a preview that is removed with this object.
+        origin: hub id, or absolute path.
         base: the adapter's, as a checkpoint; None for a model.
         config: as transformers reads it, of the unquantised model.
     Raises:
@@ -70,20 +69,34 @@ class Checkpoint:
         with_weights: bool = True,
         base: str | Path | None = None,
     ):
-        self.name, folder = str(model_id), Path(model_id).expanduser()
-        local = folder.is_dir()
-        if not local:
-            folder = download(str(model_id), DOWNLOAD_PATTERNS if with_weights else ["config.json", CONFIG])
-        self.folder, self.source = folder, find_source(folder, model_type)
-        if (with_weights or local) and not self.source.weights:
-            raise without_weights(folder)
-        if base and not self.source.adapter:
-            raise InputError(f"{folder} is no LoRA adapter: leave the base out.")
+        self.name, self.origin, self._to_download = str(model_id), origin_of(model_id), 0
+        folder = Path(model_id).expanduser()
+        if not folder.is_dir():
+            if with_weights:
+                folder = download(str(model_id))
+            else:
+                scratch = Path(tempfile.mkdtemp(prefix="ov-mllama-"))
+                weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+                with as_on_the_hub(scratch, self.origin):
+                    folder, self._to_download = preview(str(model_id), scratch)
+        self.folder = folder
+        with self._errors():
+            self.source = find_source(folder, model_type)
+            if not self.source.weights:
+                raise without_weights(folder)
+            if base and not self.source.adapter:
+                raise InputError(f"{folder} is no LoRA adapter: leave the base out.")
         self.base = self._find_base(base, model_type, with_weights) if self.source.adapter else None
         self.config: Any = self.base.config if self.base else self.source.config
+        self._placed: dict[Any, dict[str, Tensor]] = {}
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes that are still to be downloaded, those of an adapter's base included; 0 if the weights can be read."""
+        return self._to_download + (self.base.download_bytes if self.base else 0)
 
     def _find_base(self, given: str | Path | None, model_type: str, with_weights: bool) -> "Checkpoint":
         names = [str(given)] if given else base_names(self.source.adapter, self.folder)
@@ -98,22 +111,24 @@ class Checkpoint:
             except AccessError as error:
                 problem = error
             except InputError as error:
-                raise InputError(f"{self.folder} is a LoRA adapter, its base cannot be used: {error}") from error
+                raise InputError(f"{self.name} is a LoRA adapter, its base cannot be used: {error}") from error
             else:
-                logger.info("LoRA adapter %s, merged into its base %s (%s)", self.folder, name, base.source.kind)
+                logger.info("LoRA adapter %s, merged into its base %s (%s)", self.name, name, base.source.kind)
                 return base
         tried = ", ".join(names) or f"not named in {CONFIG}"
         advice = "give its folder or hub id with --base (BASE= of make, base= in Python)"
         if isinstance(problem, AccessError):
-            raise AccessError(f"The base of the LoRA adapter {self.folder}: {problem} Or {advice}.") from problem
-        raise NotFoundError(
-            f"The base of the LoRA adapter {self.folder} was not found ({tried}): {advice}."
-        ) from problem
+            raise AccessError(f"The base of the LoRA adapter {self.name}: {problem} Or {advice}.") from problem
+        raise NotFoundError(f"The base of the LoRA adapter {self.name} was not found ({tried}): {advice}.") from problem
 
     @classmethod
     def of(cls, model_id: "str | Path | Checkpoint") -> "Checkpoint":
         """Return the checkpoint itself, or the one of a hub id or folder."""
         return model_id if isinstance(model_id, Checkpoint) else cls(model_id)
+
+    def _errors(self) -> contextlib.AbstractContextManager:
+        """Return a context whose errors name the hub id instead of a preview's folder."""
+        return as_on_the_hub(self.folder, self.origin) if self._to_download else contextlib.nullcontext()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,25 +185,17 @@ class Checkpoint:
         Raises:
             InputError: without weights, or as `read_header` and `place`.
         """
-        with torch.device("meta"):
-            model = kind(self.config)
-        if not self.base:
-            return place(self.source.tensors(), model, self.folder)
-        base, adapter = self.base.tensors(kind), self.source.tensors()
-        return merge(base, adapter, self.source.adapter, TensorNames(model), self.folder)
-
-    def check_adapter(self) -> None:
-        """Refuse an adapter that does not fit its base's config; the base's weights need not be there.
-
-        Raises:
-            InputError: as `merge`.
-        """
-        if self.base and self.source.weights:
-            kind = MllamaForConditionalGeneration if self.config.model_type == "mllama" else LlamaForCausalLM
+        if kind not in self._placed:
             with torch.device("meta"):
-                names = TensorNames(kind(self.config))
-            base = {name: Tensor(tuple(each.shape), each.dtype, each.clone) for name, each in names.expected.items()}
-            merge(base, self.source.tensors(), self.source.adapter, names, self.folder)
+                model = kind(self.config)
+            with self._errors():
+                stored = self.source.tensors()
+                if self.base:
+                    base, names = self.base.tensors(kind), TensorNames(model)
+                    self._placed[kind] = merge(base, stored, self.source.adapter, names, self.folder)
+                else:
+                    self._placed[kind] = place(stored, model, self.folder)
+        return self._placed[kind]
 
     def scratch_bytes(self, kind: Any = MllamaForConditionalGeneration, needed: Needed = every) -> int:
         """Return the disk that `load` takes for a while: of needed weights that are not stored in 16 bit."""
@@ -206,9 +213,11 @@ class Checkpoint:
             scratch: folder for a temporary file of `scratch_bytes`, freed with the model; default: the system's.
             needed: whether a tensor of this name is needed; others are zeros if they would have to be computed.
         Raises:
-            InputError: as `tensors`.
+            InputError: as `tensors`, or for a checkpoint without its weights.
             DiskError: if the scratch folder's disk is full.
         """
+        if self.download_bytes:
+            raise InputError(f"{self.origin} is not downloaded: open it with its weights.")
         tensors = self.tensors(kind)
         dtype = weight_dtype(tensors)
         left_out = frozenset(name for name in tensors if not needed(name))
@@ -224,39 +233,6 @@ def load_checkpoint(folder: str | Path, kind: Any = MllamaForConditionalGenerati
         kind: the model's class, LlamaForCausalLM for a draft model.
     """
     return Checkpoint(folder, "mllama" if kind is MllamaForConditionalGeneration else "llama").load(kind)
-
-
-def download(model_id: str, patterns: list[str]) -> Path:
-    """Download a repository's files that match `patterns`, and return their folder in the hub's cache.
-
-    Raises:
-        AccessError, NotFoundError: as `Checkpoint`.
-        DiskError: if the cache cannot be written.
-    """
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise AccessError(
-            f"{model_id} is gated: accept its licence on https://huggingface.co/{model_id}, then log in with "
-            "`huggingface_hub.login()` or set HF_TOKEN."
-        ) from error
-    except (RepositoryNotFoundError, ValueError) as error:  # ValueError: not of the form "owner/name"
-        raise NotFoundError(
-            f"'{model_id}' is neither a folder here nor a repository on the Hugging Face hub; check the spelling, and "
-            "for a private repository log in with `huggingface_hub.login()`."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-            raise DiskError(
-                number,
-                f"{model_id} could not be written to {HF_HUB_CACHE} ({error.strerror}): free disk space, or set "
-                "HF_HOME to a folder on another disk",
-            ) from error
-        raise NotFoundError(
-            f"{model_id} could not be fetched from the Hugging Face hub ({type(error).__name__}) and is not in the "
-            "local cache; check the network, or give the folder of a checkpoint on this disk."
-        ) from error
 
 
 def identity(settings: list[Path], weights: list[Path]) -> str:

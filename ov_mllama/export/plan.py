@@ -5,8 +5,9 @@ Nothing is measured here but in `Machine.here`; the formulas are in `costs.py`.
 
 import errno
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import LlamaConfig, MllamaConfig
 
@@ -26,7 +27,7 @@ from ov_mllama.export.costs import (
 )
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, VISION_OPTIONS, Settings
 from ov_mllama.runtime.devices import cores
-from ov_mllama.runtime.errors import DiskError
+from ov_mllama.runtime.errors import DiskError, OutOfMemoryError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
 from ov_mllama.runtime.memory import existing, free_disk, free_memory
 from ov_mllama.runtime.shapes import MllamaShapes
@@ -71,11 +72,13 @@ class Step:
         what: an imperative, such as "download".
         cost: in the shortest case.
         longest: seconds in the longest case; 0 if there is only one.
+        scratch: bytes of a temporary file, freed at the step's end.
     """
 
     what: str
     cost: Cost
     longest: float = 0
+    scratch: float = 0
 
     @property
     def time(self) -> str:
@@ -86,12 +89,35 @@ class Step:
     def on(self, cores: int) -> "Step":
         """Return the step on so many cores; more than two count as two, for which there are measurements."""
         slower = 2 / min(cores, 2)
-        return Step(self.what, self.cost._replace(seconds=slower * self.cost.seconds), slower * self.longest)
+        cost = self.cost._replace(seconds=slower * self.cost.seconds)
+        return replace(self, cost=cost, longest=slower * self.longest)
+
+    @property
+    def disk(self) -> str:
+        """The bytes of disk for people."""
+        temporary = f"{gigabytes(self.scratch)} for a while" if self.scratch else ""
+        return " + ".join(filter(None, (gigabytes(self.cost.disk) if self.cost.disk else "", temporary)))
 
     def __str__(self) -> str:
         takes = f"about {self.time}"
         takes += f", {gigabytes(self.cost.memory)} of memory" * bool(self.cost.memory)
-        return f"{self.what}: {takes}{f', {gigabytes(self.cost.disk)} of disk' * bool(self.cost.disk)}"
+        return f"{self.what}: {takes}{f', {self.disk} of disk' * bool(self.disk)}"
+
+
+class Files(NamedTuple):
+    """Bytes that a checkpoint's files take, beyond what its config tells.
+
+    Attributes:
+        download: that are still to be downloaded.
+        vision: of the temporary file of the vision encoder's weights that are not stored in 16 bit.
+        language: likewise, of the language model's.
+        both: likewise, of all.
+    """
+
+    download: float = 0
+    vision: float = 0
+    language: float = 0
+    both: float = 0
 
 
 @dataclass(frozen=True)
@@ -113,8 +139,13 @@ class Plan:
 
     @property
     def disk(self) -> float:
-        """Bytes that all steps write, the download included."""
-        return sum(step.cost.disk for step in self.steps.values())
+        """Bytes that all steps take at the peak, the download and the largest temporary file included."""
+        return written(self.steps)
+
+    @property
+    def makes(self) -> bool:
+        """Whether anything is to be downloaded or made."""
+        return any(step.cost.disk for step in self.steps.values())
 
     @property
     def shortfalls(self) -> tuple[str, ...]:
@@ -138,13 +169,27 @@ class Plan:
         if sentences:
             raise DiskError(errno.ENOSPC, " ".join(sentences))
 
+    def check(self) -> None:
+        """Refuse a plan that lacks disk or memory, before anything is downloaded or made.
+
+        Raises:
+            DiskError: if there is too little disk (errno.ENOSPC).
+            OutOfMemoryError: if there is too little memory.
+        """
+        advice = "Nothing was downloaded; --yes (in Python yes=True) goes on."
+        text = " ".join((*self.shortfalls, advice))
+        if disk_shortfalls(self.steps, self.machine):
+            raise DiskError(errno.ENOSPC, text)
+        if self.shortfalls:
+            raise OutOfMemoryError(text)
+
     def __str__(self) -> str:
         rows = [
             (
                 step.what,
                 (step.time if step.cost.seconds else "") if any(step.cost) else "done already",
                 gigabytes(step.cost.memory) if step.cost.memory else "",
-                gigabytes(step.cost.disk) if step.cost.disk else "",
+                step.disk,
             )
             for step in self.steps.values()
         ]
@@ -161,6 +206,8 @@ def plan(
     draft: LlamaConfig | None = None,
     draft_downloaded: bool = True,
     for_chat: bool = False,
+    files: Files | None = None,
+    draft_files: Files | None = None,
 ) -> Plan:
     """Plan the steps for a checkpoint on a machine.
 
@@ -171,14 +218,21 @@ def plan(
         draft: config of the draft model, if any.
         draft_downloaded: as `downloaded`, of its checkpoint.
         for_chat: leave out the language model in 16 bit, which a chat does not need.
+        files: of the checkpoint; default: those of 16-bit weights, as large as the config tells.
+        draft_files: likewise, of the draft model.
     """
     size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
     original, made = 2 * (size.language + size.vision), {made} if isinstance(made, str) else made
     vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[DEFAULT_VISION_OPTION]}.xml")
     small, smaller = compression_cost(settings, config), vision_cost(DEFAULT_VISION_OPTION, config)
     drafting = compression_cost(Settings(), draft) if draft else Cost()
-    download = original * (not downloaded) + (2 * weights(draft).language if draft and not draft_downloaded else 0)
+    files = files or Files(0 if downloaded else original)
+    draft_files = draft_files or Files(2 * weights(draft).language if draft and not draft_downloaded else 0)
+    download = files.download + draft_files.download
     loaded = small.disk + smaller.disk + drafting.disk
+
+    def made_by(what: str, name: str, cost: Cost, scratch: float = 0) -> Step:
+        return Step(what, Cost()) if name in made else Step(what, cost, scratch=scratch)
 
     def making(write_16_bit: bool) -> dict[str, Step]:
         both = "vision encoder and language model" if write_16_bit else "vision encoder"
@@ -186,19 +240,20 @@ def plan(
         to_compress = f"compress the language model, {settings.algo} in groups of {settings.group_size}"
         steps = {
             "download": Step("download", Cost(disk=download)),
-            "convert": Step(f"convert the {both}, 16 bit", conversion_cost(config, *missing)),
-            "compress": Step(to_compress, Cost() if settings.file_name in made else small),
-            "draft": Step("compress the draft model", Cost() if DRAFT_MODEL_NAME in made else drafting),
-            "vision": Step(
-                f"make the vision encoder smaller, {DEFAULT_VISION_OPTION}", Cost() if vision_name in made else smaller
+            "convert": Step(
+                f"convert the {both}, 16 bit",
+                conversion_cost(config, *missing),
+                scratch=any(missing) * (files.both if write_16_bit else files.vision),
             ),
+            "compress": made_by(to_compress, settings.file_name, small, files.language),
+            "draft": made_by("compress the draft model", DRAFT_MODEL_NAME, drafting, draft_files.both),
+            "vision": made_by(f"make the vision encoder smaller, {DEFAULT_VISION_OPTION}", vision_name, smaller),
         }
         left_out = {"download": not download, "draft": not draft}
         return {name: step for name, step in steps.items() if not left_out.get(name)}
 
-    write_16_bit = not for_chat and answering_memory(config, original) <= machine.memory
-    if write_16_bit and disk_shortfalls(making(True), machine):
-        write_16_bit = False
+    fits = not for_chat and answering_memory(config, original) <= machine.memory
+    write_16_bit = fits and not disk_shortfalls(making(True), machine)
     answering = answering_memory(config, loaded)
     steps = {
         **making(write_16_bit),
@@ -212,15 +267,19 @@ def plan(
             "write a token", Cost(memory=answering, seconds=TOKEN_S_PER_BYTE * (small.disk - size.embedding))
         ),
     }
-    float32 = answering_memory(config, 2 * original)
-    steps = {name: step.on(machine.cores) for name, step in steps.items()}
-    return Plan(machine, write_16_bit, write_16_bit and float32 <= machine.memory, steps)
+    compare = write_16_bit and answering_memory(config, 2 * original) <= machine.memory
+    return Plan(machine, write_16_bit, compare, {name: step.on(machine.cores) for name, step in steps.items()})
+
+
+def written(steps: dict[str, Step]) -> float:
+    """Return the bytes that all steps take at the peak."""
+    return sum(step.cost.disk for step in steps.values()) + max(step.scratch for step in steps.values())
 
 
 def disk_shortfalls(steps: dict[str, Step], machine: Machine) -> list[str]:
     """Return a sentence for each disk that is too small for what all steps write."""
     download = steps["download"].cost.disk if "download" in steps else 0
-    writes = sum(step.cost.disk for step in steps.values())
+    writes = written(steps)
     sentences = []
     if machine.downloads is not None:
         writes -= download

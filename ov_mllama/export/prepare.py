@@ -1,21 +1,25 @@
 """Plan and make the IRs that suit this machine, see `plan.py`; what a chat needs of them also in one call."""
 
-import json
 import logging
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaForCausalLM, MllamaForConditionalGeneration
 
-from ov_mllama.export.checkpoint import Checkpoint
-from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.checkpoint import Checkpoint, every
+from ov_mllama.export.convert import convert_mllama, of_language_model, of_vision_encoder
 from ov_mllama.export.costs import gigabytes
-from ov_mllama.export.plan import Machine, Plan, Step, loading, plan
+from ov_mllama.export.plan import Files, Machine, Plan, Step, loading, plan
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
+from ov_mllama.export.sources.hub import origin_of
 from ov_mllama.runtime.checks import check_vocabulary
+from ov_mllama.runtime.companions import stamp_of
 from ov_mllama.runtime.devices import has_own_memory
+from ov_mllama.runtime.errors import UserError
 from ov_mllama.runtime.ir import (
     CONVERTER_VERSION,
     DRAFT_FOLDER,
@@ -33,12 +37,35 @@ logger = logging.getLogger(__name__)
 
 def default_folder(checkpoint: str | Path) -> Path:
     """Return the folder for a checkpoint's IRs: models/<its name>, in the user's cache if the current folder is
-    read-only; <its name>-ov if that is the checkpoint itself."""
-    models, name = Path("models"), Path(checkpoint).name
+    read-only; <its name>-ov if that is the checkpoint itself.
+
+    If another checkpoint's IRs are there, it is <owner>--<its name> for one of the hub, <its name>-2 for a local one.
+    """
+    source, origin = Path(checkpoint).expanduser(), origin_of(checkpoint)
+    models, name = Path("models"), Path(origin).name
     if not (models / name).is_dir() and not is_writable(models if models.is_dir() else models.parent):
         models = Path(os.environ.get("LOCALAPPDATA") or Path.home() / ".cache", "ov-mllama", "models")
-    folder = models / name
-    return folder.with_name(f"{name}-ov") if folder.resolve() == Path(checkpoint).resolve() else folder
+    if (models / name).resolve() == source.resolve():
+        name = f"{name}-ov"
+    longer = name if Path(origin).is_absolute() else origin.replace("/", "--")
+    names = [name, *[longer] * (longer != name), *(f"{longer}-{number}" for number in range(2, 100))]
+    return next((models / each for each in names if not is_anothers(models / each, checkpoint)), models / name)
+
+
+def is_anothers(folder: Path, checkpoint: str | Path) -> bool:
+    """Return whether a folder holds the IRs of another checkpoint, or is another one itself. An earlier version's stamp
+    has no origin: IRs then are another's if the weights are here and differ."""
+    stamp, origin = stamp_of(folder), origin_of(checkpoint)
+    if not stamp:
+        return any(folder.glob("*.safetensors"))
+    if stamp.get("origin") == origin:
+        return False
+    if not Path(checkpoint).expanduser().is_dir():
+        return bool(stamp.get("origin"))
+    try:
+        return Checkpoint(checkpoint, with_weights=False).fingerprint != stamp.get("checkpoint")
+    except UserError:  # said where the checkpoint is used
+        return bool(stamp.get("origin"))
 
 
 def is_writable(folder: Path) -> bool:
@@ -63,38 +90,55 @@ def plan_here(
     """Plan what to do with a checkpoint on this machine, with its memory and disk as they are now.
 
     Args:
-        checkpoint: hub id or local folder. From the hub only the config is fetched, of a gated one after a login.
+        checkpoint: hub id or local folder. From the hub only configs and the headers of the weights are fetched, of a
+            gated one after a login.
         model_dir: folder for the converted model; current IRs in it count as done.
         draft: hub id or folder of the draft model, if any.
         for_chat: as for `plan`.
         reference: as for `convert_mllama`; IRs that follow another are not current.
         base: of a LoRA adapter, as for `Checkpoint`.
     Raises:
-        InputError, NotFoundError, AccessError: as `Checkpoint`.
-        InputError: if the draft model has another vocabulary, the reference does not exist, or as
-            `Checkpoint.check_adapter`.
+        InputError, NotFoundError, AccessError: as `Checkpoint` and `Checkpoint.tensors`.
+        InputError: if the draft model has another vocabulary, or the reference does not exist.
     """
     source = Checkpoint(checkpoint, with_weights=False, base=base)
-    source.check_adapter()
-    here, downloaded = Machine.here(model_dir, HF_HUB_CACHE), all(map(has_weights, source.folders))
-    made = current_irs(source, Path(model_dir), downloaded, reference)
+    here, files = Machine.here(model_dir, HF_HUB_CACHE), files_of(source, MllamaForConditionalGeneration)
+    made = current_irs(source, Path(model_dir), reference)
     if not draft:
-        return plan(source.config, here, Settings(), downloaded, made, for_chat=for_chat)
-    small = Checkpoint(draft, "llama", with_weights=Path(draft).is_dir())
-    small_downloaded = has_weights(small.folder)
+        return plan(source.config, here, Settings(), made=made, for_chat=for_chat, files=files)
+    small = Checkpoint(draft, "llama", with_weights=False)
     check_vocabulary(small.config.vocab_size, source.config.text_config.vocab_size)
-    made += current_irs(small, Path(model_dir, DRAFT_FOLDER), small_downloaded)
-    return plan(source.config, here, Settings(), downloaded, made, small.config, small_downloaded, for_chat)
+    drafted = files_of(small, LlamaForCausalLM)
+    made += current_irs(small, Path(model_dir, DRAFT_FOLDER))
+    return plan(
+        source.config,
+        here,
+        Settings(),
+        made=made,
+        draft=small.config,
+        for_chat=for_chat,
+        files=files,
+        draft_files=drafted,
+    )
 
 
-def current_irs(checkpoint: Checkpoint, folder: Path, downloaded: bool, reference: str | None = None) -> list[str]:
+def files_of(checkpoint: Checkpoint, kind: Any) -> Files:
+    """Return the sizes of a checkpoint's files; InputError as `Checkpoint.tensors`."""
+    vision, language, both = (
+        checkpoint.scratch_bytes(kind, needed) for needed in (of_vision_encoder, of_language_model, every)
+    )
+    return Files(checkpoint.download_bytes, vision, language, both)
+
+
+def current_irs(checkpoint: Checkpoint, folder: Path, reference: str | None = None) -> list[str]:
     """Return file names of a folder's IRs that were made of a checkpoint or, if it is not downloaded, of any.
 
     Args:
         reference: that they follow, as for `convert_mllama`; None for a draft model, which follows none.
     """
     follows = reference_of(checkpoint.settings_folder, reference)[0] if reference else None
-    stamp = checkpoint.stamp(follows) if downloaded else {"converter_version": CONVERTER_VERSION}
+    any_ones = {"converter_version": CONVERTER_VERSION}
+    stamp = any_ones if checkpoint.download_bytes else checkpoint.stamp(follows)
     return [path.name for path in folder.glob("*.xml") if is_current(path, stamp)]
 
 
@@ -129,35 +173,30 @@ def print_load_estimate(model_dir: str | Path, device: str, *files: str | Path) 
         logger.warning("⚠️ Only %s are free: close other programs, or the system will swap", gigabytes(free))
 
 
-def has_weights(folder: Path) -> bool:
-    """Return whether all of a checkpoint's weights are in a folder: a download may have been interrupted."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():  # a single shard's index may still be missing
-        return any("-of-" not in path.name for path in folder.glob("*.safetensors"))
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return all((folder / name).is_file() for name in set(files))
-
-
 def prepare(
     checkpoint: str | Path,
     model_dir: str | Path,
     draft: str | Path | None = None,
     reference: str = "auto",
     base: str | Path | None = None,
+    yes: bool | Callable[[], bool] = False,
 ) -> Path:
     """Convert and compress a checkpoint for a chat, without calibration data, as planned for this machine.
 
     Args:
         checkpoint, model_dir, draft, reference, base: as for `plan_here`; the draft model goes to DRAFT_FOLDER in
             model_dir.
+        yes: whether to go on if memory or disk is short; a function is called only then.
     Returns:
         model_dir as a Path.
     Raises:
+        DiskError, OutOfMemoryError: as `Plan.check`, before anything is downloaded, unless everything is made already.
         UserError: as the steps, each with the fix.
     """
     steps = plan_here(checkpoint, model_dir, draft, for_chat=True, reference=reference, base=base)
     logger.info("\n".join(map(str, (steps, *steps.shortfalls))))
-    steps.check_disk()
+    if steps.makes and steps.shortfalls and not (yes() if callable(yes) else yes):
+        steps.check()
     source = Checkpoint(checkpoint, base=base)
     model_dir = convert_mllama(source, model_dir, language_model=steps.write_16_bit, reference=reference)
     # imported late: NNCF patches functions that torch traces, and torch then warns

@@ -102,7 +102,12 @@ def check_companions(folder: Path, checkpoint: str, maker: str = "convert_mllama
 
 
 def write_companions(
-    folder: Path, checkpoint: str, source: str, save: Callable[[Path], None], outdated: Collection[Path] = ()
+    folder: Path,
+    checkpoint: str,
+    source: str,
+    save: Callable[[Path], None],
+    outdated: Collection[Path] = (),
+    origin: str = "",
 ) -> None:
     """Replace a folder's companions, and remove older and `outdated` files. If interrupted, `check_companions` rejects
     the folder until the next call.
@@ -112,11 +117,13 @@ def write_companions(
         source: `source_digest` of the checkpoint.
         save: writes the companions into a given folder.
         outdated: files within `folder`.
+        origin: hub id or path of the checkpoint.
     """
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
 
         def replace_stamp(finished: bool, files: dict[str, str]) -> None:
             stamp = {"checkpoint": checkpoint, "source": source, "finished": finished, "files": files}
+            stamp |= {"origin": origin}
             part = Path(scratch, STAMP_NAME)
             part.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
             part.replace(folder / STAMP_NAME)

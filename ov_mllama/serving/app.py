@@ -32,10 +32,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ov_mllama.chat.http_headers import SecurityHeaders
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama.export.prepare import default_folder, files_to_load, prepare, print_load_estimate
+from ov_mllama.cli import user_path
+from ov_mllama.export.prepare import files_to_load, print_load_estimate
 from ov_mllama.runtime.devices import check_device
-from ov_mllama.runtime.reference import NAMES
 from ov_mllama.serving import load, positive
+from ov_mllama.serving.arguments import add_checkpoint_arguments, prepared
 from ov_mllama.serving.guards import (
     InternalErrors,
     TrustedHosts,
@@ -277,12 +278,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("ov-mllama serve", description=__doc__, formatter_class=raw)
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be; default: demo_model"
-    )
-    model.add_argument("--base", help="of a LoRA adapter, as for `ov-mllama prepare`")
-    model.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
-    model.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
+    add_checkpoint_arguments(model)
     model.add_argument("--language-model", help="its .xml; default: the newest compressed one, else the 16-bit one")
     model.add_argument("--image-encoder", help="its .xml; default likewise")
     model.add_argument("--device", default="CPU", help="OpenVINO device; default: CPU")
@@ -291,7 +287,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1")
     access.add_argument("--port", type=int, default=8000, help="default: 8000")
     keys = access.add_mutually_exclusive_group()
-    keys.add_argument("--key-file", type=Path, help="file with the key that clients must send; default: OV_MLLAMA_KEY")
+    keys.add_argument("--key-file", type=user_path, help="file with the clients' key; default: OV_MLLAMA_KEY")
     keys.add_argument("--key", help="the key itself, visible to all users of this machine")
     access.add_argument(
         "--trusted-hosts", nargs="+", default=[], metavar="NAME", help="names of this server besides --host, or '*'"
@@ -320,8 +316,7 @@ def current_option(argument: str) -> str:
 def load_app(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str]:
     """Return the app of a model, prepared first if need be, and the model's name."""
     check_device(options.device)
-    folder = default_folder(options.checkpoint)
-    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference, base=options.base)
+    model_dir = prepared(options)
     files = files_to_load(model_dir, options.language_model, options.image_encoder)
     print_load_estimate(model_dir, options.device, *files)
     model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_CACHE_BYTES)

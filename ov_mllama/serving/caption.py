@@ -33,13 +33,14 @@ import ray
 from tqdm.auto import tqdm
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama.export.prepare import default_folder, files_to_load, prepare, print_load_estimate
+from ov_mllama.cli import user_path
+from ov_mllama.export.prepare import files_to_load, print_load_estimate
 from ov_mllama.runtime.errors import InputError, NumericalError
 from ov_mllama.runtime.images import SUFFIXES, open_picture
 from ov_mllama.runtime.ir import check_model_dir, exclusive_lock
 from ov_mllama.runtime.prompts import prompts_about
-from ov_mllama.runtime.reference import NAMES
 from ov_mllama.serving import load, positive
+from ov_mllama.serving.arguments import add_checkpoint_arguments, prepared
 
 logger = logging.getLogger(__name__)
 
@@ -313,21 +314,17 @@ def main(arguments: Sequence[str]) -> None:
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("ov-mllama caption", description=__doc__, formatter_class=raw)
-    parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images; its subfolders are included")
+    parser.add_argument("images", type=user_path, metavar="FOLDER", help="folder of images, with its subfolders")
     parser.add_argument("--question", default="Describe this image.", help="default: 'Describe this image.'")
-    parser.add_argument("--out", type=Path, default=Path("captions.parquet"), help="default: captions.parquet")
-    parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
-    parser.add_argument("--base", help="of a LoRA adapter, as for `ov-mllama prepare`")
-    parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
-    parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
+    parser.add_argument("--out", type=user_path, default=Path("captions.parquet"), help="default: captions.parquet")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="token limit; default: 128")
     parser.add_argument("--batch", type=positive, default=4, help="images that share the model's steps; default: 4")
     parser.add_argument("--workers", type=positive, default=1, help="processes that load the model; default: 1")
     parser.add_argument("--threads", type=positive, help="of each worker; default: its share of the cores")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine only")
     options = parser.parse_args(arguments)
-    folder = default_folder(options.checkpoint)
-    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference, base=options.base)
+    model_dir = prepared(options)
     print_load_estimate(model_dir, "CPU", *files_to_load(model_dir))
     init_ray(options.address)
     limits = {name: getattr(options, name) for name in ("max_new_tokens", "batch", "workers", "threads")}

@@ -22,7 +22,7 @@ from ov_mllama.export.checkpoint import Checkpoint, checkpoint_fingerprint
 from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.prepare import plan_here
-from ov_mllama.export.sources import files
+from ov_mllama.export.sources import files, hub
 from ov_mllama.runtime import companions
 from ov_mllama.runtime.ir import (
     DRAFT_FOLDER,
@@ -484,14 +484,14 @@ def test_stamp_names_no_file_outside_its_folder(two, tmp_path):
 
 
 def test_checkpoint_of_the_hub_brings_its_golden_picture(tmp_path, monkeypatch):
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
         files = [path.name for path in DEMO.iterdir() if path.is_file()]
         for file in filter_repo_objects(files, allow_patterns=allow_patterns):
             shutil.copy(DEMO / file, tmp_path / "snapshot")
         return str(tmp_path / "snapshot")
 
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr(checkpoints, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     folder = convert_mllama("somebody/demo", tmp_path / "ov")
     assert (folder / "golden.png").is_file()
     with warnings.catch_warnings():

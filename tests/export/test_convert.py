@@ -14,6 +14,7 @@ from safetensors import safe_open
 from conftest import ROOT
 from ov_mllama.export import checkpoint
 from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.sources import hub
 from ov_mllama.runtime import ir, memory
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
@@ -261,7 +262,7 @@ def hub_raises(monkeypatch, error):
     def snapshot_download(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
 
 
 def test_gated_repository(tmp_path, monkeypatch):

@@ -22,8 +22,9 @@ from ov_mllama.export import costs
 from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.plan import SYSTEM_BYTES, Machine, by_memory, plan
-from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, has_weights, plan_here, prepare
+from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, plan_here, prepare
 from ov_mllama.export.settings import Settings
+from ov_mllama.export.sources.hub import has_weights
 from ov_mllama.runtime import devices, ir, memory
 from ov_mllama.runtime.checks import check_prompt_fits, image_arrays
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest

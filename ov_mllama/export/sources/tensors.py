@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from ov_mllama.runtime.errors import DiskError
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+WRITTEN_AT_ONCE = 1 << 24  # values converted to 16 bit at a time: of a mapped tensor only these take memory
 ALIGNMENT_BYTES = 64  # of each tensor in a temporary file, as OpenVINO aligns constants
 
 
@@ -75,6 +77,12 @@ def padded(tensor: Tensor) -> int:
     return -(-2 * int(np.prod(tensor.shape)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def write(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write a tensor's values in a 16-bit type."""
+    for values in tensor.read().reshape(-1).split(WRITTEN_AT_ONCE):
+        file.write(values.to(dtype).view(torch.uint8).numpy().data)
+
+
 def materialize(
     tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path, left_out: frozenset[str] = frozenset()
 ) -> dict[str, torch.Tensor]:
@@ -101,7 +109,7 @@ def materialize(
                 offsets[name] = offset
                 if name not in left_out:
                     file.seek(offset)  # written, not mapped: a full disk would end the process
-                    file.write(tensor.read().to(dtype).reshape(-1).view(torch.uint8).numpy().data)
+                    write(file, tensor, dtype)
                 offset += padded(tensor)
             file.truncate(offset)
             file.flush()
