@@ -131,11 +131,12 @@ def test_quantized_in_pieces_is_quantized(model, samples, monkeypatch, tmp_path)
     whole = quantize_vision_encoder(model, samples, len(samples), tmp_path)
     assert ports(in_pieces) == ports(whole) == ports(model)
 
-    # the same quantisers; the plugin fuses a piece's operations otherwise, which moves f32's last digits
+    # the same quantisers, up to bf16's rounding: SmoothQuant scales weights in their own type, and of the whole model
+    # it collects statistics behind scaled layers, of pieces behind those of the checkpoint
     expected, actual = quantizers(whole), quantizers(in_pieces)
     assert expected.keys() == actual.keys()
     for name, ranges in expected.items():
-        np.testing.assert_allclose(actual[name], ranges, rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(actual[name], ranges, rtol=2**-8, err_msg=name)
 
     # values at a rounding boundary fall to the other side: outputs differ, by far less than quantising changes them
     exact, of_whole, of_pieces = (outputs(each, samples) for each in (model, whole, in_pieces))

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from fake_hub import Hub, serving
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, BitsAndBytesConfig, MllamaForConditionalGeneration
@@ -197,7 +198,7 @@ HUB = {
 def test_base_on_the_hub_is_asked_for_by_its_16_bit_name_first(base, adapter, written, answering, monkeypatch):
     tried = []
 
-    def download(name, patterns):
+    def download(name):
         tried.append(name)
         if len(tried) <= answering:
             raise NotFoundError(name)
@@ -214,7 +215,7 @@ def test_base_on_the_hub_is_asked_for_by_its_16_bit_name_first(base, adapter, wr
 
 
 def test_missing_or_gated_base_is_named_with_the_option(adapter, tmp_path, monkeypatch):
-    def gated(name, patterns):
+    def gated(name):
         raise AccessError(f"{name} is gated.")
 
     set_in(adapter / "adapter_config.json", base_model_name_or_path="owner/name")
@@ -243,14 +244,19 @@ def test_given_base_is_used_from_plan_to_chat(base, adapter, tmp_path, monkeypat
         convert_mllama(Checkpoint(adapter, base=base), base)
 
 
-def test_base_on_the_hub_is_not_downloaded_for_a_plan(base, adapter, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(checkpoints, "download", lambda name, patterns: asked.append(patterns) or tmp_path / "config")
-    (tmp_path / "config").mkdir()
-    shutil.copy(base / "config.json", tmp_path / "config")
+def test_base_on_the_hub_is_checked_and_not_downloaded_for_a_plan(base, adapter, tmp_path, monkeypatch):
+    hub = Hub()
+    hub.folders = {"owner/name": base, "owner/adapter": adapter}
     set_in(adapter / "adapter_config.json", base_model_name_or_path="owner/name")
-    assert "download" in plan_here(adapter, tmp_path / "ov").steps
-    assert all("*.safetensors" not in patterns for patterns in asked)
+    with serving(hub, monkeypatch, tmp_path / "cache"):
+        for name in (adapter, "owner/adapter"):
+            assert plan_here(name, tmp_path / "ov").steps["download"].cost.disk > 0
+            assert hub.sent[".safetensors"] < sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2
+        hub.folders["owner/broken"] = broken = shutil.copytree(base, tmp_path / "broken")
+        tensors = load_file(broken / "model.safetensors")
+        save_file({name: tensors[name] for name in tensors if "layers.2." not in name}, broken / "model.safetensors")
+        with pytest.raises(ValueError, match="owner/broken: .* tensors are missing"):
+            plan_here(adapter, tmp_path / "ov", base="owner/broken")
 
 
 def test_base_of_another_kind_is_named(adapter, tmp_path):
