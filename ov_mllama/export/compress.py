@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint
+from ov_mllama.export.companion_files import save_generation_config
 from ov_mllama.export.convert import convert_language_model, of_language_model
 from ov_mllama.export.costs import compression_cost, vision_cost
 from ov_mllama.export.piecewise import quantize_in_pieces
@@ -30,7 +31,6 @@ from ov_mllama.runtime.ir import (
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
     check_model_dir,
-    generation_config,
     provenance,
 )
 from ov_mllama.runtime.reference import Reference
@@ -154,9 +154,10 @@ def make_draft_model(
 
 def save_draft_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what running a draft model needs beside its IR: config, generation config, tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     checkpoint.config.save_pretrained(folder)
-    generation_config(checkpoint.folder, checkpoint.config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(checkpoint.folder).save_pretrained(folder)
+    save_generation_config(checkpoint.folder, checkpoint.config, tokenizer, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def compress_weights(model: ov.Model, settings: Settings, dataset: nncf.Dataset | None = None) -> ov.Model:

@@ -10,6 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig
 
 from ov_mllama.export.checkpoint import Checkpoint
+from ov_mllama.export.companion_files import check_companions_of
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import Machine, Plan, Step, loading, plan
@@ -69,10 +70,13 @@ def plan_here(
         reference: as for `convert_mllama`; IRs that follow another are not current.
     Raises:
         InputError, NotFoundError, AccessError: as `Checkpoint`.
-        InputError: if the draft model has another vocabulary, or the reference does not exist.
+        InputError: if the draft model has another vocabulary, the reference does not exist, or, of a checkpoint on this
+            disk, as `check_companions_of`.
     """
     source = Checkpoint(checkpoint, with_weights=Path(checkpoint).is_dir())
     here, downloaded = Machine.here(model_dir, HF_HUB_CACHE), has_weights(source.folder)
+    if downloaded:
+        check_companions_of(source)
     made = current_irs(source, Path(model_dir), downloaded, reference)
     if not draft:
         return plan(source.config, here, Settings(), downloaded, made, for_chat=for_chat)
