@@ -31,10 +31,10 @@ CHAT_TEMPLATE = """\
     {%- set role = 'ipython' if message.role == 'tool' else message.role %}
     {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}
     {%- if message.content is string %}
-        {{- message.content }}
+        {{- message.content | trim }}
     {%- else %}
         {%- for part in message.content %}
-            {{- '<|image|>' if part.type == 'image' else part.text }}
+            {{- '<|image|>' if part.type == 'image' else part.text | trim }}
         {%- endfor %}
     {%- endif %}
     {{- '<|eot_id|>' }}
