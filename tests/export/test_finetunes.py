@@ -145,6 +145,9 @@ def test_a_template_for_text_alone_is_replaced(checkpoint, content, caplog):
 def test_a_template_that_refuses_images_stays(checkpoint, caplog):
     template = "{{ raise_exception('No pictures here.') }}<|eom_id|>"
     (checkpoint / "chat_template.jinja").write_text(template)
+    text = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    edit(checkpoint / "config.json", text_config={**text, "eos_token_id": END})
+    edit(checkpoint / "generation_config.json", eos_token_id=END)
     folder = companions_of(checkpoint)
     assert load_processor(folder).chat_template == template
     assert 'refuses a question about an image: "No pictures here."' in caplog.text
