@@ -6,7 +6,8 @@
 #   make lab        open the notebook in JupyterLab
 #   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on
 #                   MODEL_DIR=<converted>; DRAFT=<hub id or folder>: draft model; REFERENCE=meta or transformers: code that
-#                   the weights were trained with, where the checkpoint does not say (docs/upstream.md)
+#                   the weights were trained with, where the checkpoint does not say (docs/upstream.md); BASE=<hub id or
+#                   folder>: base of a LoRA adapter that MODEL_ID names, here and for serve and caption
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
 #                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
 #   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, a Parquet data set
@@ -24,6 +25,7 @@ CHAT ?=
 QUESTION ?= Describe this image.
 OUT ?= captions.parquet
 DRAFT ?=
+BASE ?=
 REFERENCE ?=
 SETTINGS := MODEL_ID REFERENCE CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
 BIN := .venv/bin
@@ -38,13 +40,13 @@ lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
 
 chat: .venv/.run
-	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 serve: .venv/.scale
-	$(BIN)/python -m ov_mllama serve $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama serve $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 caption: .venv/.scale
-	$(BIN)/python -m ov_mllama caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json

@@ -41,20 +41,21 @@ REFERENCE: dict = {
     "default": "auto",
     "help": "code that the checkpoint's weights were trained with; default: from its config.json",
 }
+BASE_HELP = "hub id or folder of a LoRA adapter's base; default: the one that adapter_config.json names"
 DRAFT_HELP = "hub id or folder of a small Llama with the same tokenizer, for assisted decoding"
 
 
 def run_plan(options: argparse.Namespace) -> None:
     """Print the plan for a checkpoint on this machine, for a chat."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
-    made = plan_here(options.checkpoint, model_dir, options.draft, True, options.reference)
+    made = plan_here(options.checkpoint, model_dir, options.draft, True, options.reference, options.base)
     print(made, *made.shortfalls, sep="\n")
 
 
 def run_prepare(options: argparse.Namespace) -> Path:
     """Convert and compress a checkpoint as planned, unless that is done."""
     model_dir = options.model_dir or default_folder(options.checkpoint)
-    return prepare(options.checkpoint, model_dir, options.draft, options.reference)
+    return prepare(options.checkpoint, model_dir, options.draft, options.reference, options.base)
 
 
 def run_chat(options: argparse.Namespace) -> None:
@@ -157,6 +158,7 @@ def run_serving(options: argparse.Namespace) -> None:
 def add_chat_arguments(page: argparse.ArgumentParser) -> None:
     """Add the arguments of `chat`."""
     page.add_argument("--checkpoint", help=f"hub id or folder; default, without --model-dir: {DEMO}")
+    page.add_argument("--base", help=BASE_HELP)
     page.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<checkpoint's name>")
     page.add_argument("--language-model", help="its .xml; default: the latest compressed one, else the 16-bit one")
     page.add_argument("--image-encoder", help="its .xml; default likewise")
@@ -182,6 +184,7 @@ def argument_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary)
         command.set_defaults(run=run)
         command.add_argument("checkpoint", nargs="?", default=DEMO, help=f"hub id or folder; default: {DEMO}")
+        command.add_argument("--base", help=BASE_HELP)
         command.add_argument("--model-dir", type=Path, help="default: models/<name of the checkpoint>")
         command.add_argument("--draft", help=DRAFT_HELP)
         command.add_argument("--reference", **REFERENCE)

@@ -275,6 +275,7 @@ def browser():
     if not chromium:
         pytest.skip("needs Debian's chromium: apt-get install chromium")
     flags = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags += ["--in-process-gpu", "--process-per-site"]  # tabs of one profile share compiled scripts
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *flags])
         yield browser
@@ -287,17 +288,32 @@ def profile(browser):
     return browser.new_context(viewport={"width": 1100, "height": 900})
 
 
+@pytest.fixture(scope="module")
+def left_tabs():
+    """Tabs of `profile` that have left the page."""
+    return []
+
+
 @pytest.fixture
-def page(profile, url, model):
+def page(profile, url, model, left_tabs):
     """A tab with the chat of a test file's `url`, answered by its `model`, of somebody who was never here."""
     from chat_page import Tab  # it imports from here
 
-    profile.clear_cookies()
-    page = Tab(profile, url)
+    if left_tabs:
+        page = left_tabs.pop()
+        page.load(url)
+    else:
+        profile.clear_cookies()
+        page = Tab(profile, url)
     yield page
-    assert not page.errors
+    errors = [*page.errors]
     for tab in profile.pages:
-        tab.close()
+        if tab is not page.tab:
+            tab.close()
+    if not page.tab.is_closed():
+        page.leave(url)
+        left_tabs.append(page)
+    assert not errors
 
 
 @pytest.fixture
@@ -363,6 +379,16 @@ def nursery():
     from programs import Nursery
 
     nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="session")
+def bare_nursery():
+    """The process that programs are forked from which must not find the package imported, nor what it needs not."""
+    from programs import FOUNDATIONS, Nursery
+
+    nursery = Nursery(FOUNDATIONS, ())
     yield nursery
     nursery.close()
 

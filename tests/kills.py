@@ -9,6 +9,8 @@ from ov_mllama_compression import compress, optimize_vision_encoder
 
 SMALLER = ("llm_int4_asym_r10_gs32.xml", "openvino_vision_encoder_int8.xml")
 
+PROGRAM = "import sys; from pathlib import Path; import kills; kills.everything(*map(Path, sys.argv[1:]))"
+
 
 def everything(checkpoint, out_dir) -> None:
     """Converts, compresses and quantises; says nothing."""

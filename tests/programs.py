@@ -1,5 +1,6 @@
-"""Programs that tests start, interrupt and kill. Each is forked from one process that has imported the package with its
-page and its server: a start then costs no seconds of imports. Also ports that no other worker of pytest-xdist uses."""
+"""Programs that tests start, interrupt and kill. Each is forked from a process that has imported the package with its
+page and its server, or only what the package builds on: a start then costs no seconds of imports. Also ports that no
+other worker of pytest-xdist uses."""
 
 import http.server
 import json
@@ -20,7 +21,6 @@ from conftest import ROOT
 # Reads requests from stdin: a program to start, whose number is answered, or the number of one, whose status is
 NURSERY = """
 import gc, json, os, signal, sys
-import gradio, chat_page, ov_mllama.__main__, ov_mllama.chat.layout, ov_mllama.serving.app, ov_mllama.export.calibration
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 gc.freeze()  # programs then share its memory
 answers = os.fdopen(os.dup(1), "w")
@@ -48,6 +48,14 @@ sys.argv = ["program", *asked["arguments"]]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 exec(asked["code"], {"__name__": "__main__"})
 """
+PACKAGE = (
+    "gradio, chat_page, ov_mllama.__main__, ov_mllama.chat.layout, ov_mllama.serving.app, "
+    "ov_mllama.export.calibration, ov_mllama_compression"
+)
+# nothing of the package, nor of what running a model must not need
+FOUNDATIONS = (
+    "torch, openvino, transformers.models.mllama.modeling_mllama, transformers.models.mllama.processing_mllama"
+)
 
 
 class Program:
@@ -84,14 +92,19 @@ class Program:
 
 
 class Nursery:
-    """The process that programs are forked from."""
+    """The process that programs are forked from.
 
-    def __init__(self):
+    Args:
+        imports: modules that it imports, and each program finds imported.
+        path: folders besides installed packages that programs import from.
+    """
+
+    def __init__(self, imports: str = PACKAGE, path: tuple[Path, ...] = (ROOT, ROOT / "tests")):
         self.environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", NURSERY],
+            [sys.executable, "-P", "-c", f"import {imports}\n{NURSERY}"],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -124,6 +137,31 @@ class Nursery:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+ALONE = """
+import os, sys
+sys.dont_write_bytecode = True
+folder, path, code = sys.argv[1:4]
+del sys.argv[1:4]
+os.chdir(folder)
+sys.path.insert(0, path)
+exec(code, {"__name__": "__main__"})
+"""
+
+
+def run_alone(nursery: Nursery, output: Path, folder: Path, path: Path, code: str, *arguments, **environment) -> str:
+    """Run a program with no environment but `environment`, and return what it printed, standard output last.
+
+    Args:
+        output: folder for its output.
+        folder: that it runs in.
+        path: that it imports from, before installed packages.
+    """
+    environment = dict.fromkeys(nursery.environment) | {"CI": "true", "PATH": ""} | environment
+    program = nursery.start(output, ALONE, folder, path, code, *arguments, **environment)
+    assert program.wait(600) == 0, program.said()
+    return program.said()
 
 
 def free_port() -> int:

@@ -16,6 +16,7 @@ import nbformat
 import pytest
 
 from conftest import HELPERS, ROOT, demo_samples
+from programs import run_alone
 
 PACKAGE = ROOT / "ov_mllama"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -204,15 +205,25 @@ def test_pictures_have_words_for_those_who_cannot_see_them(document):
             assert re.match(r'<img alt="[^"]{12,}"', tag), tag[:200]
 
 
-def test_the_documents_code_runs_as_it_stands(tmp_path):
+def test_the_documents_code_runs_as_it_stands(bare_nursery, tmp_path):
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.S)[0]
     shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
-    environment = {"PYTHONPATH": str(ROOT), "CI": "true", "PATH": ""}
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == demo_samples()[0]["answer"]
+    printed = run_alone(bare_nursery, tmp_path, tmp_path, ROOT, code)
+    assert printed.splitlines()[-1] == demo_samples()[0]["answer"]
+
+
+REFUSING = """
+import socket, openvino
+def refuse(*args, **kwargs): raise AssertionError("side effect")
+socket.socket.connect = socket.getaddrinfo = openvino.Core.__init__ = refuse
+"""
+
+
+def test_importing_does_nothing(bare_nursery, tmp_path):
+    """No network, no OpenVINO core, no output."""
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.parent != PACKAGE]
+    code = f"{REFUSING}import {', '.join([*HELPERS, *modules])}"
+    assert run_alone(bare_nursery, tmp_path, ROOT, ROOT, code) == ""
 
 
 # ---- The engine alone ----
@@ -234,26 +245,19 @@ assert "ov_mllama.export" not in sys.modules
 """
 
 
-def ask(pair, tmp_path, folder, package) -> str:
+def ask(nursery, pair, tmp_path, folder, package) -> str:
     """The answer of a package in `folder`, run from another one."""
     picture = tmp_path / "picture.png"
     pair.picture(1, 1).save(picture)
     (tmp_path / "elsewhere").mkdir()
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", ASK.format(package=package), str(pair.model_dir), str(picture)],
-        cwd=tmp_path / "elsewhere",
-        env={"PYTHONPATH": str(folder), "CI": "true", "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code = ASK.format(package=package)
+    return run_alone(nursery, tmp_path, tmp_path / "elsewhere", folder, code, pair.model_dir, picture).splitlines()[-1]
 
 
-def test_runtime_copied_alone_answers_a_question(pair, tmp_path):
+def test_runtime_copied_alone_answers_a_question(bare_nursery, pair, tmp_path):
     """Under any name: its own imports are relative."""
     shutil.copytree(PACKAGE / "runtime", tmp_path / "copied" / "mllama", ignore=shutil.ignore_patterns("__pycache__"))
-    assert ask(pair, tmp_path, tmp_path / "copied", "mllama").startswith("[[")
+    assert ask(bare_nursery, pair, tmp_path, tmp_path / "copied", "mllama").startswith("[[")
 
 
 @pytest.fixture(scope="module")
@@ -276,32 +280,32 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
     assert files == {path.relative_to(ROOT) for path in [*FILES, *PACKAGE.rglob("page.*")]}
 
 
-def test_installed_wheel_answers_a_question(wheel, pair, tmp_path):
-    assert ask(pair, tmp_path, wheel, "ov_mllama.runtime").startswith("[[")
+def test_installed_wheel_answers_a_question(bare_nursery, wheel, pair, tmp_path):
+    assert ask(bare_nursery, pair, tmp_path, wheel, "ov_mllama.runtime").startswith("[[")
 
 
 HIDING = """
 import sys
+hidden = set(sys.argv[1].split(","))
+assert not hidden & sys.modules.keys()
 class Hide:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in sys.argv[1].split(","):
+        if name.split(".")[0] in hidden:
             raise ImportError(f"{name} is hidden")
 sys.meta_path.insert(0, Hide())
-sys.argv = ["ov-mllama", *sys.argv[2:]]
+sys.argv[:2] = ["ov-mllama"]
 from ov_mllama.__main__ import main
 main()
 """
 
 
-def test_installed_wheel_plans_without_the_extras_packages(wheel, tmp_path):
+def test_installed_wheel_plans_without_the_extras_packages(bare_nursery, wheel, tmp_path):
     """As in an environment where `pip install .` was all: what only the extras bring cannot be imported."""
     extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,platformdirs,IPython,ipywidgets,matplotlib,pandas"
     shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
-    environment = {"PYTHONPATH": str(wheel), "CI": "true", "PATH": "", "HOME": str(tmp_path)}
-    command = [sys.executable, "-P", "-c", HIDING, extras, "plan", "demo_model"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)  # noqa: S603
-    assert done.returncode == 0, done.stderr
-    assert "GB" in done.stdout or "MB" in done.stdout
+    command = HIDING, extras, "plan", "demo_model"
+    printed = run_alone(bare_nursery, tmp_path, tmp_path, wheel, *command, HOME=str(tmp_path))
+    assert "GB" in printed or "MB" in printed
 
 
 def requirements(file: str) -> set[str]:

@@ -5,6 +5,7 @@ Only headers of the weights are read before they are loaded, so a bad checkpoint
 
 import errno
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -16,16 +17,20 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx  # the version that the hub's client uses
-from transformers import MllamaForConditionalGeneration
+from transformers import LlamaForCausalLM, MllamaForConditionalGeneration
 
 from ov_mllama.export.sources.files import read_header
-from ov_mllama.export.sources.find import find_source, without_weights
-from ov_mllama.export.sources.names import place
+from ov_mllama.export.sources.find import find_source
+from ov_mllama.export.sources.lora import CONFIG, base_names, merge, overlay
+from ov_mllama.export.sources.names import TensorNames, place
+from ov_mllama.export.sources.others import without_weights
 from ov_mllama.export.sources.tensors import Tensor, computed_bytes, materialize, weight_dtype
 from ov_mllama.runtime.companions import source_digest
 from ov_mllama.runtime.errors import AccessError, DiskError, InputError, NotFoundError
 from ov_mllama.runtime.ir import CONVERTER_VERSION
 from ov_mllama.runtime.reference import Reference
+
+logger = logging.getLogger(__name__)
 
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "golden.*"]
 FULL_HASH_MAX_BYTES = 64_000_000  # of all weights; larger ones are sampled
@@ -40,29 +45,70 @@ def every(name: str) -> bool:
 
 
 class Checkpoint:
-    """A checkpoint in a local folder, downloaded first if need be.
+    """A checkpoint in a local folder, downloaded first if need be; a LoRA adapter with its base.
 
     Args:
         model_id: hub id or local folder.
         model_type: expected `model_type`, "mllama" or "llama".
-        with_weights: False fetches the config alone.
+        with_weights: False fetches the config alone, of what is not in a local folder.
+        base: hub id or folder of the model that an adapter was trained on; default: as its config names it.
     Attributes:
+        name: as given.
         folder: the given one, or the hub's cached download.
+        base: the adapter's, as a checkpoint; None for a model.
         config: as transformers reads it, of the unquantised model.
     Raises:
-        InputError: another model type, or a kind that is not read.
-        NotFoundError: no such folder or repository, or no network to fetch it.
+        InputError: another model type, a kind that is not read, or a base for what is no adapter.
+        NotFoundError: no such folder or repository, or no network to fetch it; or no base of an adapter.
         AccessError: a gated repository, without access for the token at hand.
     """
 
-    def __init__(self, model_id: str | Path, model_type: str = "mllama", with_weights: bool = True):
-        folder = Path(model_id).expanduser()
-        if not folder.is_dir():
-            folder = download(str(model_id), DOWNLOAD_PATTERNS if with_weights else ["config.json"])
+    def __init__(
+        self,
+        model_id: str | Path,
+        model_type: str = "mllama",
+        with_weights: bool = True,
+        base: str | Path | None = None,
+    ):
+        self.name, folder = str(model_id), Path(model_id).expanduser()
+        local = folder.is_dir()
+        if not local:
+            folder = download(str(model_id), DOWNLOAD_PATTERNS if with_weights else ["config.json", CONFIG])
         self.folder, self.source = folder, find_source(folder, model_type)
-        self.config = self.source.config
-        if with_weights and not self.source.weights:
+        if (with_weights or local) and not self.source.weights:
             raise without_weights(folder)
+        if base and not self.source.adapter:
+            raise InputError(f"{folder} is no LoRA adapter: leave the base out.")
+        self.base = self._find_base(base, model_type, with_weights) if self.source.adapter else None
+        self.config: Any = self.base.config if self.base else self.source.config
+
+    def __str__(self) -> str:
+        return self.name
+
+    def _find_base(self, given: str | Path | None, model_type: str, with_weights: bool) -> "Checkpoint":
+        names = [str(given)] if given else base_names(self.source.adapter, self.folder)
+        problem: Exception | None = None
+        for name in names:
+            if Path(name).is_dir() and Path(name).samefile(self.folder):
+                continue
+            try:
+                base = Checkpoint(name, model_type, with_weights)
+            except NotFoundError as error:
+                problem = problem or error
+            except AccessError as error:
+                problem = error
+            except InputError as error:
+                raise InputError(f"{self.folder} is a LoRA adapter, its base cannot be used: {error}") from error
+            else:
+                logger.info("LoRA adapter %s, merged into its base %s (%s)", self.folder, name, base.source.kind)
+                return base
+        tried = ", ".join(names) or f"not named in {CONFIG}"
+        advice = "give its folder or hub id with --base (BASE= of make, base= in Python)"
+        if isinstance(problem, AccessError):
+            raise AccessError(f"The base of the LoRA adapter {self.folder}: {problem} Or {advice}.") from problem
+        raise NotFoundError(
+            f"The base of the LoRA adapter {self.folder} was not found ({tried}): {advice}."
+        ) from problem
 
     @classmethod
     def of(cls, model_id: "str | Path | Checkpoint") -> "Checkpoint":
@@ -72,12 +118,29 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """The identity of config and weights, as `identity`."""
-        return identity(self.source.settings, self.source.weights)
+        own = identity(self.source.settings, self.source.weights)
+        return combined(own, self.base.fingerprint) if self.base else own
 
     @cached_property
     def source_digest(self) -> str:
         """The identity of the files that an IR's companions are made of."""
-        return source_digest(self.folder)
+        own = source_digest(self.folder)
+        return combined(own, self.base.source_digest) if self.base else own
+
+    @cached_property
+    def settings_folder(self) -> Path:
+        """The folder with config, tokenizer and templates: the checkpoint's own; of an adapter a temporary one, where
+        its own replace its base's."""
+        if not self.base:
+            return self.folder
+        self._settings = tempfile.TemporaryDirectory(prefix="ov-mllama-")  # removed with the checkpoint
+        overlay(self.folder, self.base.settings_folder, Path(self._settings.name))
+        return Path(self._settings.name)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The checkpoint's folder and, of an adapter, those of its base."""
+        return [self.folder, *(self.base.folders if self.base else [])]
 
     def stamp(self, reference: Reference | None = None) -> dict[str, str]:
         """Return the part of a stamp that all IRs of this checkpoint share.
@@ -92,9 +155,9 @@ class Checkpoint:
         """Refuse the checkpoint's own folder for its IRs, whose config would replace its own.
 
         Raises:
-            InputError: if `out_dir` is the checkpoint's folder.
+            InputError: if `out_dir` is the checkpoint's folder, or its base's.
         """
-        if self.folder.resolve() == out_dir.resolve():
+        if out_dir.resolve() in [folder.resolve() for folder in self.folders]:
             raise InputError(f"{out_dir} is the checkpoint itself: choose another folder for its IRs.")
 
     # ---- Weights ----------------------------------------------------------------------------------------------------
@@ -109,7 +172,23 @@ class Checkpoint:
         """
         with torch.device("meta"):
             model = kind(self.config)
-        return place(self.source.tensors(), model, self.folder)
+        if not self.base:
+            return place(self.source.tensors(), model, self.folder)
+        base, adapter = self.base.tensors(kind), self.source.tensors()
+        return merge(base, adapter, self.source.adapter, TensorNames(model), self.folder)
+
+    def check_adapter(self) -> None:
+        """Refuse an adapter that does not fit its base's config; the base's weights need not be there.
+
+        Raises:
+            InputError: as `merge`.
+        """
+        if self.base and self.source.weights:
+            kind = MllamaForConditionalGeneration if self.config.model_type == "mllama" else LlamaForCausalLM
+            with torch.device("meta"):
+                names = TensorNames(kind(self.config))
+            base = {name: Tensor(tuple(each.shape), each.dtype, each.clone) for name, each in names.expected.items()}
+            merge(base, self.source.tensors(), self.source.adapter, names, self.folder)
 
     def scratch_bytes(self, kind: Any = MllamaForConditionalGeneration, needed: Needed = every) -> int:
         """Return the disk that `load` takes for a while: of needed weights that are not stored in 16 bit."""
@@ -206,6 +285,11 @@ def identity(settings: list[Path], weights: list[Path]) -> str:
                 file.seek(start)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def combined(*digests: str) -> str:
+    """Return one digest of several."""
+    return hashlib.sha256("\0".join(digests).encode()).hexdigest()[:16]
 
 
 def checkpoint_fingerprint(folder: Path) -> str:

@@ -13,6 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ov_mllama.export.checkpoint import Checkpoint
+from ov_mllama.export.sources.meta_tokenizer import tokenizer_of
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.generation import complete
 
@@ -49,7 +50,7 @@ QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 def save_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what running the model needs beside the IRs: config, generation config, processor, chat template, and the
     golden answer if the checkpoint brings one with its image."""
-    source = checkpoint.folder
+    source = checkpoint.settings_folder
     processor, notes = complete_processor(source, checkpoint.config)
     checkpoint.config.save_pretrained(folder)
     save_generation_config(source, checkpoint.config, processor.tokenizer, folder)
@@ -69,7 +70,7 @@ def check_companions_of(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: as `complete_processor`.
     """
-    complete_processor(checkpoint.folder, checkpoint.config)
+    complete_processor(checkpoint.settings_folder, checkpoint.config)
 
 
 def complete_processor(folder: Path, config: MllamaConfig) -> tuple[MllamaProcessor, list[str]]:
@@ -83,7 +84,7 @@ def complete_processor(folder: Path, config: MllamaConfig) -> tuple[MllamaProces
     if images is None:
         images = image_processor_of(config)
         notes.append(
-            f"{folder} holds no processor for this model's images: its settings are derived from config.json, "
+            f"{folder} holds no processor for this model's images: its settings are derived from its config, "
             f"{config.vision_config.max_num_tiles} tiles of {config.vision_config.image_size} pixels."
         )
     template, note = chat_template(folder, tokenizer)
@@ -102,7 +103,10 @@ def read_tokenizer(folder: Path, config: MllamaConfig):
     """
     fix = "copy tokenizer.json and tokenizer_config.json from the base model's folder"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        has_tiktoken = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        tokenizer = tokenizer_of(folder) if has_tiktoken else AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except InputError:
+        raise
     except Exception as error:  # noqa: BLE001 - libraries raise whatever they like
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder} holds no tokenizer (tokenizer.json): {fix}; its own will do.") from error

@@ -9,14 +9,14 @@ import logging
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import nncf
 import numpy as np
 import openvino as ov
 from nncf import CompressWeightsMode, SensitivityMetric
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, MllamaForConditionalGeneration
 
 from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from ov_mllama.export.convert import convert_language_model, of_language_model
 from ov_mllama.export.costs import compression_cost, vision_cost
 from ov_mllama.export.piecewise import quantize_in_pieces
 from ov_mllama.export.settings import DATA_FREE_METRIC, DEFAULT_VISION_OPTION, INT8, VISION_OPTIONS, Settings
+from ov_mllama.export.takeover import PackedWeights, packed_weights, take_over, warn_of_second_quantization
 from ov_mllama.runtime.errors import InputError, NotFoundError
 from ov_mllama.runtime.ir import (
     DRAFT_MODEL_NAME,
@@ -33,7 +34,7 @@ from ov_mllama.runtime.ir import (
     check_model_dir,
     provenance,
 )
-from ov_mllama.runtime.reference import Reference
+from ov_mllama.runtime.reference import TRANSFORMERS, Reference
 
 DATA_METRICS = tuple(metric.value for metric in SensitivityMetric if metric.value != DATA_FREE_METRIC)
 
@@ -97,7 +98,8 @@ def compress_language_model(
             f"{model_dir} was converted from another checkpoint than {checkpoint}, or from that before it changed: run "
             f"convert_mllama('{checkpoint}', '{model_dir}', language_model=False) first, or choose another folder."
         )
-    stamp |= {"format": settings.algo, "group_size": str(settings.group_size)}
+    packed = packed_weights(source.tensors()) if source else {}
+    stamp |= {"format": settings.algo, "group_size": str(settings.group_size)} | taken_over(packed)
     stamp["samples"] = samples.name if samples and settings.dataset_size else "0"
 
     def make() -> ov.Model:
@@ -105,13 +107,13 @@ def compress_language_model(
         with quiet_nncf():
             if not source:
                 return compress_weights(ov.Core().read_model(original), settings, dataset)
-            model = source.load(scratch=model_dir, needed=of_language_model)
-            return compress_weights(convert_language_model(model, reference), settings, dataset)
+            model = convert_with(packed, source, settings, model_dir, reference=reference)
+            return compress_weights(model, settings, dataset)
 
     advice = "leave out the calibration data (dataset_size=0)" if settings.dataset_size else ""
     advice = advice or ("set awq=False" if settings.awq else "close other programs")
     path, cost = model_dir / settings.file_name, compression_cost(settings, config)
-    scratch = source.scratch_bytes(needed=of_language_model) if source else 0
+    scratch = source.scratch_bytes(needed=partial(remains, packed)) if source else 0
     cost = cost._replace(disk=cost.disk + scratch)
     build_ir(path, stamp, cost, make, "Compressed model", advice, force=force)
     return path
@@ -140,11 +142,12 @@ def make_draft_model(
     if settings.dataset_size:
         raise InputError("A draft model is compressed without data: leave dataset_size out.")
     stamp = source.stamp() | {"format": settings.algo, "group_size": str(settings.group_size)}
-    stamp["settings"] = settings.file_name
+    packed = packed_weights(source.tensors(LlamaForCausalLM))
+    stamp |= {"settings": settings.file_name} | taken_over(packed)
 
     def make() -> ov.Model:
         with quiet_nncf():
-            return compress_weights(convert_language_model(source.load(LlamaForCausalLM, out_dir)), settings)
+            return compress_weights(convert_with(packed, source, settings, out_dir, LlamaForCausalLM), settings)
 
     companions = Companions(out_dir, source, partial(save_draft_companions, source))
     cost = compression_cost(settings, source.config)
@@ -152,11 +155,45 @@ def make_draft_model(
     return out_dir
 
 
+def taken_over(packed: PackedWeights) -> dict[str, str]:
+    """Return the stamp's item for matrices that are taken over; none if there are none."""
+    return {"taken_over": str(len(packed))} if packed else {}
+
+
+def remains(packed: PackedWeights, name: str) -> bool:
+    """Return whether the language model's IR needs a tensor in 16 bit."""
+    return of_language_model(name) and name not in packed
+
+
+def convert_with(
+    packed: PackedWeights,
+    source: Checkpoint,
+    settings: Settings,
+    folder: Path,
+    kind: Any = MllamaForConditionalGeneration,
+    reference: Reference = TRANSFORMERS,
+) -> ov.Model:
+    """Convert the language model, with matrices in 4 bits as the checkpoint stores them and the others in 16 bit.
+
+    Args:
+        packed: as `packed_weights`.
+        settings: with which the others are compressed next.
+        folder: for temporary files.
+        kind: the model's class.
+    """
+    if source.source.quantized and settings.is_int4:
+        warn_of_second_quantization(source.tensors(kind))
+    model = source.load(kind, folder, partial(remains, packed))
+    ov_model = convert_language_model(model, reference)
+    take_over(ov_model, model, packed)
+    return ov_model
+
+
 def save_draft_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what running a draft model needs beside its IR: config, generation config, tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.settings_folder)
     checkpoint.config.save_pretrained(folder)
-    save_generation_config(checkpoint.folder, checkpoint.config, tokenizer, folder)
+    save_generation_config(checkpoint.settings_folder, checkpoint.config, tokenizer, folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -146,7 +146,7 @@ def convert_mllama(
     """
     checkpoint, out_dir = Checkpoint.of(model_id), Path(out_dir)
     checkpoint.check_apart(out_dir)
-    chosen, why = reference_of(checkpoint.folder, reference)
+    chosen, why = reference_of(checkpoint.settings_folder, reference)
     stamp = checkpoint.stamp(chosen) | {"format": "16 bit"}
     companions = Companions(out_dir, checkpoint, partial(save_companions, checkpoint), remove_outdated=True)
     names = [VISION_ENCODER_NAME, *[LANGUAGE_MODEL_NAME] * language_model]

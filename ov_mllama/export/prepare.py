@@ -59,6 +59,7 @@ def plan_here(
     draft: str | Path | None = None,
     for_chat: bool = False,
     reference: str = "auto",
+    base: str | Path | None = None,
 ) -> Plan:
     """Plan what to do with a checkpoint on this machine, with its memory and disk as they are now.
 
@@ -68,13 +69,15 @@ def plan_here(
         draft: hub id or folder of the draft model, if any.
         for_chat: as for `plan`.
         reference: as for `convert_mllama`; IRs that follow another are not current.
+        base: of a LoRA adapter, as for `Checkpoint`.
     Raises:
         InputError, NotFoundError, AccessError: as `Checkpoint`.
-        InputError: if the draft model has another vocabulary, the reference does not exist, or, of a checkpoint on this
-            disk, as `check_companions_of`.
+        InputError: if the draft model has another vocabulary, the reference does not exist, as
+            `Checkpoint.check_adapter`, or, of a checkpoint on this disk, as `check_companions_of`.
     """
-    source = Checkpoint(checkpoint, with_weights=Path(checkpoint).is_dir())
-    here, downloaded = Machine.here(model_dir, HF_HUB_CACHE), has_weights(source.folder)
+    source = Checkpoint(checkpoint, with_weights=False, base=base)
+    source.check_adapter()
+    here, downloaded = Machine.here(model_dir, HF_HUB_CACHE), all(map(has_weights, source.folders))
     if downloaded:
         check_companions_of(source)
     made = current_irs(source, Path(model_dir), downloaded, reference)
@@ -93,7 +96,7 @@ def current_irs(checkpoint: Checkpoint, folder: Path, downloaded: bool, referenc
     Args:
         reference: that they follow, as for `convert_mllama`; None for a draft model, which follows none.
     """
-    follows = reference_of(checkpoint.folder, reference)[0] if reference else None
+    follows = reference_of(checkpoint.settings_folder, reference)[0] if reference else None
     stamp = checkpoint.stamp(follows) if downloaded else {"converter_version": CONVERTER_VERSION}
     return [path.name for path in folder.glob("*.xml") if is_current(path, stamp)]
 
@@ -139,25 +142,31 @@ def has_weights(folder: Path) -> bool:
 
 
 def prepare(
-    checkpoint: str | Path, model_dir: str | Path, draft: str | Path | None = None, reference: str = "auto"
+    checkpoint: str | Path,
+    model_dir: str | Path,
+    draft: str | Path | None = None,
+    reference: str = "auto",
+    base: str | Path | None = None,
 ) -> Path:
     """Convert and compress a checkpoint for a chat, without calibration data, as planned for this machine.
 
     Args:
-        checkpoint, model_dir, draft, reference: as for `plan_here`; the draft model goes to DRAFT_FOLDER in model_dir.
+        checkpoint, model_dir, draft, reference, base: as for `plan_here`; the draft model goes to DRAFT_FOLDER in
+            model_dir.
     Returns:
         model_dir as a Path.
     Raises:
         UserError: as the steps, each with the fix.
     """
-    steps = plan_here(checkpoint, model_dir, draft, for_chat=True, reference=reference)
+    steps = plan_here(checkpoint, model_dir, draft, for_chat=True, reference=reference, base=base)
     logger.info("\n".join(map(str, (steps, *steps.shortfalls))))
     steps.check_disk()
-    model_dir = convert_mllama(checkpoint, model_dir, language_model=steps.write_16_bit, reference=reference)
+    source = Checkpoint(checkpoint, base=base)
+    model_dir = convert_mllama(source, model_dir, language_model=steps.write_16_bit, reference=reference)
     # imported late: NNCF patches functions that torch traces, and torch then warns
     from ov_mllama.export.compress import compress_language_model, make_draft_model, make_vision_encoder
 
-    compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
+    compress_language_model(model_dir, Settings(), checkpoint=source)
     if draft:
         make_draft_model(draft, model_dir / DRAFT_FOLDER)
     make_vision_encoder(model_dir, DEFAULT_VISION_OPTION)

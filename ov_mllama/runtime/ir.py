@@ -130,8 +130,9 @@ def ir_stamp(path: Path) -> dict[str, str]:
         `converter_version`, `checkpoint` (its fingerprint), `format` of its weights ("16 bit", "int4_asym", ...),
         `padding_tiles` ("alike" or "each", see `convert.padding_tiles_are_alike`), `vision_layers` and `row_mask` (see
         `reference.Reference`; not of a draft model), `openvino` (version), `weights` (fingerprint of the .bin), if
-        compressed the number of `samples`, of a language model also `group_size` (weights per scale). Empty for an IR
-        that is missing, incomplete, of another program, or beside another's .bin.
+        compressed the number of `samples`, of a language model also `group_size` (weights per scale) and `taken_over`
+        (number of matrices in the checkpoint's own 4 bits). Empty for an IR that is missing, incomplete, of another
+        program, or beside another's .bin.
     """
     text = complete_xml(path)
     stamp = parse_stamp(text)

@@ -280,6 +280,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     model.add_argument(
         "--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be; default: demo_model"
     )
+    model.add_argument("--base", help="of a LoRA adapter, as for `ov-mllama prepare`")
     model.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
     model.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     model.add_argument("--language-model", help="its .xml; default: the newest compressed one, else the 16-bit one")
@@ -320,7 +321,7 @@ def load_app(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str
     """Return the app of a model, prepared first if need be, and the model's name."""
     check_device(options.device)
     folder = default_folder(options.checkpoint)
-    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
+    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference, base=options.base)
     files = files_to_load(model_dir, options.language_model, options.image_encoder)
     print_load_estimate(model_dir, options.device, *files)
     model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_CACHE_BYTES)

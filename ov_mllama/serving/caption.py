@@ -159,17 +159,16 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def hash_file(row: dict) -> dict:
-    """Add the hash of a file's content as "id" to its "path"; a hash of the path if it cannot be read."""
-    try:
-        with open(row["path"], "rb") as file:  # noqa: PTH123 - bytes
-            return {"id": hashlib.file_digest(file, "sha256").hexdigest(), "path": row["path"]}
-    except OSError:
-        return {"id": f"unread {hashlib.sha256(row['path']).hexdigest()}", "path": row["path"]}
-
-
 def unique(paths: list[Path]) -> dict[str, bytes]:
-    """Return the first path of each different image by id."""
+    """Return the first path of each different image by id, a hash of its content; of its path if it cannot be read."""
+
+    def hash_file(row: dict) -> dict:  # local, so pickled by value: Ray's processes need not import PyTorch
+        try:
+            with open(row["path"], "rb") as file:  # noqa: PTH123 - bytes
+                return {"id": hashlib.file_digest(file, "sha256").hexdigest(), "path": row["path"]}
+        except OSError:
+            return {"id": f"unread {hashlib.sha256(row['path']).hexdigest()}", "path": row["path"]}
+
     hashed = ray.data.from_items([{"path": os.fsencode(path)} for path in paths]).map(hash_file).iter_rows()
     first: dict[str, bytes] = {}
     for row in tqdm(hashed, desc="Reading", total=len(paths), unit="image", leave=False):
@@ -317,9 +316,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("images", type=Path, metavar="FOLDER", help="folder of images; its subfolders are included")
     parser.add_argument("--question", default="Describe this image.", help="default: 'Describe this image.'")
     parser.add_argument("--out", type=Path, default=Path("captions.parquet"), help="default: captions.parquet")
-    parser.add_argument(
-        "--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be; default: demo_model"
-    )
+    parser.add_argument("--checkpoint", default="demo_model", help="hub id or folder, prepared first if need be")
+    parser.add_argument("--base", help="of a LoRA adapter, as for `ov-mllama prepare`")
     parser.add_argument("--reference", default="auto", choices=("auto", *NAMES), help="as for `ov-mllama prepare`")
     parser.add_argument("--model-dir", type=Path, help="folder of a converted model; default: models/<its name>")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="token limit; default: 128")
@@ -329,7 +327,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--address", help="of a Ray cluster; default: this machine only")
     options = parser.parse_args(arguments)
     folder = default_folder(options.checkpoint)
-    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference)
+    model_dir = options.model_dir or prepare(options.checkpoint, folder, reference=options.reference, base=options.base)
     print_load_estimate(model_dir, "CPU", *files_to_load(model_dir))
     init_ray(options.address)
     limits = {name: getattr(options, name) for name in ("max_new_tokens", "batch", "workers", "threads")}

@@ -267,7 +267,7 @@ def test_nothing_is_said_in_the_console_during_a_conversation(page):
     page.new_chat()
     page.history.first.click()
     page.expect_answers(SAMPLE["answer"], "1 picture", "", "Token limit reached")
-    page.tab.on("dialog", lambda dialog: dialog.accept())
+    page.tab.once("dialog", lambda dialog: dialog.accept())
     page.tab.get_by_role("button", name="Delete").click()
     expect(page.history).to_have_count(0)
     assert page.console == []

@@ -326,8 +326,8 @@ def test_stop_between_words_keeps_them(page, model):
     page.expect_answers("I describe shapes", "Stopped.")
 
 
-def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):
-    second, third = Tab(browser, url), Tab(browser, url)
+def test_stop_in_line_lets_the_others_go_on(page, url, model):
+    second, third = Tab(page.context, url), Tab(page.context, url)
     model.as_new(step_s=HELD)
     model.free_steps = 2
     page.ask(WHO)
@@ -341,8 +341,6 @@ def test_stop_in_line_lets_the_others_go_on(page, browser, url, model):
     model.step_s = 0
     for tab in (page, third):
         tab.expect_answers(SELF, "tokens per second")
-    second.close()
-    third.close()
 
 
 def test_an_answer_that_was_cut_says_so_and_goes_on(page, model):

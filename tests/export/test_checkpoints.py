@@ -400,7 +400,7 @@ def test_draft_model_killed_at_any_step_is_no_mixture(tmp_path, monkeypatch):
         shutil.copy(path, other)
     start, expected = make_draft_model(DRAFT, tmp_path / "start"), make_draft_model(other, tmp_path / "expected")
     ir = ov.Core().read_model(expected / DRAFT_MODEL_NAME)
-    monkeypatch.setattr(compressing, "convert_language_model", lambda _: ir.clone())
+    monkeypatch.setattr(compressing, "convert_language_model", lambda *_: ir.clone())
     monkeypatch.setattr(compressing, "compress_weights", lambda model, _: model)
     monkeypatch.setattr(checkpoints, "load_checkpoint", functools.cache(checkpoints.load_checkpoint))
     step, ended = 0, False

@@ -139,18 +139,18 @@ def test_existing_file_is_reused_and_force_rebuilds_it(model_dir, caplog):
     assert path.with_suffix(".bin").stat().st_size > 1e6
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"algo": "int8_asym"}, {"awq": True}, {"dataset_size": 4}, {"dataset_size": 4, "awq": True}]
-)
-def test_straight_from_the_checkpoint_is_the_same_file(model_dir, vision_dir, arguments):
-    expected = compress(model_dir, source=SAMPLES, **arguments)
-    actual = compress(vision_dir, source=SAMPLES, checkpoint=DEMO, **arguments)
-    assert not (vision_dir / "openvino_language_model.xml").exists()
-    assert actual.name == expected.name
-    ours, theirs = (np.frombuffer(path.with_suffix(".bin").read_bytes(), np.uint8) for path in (actual, expected))
-    # AWQ fits scales to statistics in NumPy: where arrays lie in memory may move one of them by its last bit (seen on
-    # an AMD EPYC: one of 1536)
-    assert np.mean(ours != theirs) <= (1e-5 if len(arguments) == 2 else 0)
+@pytest.mark.torture
+def test_straight_from_the_checkpoint_is_the_same_file(model_dir, vision_dir, times):
+    short = [{}, {"algo": "int8_asym"}, {"dataset_size": 4, "awq": True}]
+    for arguments in times(short, [*short, {"awq": True}, {"dataset_size": 4}]):
+        expected = compress(model_dir, source=SAMPLES, **arguments)
+        actual = compress(vision_dir, source=SAMPLES, checkpoint=DEMO, **arguments)
+        assert not (vision_dir / "openvino_language_model.xml").exists()
+        assert actual.name == expected.name
+        ours, theirs = (np.frombuffer(path.with_suffix(".bin").read_bytes(), np.uint8) for path in (actual, expected))
+        # AWQ fits scales to statistics in NumPy: where arrays lie in memory may move one of them by its last bit (seen
+        # on an AMD EPYC: one of 1536)
+        assert np.mean(ours != theirs) <= (1e-5 if len(arguments) == 2 else 0), arguments
 
 
 @pytest.mark.parametrize(
@@ -339,15 +339,42 @@ def test_broken_pictures_are_skipped_and_counted(tmp_path, caplog):
     assert "1 × unreadable image" in caplog.text
 
 
+@pytest.fixture
+def read_only(monkeypatch):
+    """NNCF reads its calibration samples, and changes nothing; the number of each data set."""
+    counts = []
+
+    def read(model, samples):
+        counts.append(sum(1 for _ in samples))
+        return model
+
+    def compress_weights(model, settings, dataset=None):
+        return read(model, dataset.get_inference_data()) if dataset else model
+
+    monkeypatch.setattr(
+        ov_mllama.export.compress, "quantize_in_pieces", lambda model, samples, *_: read(model, samples)
+    )
+    monkeypatch.setattr(ov_mllama.export.compress, "compress_weights", compress_weights)
+    return counts
+
+
+@pytest.mark.torture
 @pytest.mark.parametrize("source", ["folder", "photographs", DEFAULT_SOURCES[1]])
-def test_fewer_samples_than_asked_are_said_and_stamped(model_dir, source, caplog):
+def test_fewer_samples_than_asked_are_said_and_stamped(model_dir, source, caplog, request, times):
+    """NNCF gets those of a folder, or with --torture all."""
+    counts = request.getfixturevalue("read_only") if source in times(["photographs", DEFAULT_SOURCES[1]], []) else None
     source = SAMPLES if source == "folder" else source
     available = 13 if source == SAMPLES else len(calibration_samples())
     said = f"{source} has {available} samples, 100 were requested"
-    for make in (
+    makers = (
         partial(compress, model_dir, dataset_size=100, source=source, group_size=128),
         partial(optimize_vision_encoder, model_dir, "INT8 quantization", dataset_size=100, source=source),
-    ):
+    )
+    chosen = {"photographs": makers[:1], DEFAULT_SOURCES[1]: makers[1:]}.get(
+        source, makers
+    )  # both are the same pictures
+    makers = times(chosen, makers)
+    for make in makers:
         made = make()
         assert said in caplog.text
         caplog.clear()
@@ -355,9 +382,10 @@ def test_fewer_samples_than_asked_are_said_and_stamped(model_dir, source, caplog
         written = made.stat().st_mtime_ns
         assert make().stat().st_mtime_ns == written
         made.unlink()
+    assert counts in (None, [available] * len(makers))
 
 
-def test_broken_pictures_do_not_count_as_samples(model_dir, tmp_path):
+def test_broken_pictures_do_not_count_as_samples(model_dir, tmp_path, read_only):
     for i in range(3):
         Image.effect_noise((60, 60), 9 + i).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
@@ -367,9 +395,11 @@ def test_broken_pictures_do_not_count_as_samples(model_dir, tmp_path):
         optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=3, source=tmp_path, force=True)
     made = optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=2, source=tmp_path)
     assert ir_stamp(made)["samples"] == f"2 of {tmp_path}"
+    assert read_only == [2]
+    made.unlink()
 
 
-def test_stamp_names_the_default_photographs_that_were_used(model_dir, monkeypatch):
+def test_stamp_names_the_default_photographs_that_were_used(model_dir, monkeypatch, read_only):
     reached, opened = [PACKAGED], []
     monkeypatch.setattr(calibration, "default_source", lambda seed=0: opened.append(1) or reached[0])
     make = partial(optimize_vision_encoder, model_dir, "INT8 quantization", dataset_size=2)
@@ -381,7 +411,9 @@ def test_stamp_names_the_default_photographs_that_were_used(model_dir, monkeypat
     assert len(opened) == 1
     monkeypatch.setattr(calibration, "open_dataset", lambda source, seed: calibration.open_photographs(0))
     assert ir_stamp(make(force=True))["samples"] == f"2 of {HUB_SET}"
-    compress(model_dir)  # without data nobody is asked
+    path.unlink()
+    assert read_only == [2, 2]
+    compress(model_dir, group_size=128).unlink()  # without data nobody is asked
     assert len(opened) == 2
 
 

@@ -5,12 +5,11 @@ Inference with the folder `ov_mllama` alone, without NNCF and the like, is in `t
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from conftest import ROOT
+from programs import run_alone
 
 ALONE = """
 import importlib.util, sys
@@ -74,7 +73,7 @@ def pictures(pair, tmp_path):
     ],
     ids=["engine", "calibration"],
 )
-def test_copied_files_are_enough(files, code, copy, pictures, tmp_path):
+def test_copied_files_are_enough(files, code, copy, pictures, bare_nursery, tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
     for name in files:
@@ -82,13 +81,7 @@ def test_copied_files_are_enough(files, code, copy, pictures, tmp_path):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder)
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-B", "-c", ALONE + code + ANSWER, str(copy), str(pictures)],
-        cwd=folder,
-        env={"CI": "true", "PATH": "", "HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "New tokens: 3"
+    code, home = ALONE + code + ANSWER, str(tmp_path / "home")
+    printed = run_alone(bare_nursery, tmp_path, folder, folder, code, copy, pictures, HOME=home)
+    assert printed.splitlines()[-1] == "New tokens: 3"
     assert {path.name for path in folder.iterdir()} == set(files)  # nothing is written beside them

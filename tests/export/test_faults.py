@@ -4,7 +4,6 @@ a right model, and a wrong one is never loaded silently."""
 import contextlib
 import copy
 import gc
-import multiprocessing
 import os
 import pickle
 import random
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import openvino as ov
@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import kills
 from conftest import F32
-from ov_mllama.export import convert
+from ov_mllama.export import compress, convert
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.runtime import ir
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, ir_stamp
@@ -37,14 +37,25 @@ from tiny_mllama import make_checkpoint
 pytestmark = pytest.mark.torture
 GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
 IRS = (VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME, *kills.SMALLER)
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ov_mllama_compression"])  # seconds of imports, once
+LONG = 600  # seconds that no process takes
 
 
-def start(checkpoint, folder):
-    process = PROCESSES.Process(target=kills.everything, args=(checkpoint, folder))
-    process.start()
-    return process
+@pytest.fixture(scope="module")
+def begin(nursery, tmp_path_factory):
+    """`begin(checkpoint, folder)`: a process that writes everything into a folder."""
+    output = tmp_path_factory.mktemp("output")
+    assert nursery.start(output, "").wait(LONG) == 0  # it has imported all: that is no part of the seconds measured
+    return lambda checkpoint, folder: nursery.start(output, kills.PROGRAM, checkpoint, folder)
+
+
+def kill_after(process, seconds: float) -> bool:
+    """Kill a process unless it ended by itself before; return whether it was killed."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    killed = process.poll() is None
+    process.kill()
+    return killed
 
 
 def weights(folder) -> list[str]:
@@ -53,13 +64,11 @@ def weights(folder) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(pair, tmp_path_factory):
+def finished(pair, begin, tmp_path_factory):
     """A folder with every IR, and the seconds that making them took."""
     folder = tmp_path_factory.mktemp("finished")
     started = time.monotonic()
-    process = start(pair.checkpoint, folder)
-    process.join()
-    assert process.exitcode == 0
+    assert begin(pair.checkpoint, folder).wait(LONG) == 0
     return folder, time.monotonic() - started
 
 
@@ -79,26 +88,24 @@ def load(folder, names=(VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME)):
 # ---- Killed ----
 
 
-def test_killed_at_any_moment(pair, finished, tmp_path, times, tally):
+def test_killed_at_any_moment(pair, begin, finished, tmp_path, times, tally):
     expected, seconds = weights(finished[0]), finished[1]
     rng, wrong, count = random.Random(time.time_ns()), [], times(1, 50)  # noqa: S311
     folder, killed = tmp_path / "0", 0
     while killed < count:
-        process, moment = start(pair.checkpoint, folder), rng.uniform(0.02, 1) * seconds
-        process.join(moment)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            killed += 1
-            if not set(weights(folder)) <= {*expected, ""}:
-                wrong.append(f"after {moment:.2f} s a wrong IR passes for whole")
-            if killed < count and rng.random() < 0.5:  # and again, in the same folder
-                continue
-        process = start(pair.checkpoint, folder)
-        process.join()
+        moment = rng.uniform(0.02, 1) * seconds
+        if not kill_after(begin(pair.checkpoint, folder), moment):
+            shutil.rmtree(folder)
+            continue
+        killed += 1
+        if not set(weights(folder)) <= {*expected, ""}:
+            wrong.append(f"after {moment:.2f} s a wrong IR passes for whole")
+        if killed < count and rng.random() < 0.5:  # and again, in the same folder
+            continue
+        status = begin(pair.checkpoint, folder).wait(LONG)
         left = list(folder.glob(".partial-*"))
-        if process.exitcode or weights(folder) != expected or left:
-            wrong.append(f"after a kill at {moment:.2f} s: exit {process.exitcode}, {weights(folder)}, {left}")
+        if status or weights(folder) != expected or left:
+            wrong.append(f"after a kill at {moment:.2f} s: exit {status}, {weights(folder)}, {left}")
         elif rng.random() < 0.2:
             inputs = pair.inputs("wide")
             same = load(folder).generate(**inputs, **GREEDY).tolist() == pair.ov.generate(**inputs, **GREEDY).tolist()
@@ -108,25 +115,22 @@ def test_killed_at_any_moment(pair, finished, tmp_path, times, tally):
     tally("kills", killed, wrong)
 
 
-def test_killed_while_another_checkpoint_is_converted(pair, other_dir, finished, tmp_path, times, tally):
+def test_killed_while_another_checkpoint_is_converted(pair, begin, other_dir, finished, tmp_path, times, tally):
     """One checkpoint's folder becomes another's or is refused: never one's weights beside the other's tokenizer."""
     expected, seconds, count, wrong = weights(finished[0]), finished[1], times(1, 20), []
     rng = random.Random(time.time_ns())  # noqa: S311
     for number in range(count):
         folder = shutil.copytree(other_dir, tmp_path / str(number))
-        process, moment = start(pair.checkpoint, folder), rng.uniform(0.02, 0.6) * seconds
-        process.join(moment)
-        process.kill()
-        process.join()
+        moment = rng.uniform(0.02, 0.6) * seconds
+        kill_after(begin(pair.checkpoint, folder), moment)
         with contextlib.suppress(ValueError, FileNotFoundError):  # refused
             [checkpoint] = {stamp["checkpoint"] for stamp in check_model_dir(folder, IRS[:2]).values()}
             of = finished[0] if checkpoint == ir_stamp(finished[0] / IRS[0])["checkpoint"] else other_dir
             names = ("config.json", "tokenizer.json", "chat_template.jinja", *IRS[:2])
             wrong += [f"{name} after {moment:.2f} s" for name in names if not same_file(folder / name, of / name)]
-        process = start(pair.checkpoint, folder)
-        process.join()
-        if process.exitcode or weights(folder) != expected:
-            wrong.append(f"after a kill at {moment:.2f} s: exit {process.exitcode}, {weights(folder)}")
+        status = begin(pair.checkpoint, folder).wait(LONG)
+        if status or weights(folder) != expected:
+            wrong.append(f"after a kill at {moment:.2f} s: exit {status}, {weights(folder)}")
     tally("kills between two checkpoints", count, wrong)
 
 
@@ -135,13 +139,11 @@ def same_file(one, other) -> bool:
     return one.is_file() and one.read_bytes() == other.read_bytes()
 
 
-def test_two_processes_write_into_one_folder(pair, finished, tmp_path, times, tally):
+def test_two_processes_write_into_one_folder(pair, begin, finished, tmp_path, times, tally):
     for number in range(times(1, 5)):
         folder = tmp_path / str(number)
-        processes = [start(pair.checkpoint, folder) for _ in range(3)]
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0, 0, 0]
+        processes = [begin(pair.checkpoint, folder) for _ in range(3)]
+        assert [process.wait(LONG) for process in processes] == [0, 0, 0]
         assert weights(folder) == weights(finished[0])
         tally("processes writing into one folder at once", 3)
 
@@ -200,26 +202,55 @@ def rewrite(path, key, value):
     path.write_text(re.sub(f'<{key} value="[^"]*"', f'<{key} value="{value}"', path.read_text()))
 
 
-@pytest.mark.parametrize("name", [VISION_ENCODER_NAME, LANGUAGE_MODEL_NAME])
+@pytest.fixture(scope="module")
+def answer(pair):
+    """The pair's, to "wide"."""
+    return pair.ov.generate(**pair.inputs("wide"), **GREEDY).tolist()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_file_is_refused_and_the_next_run_mends_it(pair, folder, other_dir, name, fault, tally):
-    FAULTS[fault](folder / name, other_dir / name)
-    with pytest.raises((ValueError, FileNotFoundError), match="convert"):
-        load(folder)
+def test_a_broken_file_is_refused_and_the_next_run_mends_it(
+    pair, finished, folder, other_dir, tmp_path, fault, answer, times, tally
+):
+    """Each IR alone is refused; both are mended. Mended is what has the same weights and graph, and after one fault, or
+    with --torture each, it is loaded."""
+    for name in IRS[:2]:
+        broken = shutil.copytree(finished[0], tmp_path / f"broken {name}")
+        for each in (broken, folder):
+            FAULTS[fault](each / name, other_dir / name)
+        with pytest.raises((ValueError, FileNotFoundError), match="convert"):
+            load(broken)
+        tally("broken files", 1)
     convert_mllama(pair.checkpoint, folder)
-    inputs = pair.inputs("wide")
-    assert load(folder).generate(**inputs, **GREEDY).tolist() == pair.ov.generate(**inputs, **GREEDY).tolist()
-    tally("broken files", 1)
+    check_model_dir(folder, IRS[:2])
+    assert weights(folder)[:2] == weights(pair.model_dir)[:2]
+    for name in IRS[:2]:
+        assert operations(folder / name) == operations(pair.model_dir / name)
+    if fault in times(["graph of another model"], FAULTS):
+        assert load(folder).generate(**pair.inputs("wide"), **GREEDY).tolist() == answer
+
+
+def operations(path) -> list[tuple[str, str]]:
+    """Types and output shapes of an IR's nodes, in order."""
+    model = ov.Core().read_model(path)
+    return [(op.get_type_name(), str([port.partial_shape for port in op.outputs()])) for op in model.get_ordered_ops()]
 
 
 @pytest.mark.parametrize("name", kills.SMALLER)
 @pytest.mark.parametrize("fault", ["weights cut short", "a bit of the weights", "graph cut short", "graph missing"])
-def test_a_broken_smaller_ir_is_made_anew(pair, folder, finished, name, fault, tally):
+def test_a_broken_smaller_ir_is_made_anew(pair, folder, finished, name, fault, times, tally, monkeypatch):
+    """NNCF makes one of each kind, or with --torture all; of the others what it returns is there already."""
     FAULTS[fault](folder / name, None)
     with pytest.raises((ValueError, FileNotFoundError), match="convert|compress"):
         check_model_dir(folder, (name,))
+    made = []
+    if fault not in times(["a bit of the weights"], FAULTS):
+        for kind, by in zip(kills.SMALLER, ("compress_weights", "quantize_vision_encoder"), strict=True):
+            read = partial(ov.Core().read_model, finished[0] / kind)
+            monkeypatch.setattr(compress, by, lambda *_, kind=kind, read=read: made.append(kind) or read())
     kills.everything(pair.checkpoint, folder)
     assert weights(folder) == weights(finished[0])
+    assert made in ([], [name])
     tally("broken files", 1)
 
 
@@ -271,20 +302,22 @@ def test_a_disk_that_fills(pair, finished, tmp_path, times, tally, monkeypatch):
     needed = sum(path.stat().st_size for path in finished[0].iterdir()) // 1024
     sizes = np.linspace(8, needed, times(2, 10), endpoint=False).astype(int).tolist()
     wrong = []
-    for number, size in enumerate(sizes):
+    for number, growing in enumerate(times([sizes], [[size] for size in sizes])):  # one disk, or one for each size
         folder = tmp_path / str(number)
-        with small_disk(folder, size) as remount:
-            try:
-                kills.everything(pair.checkpoint, folder)
-                wrong.append(f"{size} KiB were enough for {needed}")
-            except OSError:
-                pass
-            if not set(weights(folder)) <= {*weights(finished[0]), ""} or list(folder.glob(".partial-*")):
-                wrong.append(f"{size} KiB: something half-written is left")
+        with small_disk(folder, growing[0]) as remount:
+            for size in growing:
+                remount(f"size={size}k")
+                try:
+                    kills.everything(pair.checkpoint, folder)
+                    wrong.append(f"{size} KiB were enough for {needed}")
+                except OSError:
+                    pass
+                if not set(weights(folder)) <= {*weights(finished[0]), ""} or list(folder.glob(".partial-*")):
+                    wrong.append(f"{size} KiB: something half-written is left")
             remount(f"size={3 * needed}k")
             kills.everything(pair.checkpoint, folder)
             if weights(folder) != weights(finished[0]):
-                wrong.append(f"{size} KiB: not made whole afterwards")
+                wrong.append(f"{growing} KiB: not made whole afterwards")
     tally("full disks", len(sizes), wrong)
 
 
@@ -322,23 +355,30 @@ def test_masks_and_scores_are_finite_in_every_precision():
         assert weights.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
-def test_large_activations(pair, tmp_path, hint, tally):
-    """Residual streams far outside float16's range, as the real models' massive activations are."""
-    if hint.upper() not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") + ["F32"]:
-        pytest.skip(f"this CPU does not compute in {hint}")
+@pytest.fixture(scope="module")
+def massive(pair, tmp_path_factory):
+    """A checkpoint with residual streams far outside float16's range, as the real models' massive activations are: its
+    conversion, and in transformers."""
 
     def change(name, tensor):
         return tensor * 3000 if name.endswith(("down_proj.weight", "embed_tokens.weight", "fc2.weight")) else tensor
 
-    checkpoint, model_dir = changed(pair, tmp_path, change)
+    checkpoint, model_dir = changed(pair, tmp_path_factory.mktemp("massive"), change)
+    hf = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    largest = max(s.abs().max() for s in hf(**pair.inputs("mixed batch"), output_hidden_states=True).hidden_states[:-1])
+    assert largest > 65504
+    return model_dir, hf
+
+
+@pytest.mark.parametrize("hint", ["f32", "bf16", "f16"])
+def test_large_activations(pair, massive, hint, tally):
+    if hint.upper() not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") + ["F32"]:
+        pytest.skip(f"this CPU does not compute in {hint}")
+    model_dir, hf = massive
     model = OVMLlamaForConditionalGeneration(
         model_dir, ov_config=F32 if hint == "f32" else {"INFERENCE_PRECISION_HINT": hint}
     )
-    hf = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     inputs = pair.inputs("mixed batch")
-    largest = max(state.abs().max() for state in hf(**inputs, output_hidden_states=True).hidden_states[:-1])
-    assert largest > 65504
     logits = model(**inputs).logits
     assert torch.isfinite(logits).all()
     if hint == "f32":

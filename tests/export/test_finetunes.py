@@ -303,7 +303,7 @@ def test_image_processor_is_derived_from_the_config(checkpoint, instead, caplog)
         (checkpoint / "preprocessor_config.json").write_text(json.dumps(instead))
     found = images_in(companions_of(checkpoint))
     assert found == images_in(DEMO)
-    assert "its settings are derived from config.json, 4 tiles of 112 pixels" in caplog.text
+    assert "its settings are derived from its config, 4 tiles of 112 pixels" in caplog.text
 
 
 def test_preprocessor_config_of_older_versions_is_read(checkpoint, caplog):

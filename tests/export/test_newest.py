@@ -2,14 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
-import threading
 
 import httpx
 import pytest
 
-from conftest import ROOT
+from chat_page import wait_until
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
 from ov_mllama_compression import compress, optimize_vision_encoder
 
@@ -42,22 +39,15 @@ def test_none_that_does_not_fit(copy):
         best_pair(copy)
 
 
-def test_the_command_says_which_and_serves_them(copy):
+def test_the_command_says_which_and_serves_them(copy, start):
     four = compress(copy, group_size=32)
-    command = [sys.executable, "-m", "ov_mllama", "chat", "--model-dir", str(copy)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
-        watchdog = threading.Timer(60, process.kill)
-        watchdog.start()
-        try:
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if "The chat is at" in line:
-                    break
-            assert "The chat is at" in lines[-1], lines
-            assert f"{four.name} and {VISION_ENCODER_NAME}" in lines[0]
-            url = re.search(r"http://127\.0\.0\.1:\d+", lines[-1])[0]
-            assert httpx.get(url).status_code == 200
-        finally:
-            watchdog.cancel()
-            process.kill()
+    chat = start("from ov_mllama.__main__ import main; main()", "chat", "--model-dir", copy)
+
+    def is_up() -> bool:
+        assert chat.poll() is None, chat.said()
+        return "The chat is at" in chat.said()
+
+    wait_until(is_up, 600)
+    assert f"{four.name} and {VISION_ENCODER_NAME}" in chat.said().partition("The chat is at")[0]
+    [url] = re.findall(r"The chat is at (http://127\.0\.0\.1:\d+)", chat.said())
+    assert httpx.get(url).status_code == 200

@@ -6,7 +6,6 @@ again; but the process crashed in those every thirtieth time (malloc(): unaligne
 
 import contextlib
 import random
-import subprocess
 import sys
 import time
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import F32, ROOT
+from conftest import F32
 from ov_mllama.runtime.cross_attention import no_images
 from ov_mllama.runtime.kv_cache import Prompt
 from ov_mllama.runtime.language import language_inputs
@@ -254,19 +253,17 @@ def test_inputs_are_never_written_to(pair, right):
 # ---- A full memory ----
 
 FULL = """
-import os, resource, sys
-os.environ["CI"] = "true"
-sys.path[:0] = sys.argv[1:3]
-import numpy as np, torch
+import resource, sys
+import torch
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime import checks
 
-model = OVMLlamaForConditionalGeneration(sys.argv[3], ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}, warm_up=False)
+model = OVMLlamaForConditionalGeneration(sys.argv[1], ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}, warm_up=False)
 ids = torch.arange(65, 85)[None]
 expected = model(ids).logits
 checks.free_memory = lambda: 1e12  # believes all is free
 failed = 0
-for extra in map(float, sys.argv[4:]):
+for extra in map(float, sys.argv[2:]):
     model.forget()
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (int(used + extra), resource.RLIM_INFINITY))
@@ -282,12 +279,8 @@ print("failed", failed)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
-def test_memory_that_runs_out(pair, times):
+def test_memory_that_runs_out(pair, start, times):
     extra = times(["30e6", "200e6"], ["30e6", "100e6", "200e6", "400e6"])  # bytes more than are in use
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", FULL, str(ROOT), str(ROOT / "tests"), str(pair.model_dir), *extra],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 1, "nothing failed"
+    program = start(FULL, pair.model_dir, *extra)
+    assert program.wait(600) == 0, program.said()[-2000:]
+    assert int(program.said().split()[-1]) >= 1, "nothing failed"

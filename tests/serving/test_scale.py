@@ -2,14 +2,14 @@
 
 import contextlib
 import errno
+import functools
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pandas as pd
@@ -19,19 +19,24 @@ import pytest
 from PIL import Image
 
 from chat_page import SELF, WHO, path_of, wait_until
-from conftest import ROOT, demo_samples
+from conftest import demo_samples
 from openai_client import openai_client
 from ov_mllama_compression import compress
 from programs import environment_behind, free_port, refusing_proxy
 
 SAMPLES = demo_samples()
 QUESTION = "Describe this image."
-COUNT = len(SAMPLES) + 2  # pictures of the folder, the broken one among them
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """The samples, one of them twice, one whose name is no text, and what is none."""
+def count(times):
+    """Number of different pictures in the folder, the broken one among them."""
+    return len(SAMPLES) + 2 + times(4, 80)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, count):
+    """The samples, one of them twice, one whose name is no text, noise, and what is none."""
     folder = tmp_path_factory.mktemp("scale") / "pictures"
     (folder / "more").mkdir(parents=True)
     for sample in SAMPLES:
@@ -40,30 +45,92 @@ def pictures(tmp_path_factory):
     (folder / "broken.png").write_bytes(b"\x89PNG broken")
     (folder / "notes.txt").write_text("no picture")
     Image.effect_noise((112, 112), 5).save(folder / os.fsdecode(b"p\xeacture.png"))
+    for i in range(count - len(SAMPLES) - 2):
+        Image.effect_noise((112, 112), i + 6).save(folder / f"noise-{i}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
-def ray_here():
+def proxy(nursery, tmp_path_factory):
+    """Requests to a proxy that can reach nothing, in the environment of these tests and of what they start."""
+    with refusing_proxy() as (address, asked), pytest.MonkeyPatch.context() as environment:
+        for name in ("no_proxy", "NO_PROXY"):
+            environment.setenv(name, "")  # so that what is set meanwhile ends with the tests
+            environment.delenv(name)
+        for name, value in environment_behind(f"http://{address}", tmp_path_factory.mktemp("home")).items():
+            environment.setenv(name, value)
+        # each of Ray's dozen processes imports jsonschema, and that a package of JupyterLab's, which takes 1.3 s
+        without = tmp_path_factory.mktemp("without")
+        (without / "rfc3987_syntax.py").write_text("raise ImportError")
+        environment.setenv("PYTHONPATH", str(without))
+        yield asked
+    # Ray looks whether it runs in a cloud, at addresses that every provider has
+    assert not [line for line in asked if "169.254.169.254" not in line and "metadata.google.internal" not in line]
+
+
+@pytest.fixture(scope="module")
+def killed(proxy, nursery, demo_dir, pictures, tmp_path_factory, times):
+    """Captions of the pictures, made by runs that were killed and one that was not, and the rows after each kill. Ray
+    runs on in this process."""
     import ray
-    from ray import serve
 
-    from ov_mllama.serving.caption import init_ray
+    from ov_mllama.serving.caption import main
 
-    init_ray()
-    yield
-    serve.shutdown()
+    folder, rows = tmp_path_factory.mktemp("captioned"), []
+    out = folder / "captions.parquet"
+    arguments = [str(pictures), "--question", QUESTION, "--out", str(out), "--model-dir", str(demo_dir)]
+
+    def run():
+        code = "from ov_mllama.__main__ import main; main()"
+        environment = {"no_proxy": None, "NO_PROXY": None, **os.environ}
+        return nursery.start(folder, code, "caption", *arguments, "--batch", "1", **environment)
+
+    for _ in range(times(1, 10)):
+        files = len(list(out.glob("*.parquet"))) + random.randint(1, 3)  # noqa: S311
+        program = run()
+        process = psutil.Process(program.pid)
+        while len(list(out.glob("*.parquet"))) < files:
+            assert program.poll() is None, program.said()
+            time.sleep(0.02)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # one dies of another's death
+                each.send_signal(signal.SIGKILL)
+        program.wait()
+        rows.append(len(pd.read_parquet(out)))
+    (out / ".env").write_text("mine")
+    (out / f".{'0' * 32}.123").write_text("half a file")
+    if times(False, True):
+        assert run().wait(600) == 0
+    main(arguments)
+    yield out, rows
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def captioned(ray_here, demo_dir, pictures, tmp_path_factory):
+def captioned(killed):
     """Captions of the pictures, made once."""
-    from ov_mllama.serving.caption import caption
+    return killed[0]
 
-    out = tmp_path_factory.mktemp("captioned") / "captions.parquet"
-    assert caption(pictures, QUESTION, out, demo_dir) == COUNT
-    return out
+
+@pytest.fixture
+def here(monkeypatch):
+    """Captions in this process: to start another one takes Ray longer than the captions."""
+
+    def map_batches(data, worker, fn_constructor_args, **options):
+        captioner = worker(*fn_constructor_args)
+        return SimpleNamespace(iter_batches=lambda **options: map(captioner, data.iter_batches(batch_size=4)))
+
+    monkeypatch.setattr("ray.data.Dataset.map_batches", map_batches)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_model():
+    """Models that captions are made with in this process, loaded once each."""
+    from ov_mllama.serving import caption
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caption, "load", functools.cache(caption.load))
+        yield
 
 
 @pytest.fixture
@@ -75,11 +142,24 @@ def out(captioned, tmp_path):
 # ---- A folder of pictures -------------------------------------------------------------------------------------------
 
 
-def test_every_picture_once_and_what_is_none_says_why(out, demo_dir, pictures):
+@pytest.mark.torture
+def test_killed_at_random_moments_behind_a_proxy_it_asks_each_picture_once(killed, demo_dir, pictures, count):
+    from ov_mllama.serving.caption import caption
+
+    out, rows = killed
+    assert rows[0] > 0
+    assert rows[-1] < count, "it was over before it was killed"
+    table = pd.read_parquet(out)
+    assert len(table) == table["id"].nunique() == count
+    assert {path.name for path in out.glob(".*")} <= {".env", ".lock"}
+    assert (out / ".env").read_text() == "mine"
+    assert caption(pictures, QUESTION, out, demo_dir) == 0
+
+
+def test_every_picture_once_and_what_is_none_says_why(out, demo_dir, pictures, count, here):
     from ov_mllama.serving.caption import caption
 
     table = pd.read_parquet(out)
-    assert len(table) == table["id"].nunique() == COUNT
     broken = table[table["error"].notna()]
     assert broken["path"].tolist() == [str(pictures / "broken.png")]
     assert "not an image" in broken["error"].item()
@@ -89,18 +169,14 @@ def test_every_picture_once_and_what_is_none_says_why(out, demo_dir, pictures):
     assert answers[path_of(SAMPLES[2]).name] == SAMPLES[2]["answer"]
     assert answers[path_of(SAMPLES[8]).name] == SAMPLES[8]["answer"]
 
-    (out / ".env").write_text("mine")
-    (out / f".{'0' * 32}.123").write_text("half a file")
-    assert caption(pictures, "How many shapes are there?", out, demo_dir) == COUNT
+    assert caption(pictures, "How many shapes are there?", out, demo_dir) == count
     assert caption(pictures, QUESTION, out, demo_dir) == 0
     table = pd.read_parquet(out)
-    assert table.groupby("question")["id"].nunique().tolist() == [COUNT] * 2
-    assert len(table) == 2 * COUNT
-    assert {path.name for path in out.glob(".*")} <= {".env", ".lock"}
-    assert (out / ".env").read_text() == "mine"
+    assert table.groupby("question")["id"].nunique().tolist() == [count] * 2
+    assert len(table) == 2 * count
 
 
-def test_a_folder_with_something_else_and_more_threads_than_cores(ray_here, demo_dir, pictures, tmp_path):
+def test_a_folder_with_something_else_and_more_threads_than_cores(captioned, demo_dir, pictures, tmp_path):
     from ov_mllama.serving.caption import caption
 
     (tmp_path / "other.parquet").write_text("something else")
@@ -201,14 +277,14 @@ def smaller(demo_dir, tmp_path_factory):
     return folder
 
 
-def test_another_model_is_asked_anew_beside_the_first(out, demo_dir, smaller, pictures, tmp_path):
+def test_another_model_is_asked_anew_beside_the_first(out, demo_dir, smaller, pictures, count, tmp_path, here):
     from ov_mllama.serving.caption import caption
 
-    assert caption(pictures, QUESTION, out, smaller) == COUNT
+    assert caption(pictures, QUESTION, out, smaller) == count
     assert caption(pictures, QUESTION, out, demo_dir) == caption(pictures, QUESTION, out, smaller) == 0
     table = pd.read_parquet(out)
-    assert table.groupby("model")["id"].nunique().to_dict() == {demo_dir.name: COUNT, "smaller": COUNT}
-    assert len(table) == 2 * COUNT
+    assert table.groupby("model")["id"].nunique().to_dict() == {demo_dir.name: count, "smaller": count}
+    assert len(table) == 2 * count
     for name, column in (("format=int8_asym", "language_model"), ("format=16 bit", "vision_encoder")):
         assert table[table["model"] == "smaller"][column].str.contains(name).all()
     assert table["language_model"].nunique() == 2
@@ -217,7 +293,7 @@ def test_another_model_is_asked_anew_beside_the_first(out, demo_dir, smaller, pi
     assert caption(pictures, QUESTION, out, moved) == 0
 
 
-def test_folder_of_an_earlier_version_is_read_and_asked_anew(out, demo_dir, pictures):
+def test_folder_of_an_earlier_version_is_read_and_asked_anew(out, demo_dir, pictures, count, here):
     from ov_mllama.serving.caption import caption
 
     earlier = ["id", "path", "question", "answer", "finish", "error"]
@@ -226,10 +302,10 @@ def test_folder_of_an_earlier_version_is_read_and_asked_anew(out, demo_dir, pict
         pq.write_table(table, out / f"{'0f'[number % 2]}{part.name}")  # before and behind the new files
         part.unlink()
     assert pd.read_parquet(out).columns.tolist() == earlier
-    assert caption(pictures, QUESTION, out, demo_dir) == COUNT
+    assert caption(pictures, QUESTION, out, demo_dir) == count
     table = pd.read_parquet(out)
-    assert len(table) == 2 * COUNT
-    assert table["model"].isna().sum() == table["max_new_tokens"].isna().sum() == COUNT
+    assert len(table) == 2 * count
+    assert table["model"].isna().sum() == table["max_new_tokens"].isna().sum() == count
     assert set(table["model"].dropna()) == {demo_dir.name}
     assert caption(pictures, QUESTION, out, demo_dir) == 0
 
@@ -297,49 +373,6 @@ def test_a_folder_without_pictures(tmp_path):
         caption(tmp_path, QUESTION, tmp_path / "out", tmp_path)
 
 
-def run(demo_dir, pictures, out, environment) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "ov_mllama",
-        "caption",
-        str(pictures),
-        "--question",
-        QUESTION,
-        "--out",
-        str(out),
-    ]
-    command += ["--model-dir", str(demo_dir), "--batch", "1"]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # noqa: S603
-
-
-def test_killed_at_random_moments_behind_a_proxy_it_asks_each_picture_once(demo_dir, pictures, tmp_path, times):
-    out, kills, more = tmp_path / "captions.parquet", times(1, 10), times(6, 80)
-    pictures = shutil.copytree(pictures, tmp_path / "pictures")
-    for i in range(more):
-        Image.effect_noise((112, 112), i + 1).convert("RGB").save(pictures / f"noise-{i}.png")
-    rows: list[int] = []
-    with refusing_proxy() as (address, asked):
-        environment = environment_behind(f"http://{address}", tmp_path)
-        for _ in range(kills):
-            seen = len(list(out.glob("*.parquet"))) if out.exists() else 0
-            process = run(demo_dir, pictures, out, environment)
-            wait_until(lambda seen=seen: out.exists() and len(list(out.glob("*.parquet"))) > seen, 120)
-            time.sleep(random.uniform(0, 0.3))  # noqa: S311
-            for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):  # one dies of another's death
-                    each.send_signal(signal.SIGKILL)
-            process.wait()
-            rows.append(len(pd.read_parquet(out)))
-        assert rows[-1] < COUNT + more, "it was over before it was killed"
-        assert run(demo_dir, pictures, out, environment).wait() == 0
-    # Ray looks whether it runs in a cloud, at addresses that every provider has
-    assert not [line for line in asked if "169.254.169.254" not in line and "metadata.google.internal" not in line]
-    table = pd.read_parquet(out)
-    assert len(table) == table["id"].nunique() == COUNT + more
-    assert [path.name for path in out.glob(".*")] in ([], [".lock"])
-
-
 # ---- Replicas -------------------------------------------------------------------------------------------------------
 
 
@@ -347,7 +380,7 @@ def replicas() -> list[psutil.Process]:
     return [each for each in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(each.cmdline())]
 
 
-def test_a_killed_replica_loses_no_request(ray_here, demo_dir):
+def test_a_killed_replica_loses_no_request(captioned, demo_dir, times):
     from ray import serve
 
     from ov_mllama.serving.replicas import Arguments, app
@@ -367,8 +400,8 @@ def test_a_killed_replica_loses_no_request(ray_here, demo_dir):
     assert ask() == SELF
     assert len(replicas()) == 2
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask) for _ in range(200)]
-        time.sleep(0.5)
+        asked = [pool.submit(ask) for _ in range(times(80, 200))]
+        wait_until(lambda: sum(each.done() for each in asked) >= 20, 60)
         os.kill(replicas()[0].pid, signal.SIGKILL)
         answers = [each.result(timeout=90) for each in asked]
     refused = [answer for answer in answers if answer != SELF]

@@ -1,23 +1,25 @@
 """The source of a checkpoint: what a folder holds, told from its files and its config, and how its weights are read."""
 
 import json
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from ov_mllama.export.sources.files import stored_tensors, weight_files
+from ov_mllama.export.sources.files import hint, stored_tensors, weight_files
+from ov_mllama.export.sources.lora import CONFIG, adapter_files, adapter_settings, is_adapter
+from ov_mllama.export.sources.meta import PARAMS, config_of, is_meta, shards_of
+from ov_mllama.export.sources.meta import stored_tensors as meta_tensors
+from ov_mllama.export.sources.others import another_model, without_config
 from ov_mllama.export.sources.quantized import method_of
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
-MODEL_TYPES = {  # model_type of config.json: its use here, and an example
-    "mllama": "this converter takes Llama 3.2 Vision ones (model_type 'mllama'), such as "
-    "meta-llama/Llama-3.2-11B-Vision-Instruct",
-    "llama": "a draft model is a Llama for text (model_type 'llama'), such as meta-llama/Llama-3.2-1B-Instruct",
-}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Source:
 
     Attributes:
         kind: for people, such as "16-bit safetensors" or "bitsandbytes nf4".
-        config: as transformers reads it, of the unquantised model.
+        config: as transformers reads it, of the unquantised model; None of an adapter.
         settings: files that say how the weights are meant: config.json, adapter_config.json.
         weights: files of weights.
         tensors: return all tensors by stored names, in 16 bit when they are read.
+        adapter: the adapter_config.json of a LoRA adapter, whose base is another source; empty for a model.
+        quantized: whether any are stored in fewer bits.
     """
 
     kind: str
@@ -37,22 +41,35 @@ class Source:
     settings: list[Path]
     weights: list[Path]
     tensors: Callable[[], dict[str, Tensor]]
+    adapter: dict[str, Any] = field(default_factory=dict)
+    quantized: bool = False
 
 
 def find_source(folder: Path, model_type: str = "mllama") -> Source:
     """Return the source in a folder, told from names and configs alone; its weights are read later.
 
     Args:
-        model_type: expected `model_type`, of MODEL_TYPES.
+        model_type: expected `model_type`, of `others.MODEL_TYPES`.
     Raises:
         InputError: for another model type, or a kind that is not read, with what to do instead.
     """
+    if is_meta(folder) and model_type == "mllama":
+        config, files = config_of(folder), shards_of(folder)
+        return Source("Meta's own", config, [folder / PARAMS], files, partial(meta_tensors, files, config))
+    if is_adapter(folder):
+        adapter, stored = adapter_settings(folder), adapter_files(folder)
+        return Source("LoRA adapter", None, [folder / CONFIG], stored, partial(stored_tensors, stored), adapter)
+    if (folder / CONFIG).is_file():
+        logger.info("%s holds a complete model, so its %s is not used", folder, CONFIG)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint or a hub id.")
+        raise without_config(folder)
+    settings = settings_of(folder)
+    if settings.get("model_type") != model_type:
+        raise another_model(folder, settings.get("model_type"), model_type)
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type != model_type:
-        raise InputError(f"{folder} is a '{config.model_type}' checkpoint; {MODEL_TYPES[model_type]}.")
-    quantization = quantization_of(folder)
+    quantization = settings.get("quantization_config") or {}
+    if settings.get("quantization"):
+        quantization = {**settings["quantization"], "quant_method": "mlx"}
     method = method_of(quantization) if quantization else None
     kind = method.describe(quantization) if method else "16-bit safetensors"
     if hasattr(config, "quantization_config"):
@@ -63,25 +80,20 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
         stored = stored_tensors(files)
         return method.decode(stored, quantization) if method else stored
 
-    return Source(kind, config, [folder / "config.json"], files, tensors)
+    return Source(kind, config, [folder / "config.json"], files, tensors, quantized=bool(method))
 
 
-def quantization_of(folder: Path) -> dict:
-    """Return the `quantization_config` of a folder's config.json; empty if there is none."""
+def settings_of(folder: Path) -> dict:
+    """Return a folder's config.json.
+
+    Raises:
+        InputError: if it is none.
+    """
+    path = folder / "config.json"
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{folder / 'config.json'} is no config: download it again.") from error
-
-
-def without_weights(folder: Path) -> InputError:
-    """Return the error for a folder without weights that are read."""
-    if any(folder.glob("*.xml")):
-        return InputError(
-            f"{folder} is a converted model: give it as model_dir (make chat MODEL_DIR={folder}), or the "
-            "checkpoint it was made of."
-        )
-    return InputError(
-        f"{folder} has a config but no *.safetensors weights: download it completely, or save the model with "
-        "save_pretrained(..., safe_serialization=True). Pickled .bin weights are not loaded."
-    )
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no config{hint(path)}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is no config{hint(path)}")
+    return settings

@@ -7,6 +7,7 @@ config alone; `decode(tensors, quantization)` returns the tensors in 16 bit by t
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ov_mllama.export.sources import bitsandbytes, compressed_tensors, fp8, gptq, mlx
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
@@ -25,7 +26,17 @@ class Method(NamedTuple):
     decode: Callable[[Tensors, dict], Tensors]
 
 
-METHODS: dict[str, Method] = {}  # by `quant_method`
+METHODS: dict[str, Method] = {  # by `quant_method`
+    "bitsandbytes": Method(bitsandbytes.describe, bitsandbytes.decode),
+    "compressed-tensors": Method(compressed_tensors.describe, compressed_tensors.decode),
+    "fp8": Method(fp8.describe, fp8.decode),
+    "fbgemm_fp8": Method(fp8.describe, fp8.decode),
+    "gptq": Method(gptq.describe_gptq, gptq.decode_gptq),
+    "awq": Method(gptq.describe_awq, gptq.decode_awq),
+    "auto-round": Method(gptq.describe_auto_round, gptq.decode_auto_round),
+    "intel/auto-round": Method(gptq.describe_auto_round, gptq.decode_auto_round),
+    "mlx": Method(mlx.describe, mlx.decode),
+}
 
 
 def method_of(quantization: dict) -> Method:
@@ -34,7 +45,8 @@ def method_of(quantization: dict) -> Method:
     Raises:
         InputError: for one that is not read.
     """
-    name = str(quantization.get("quant_method", ""))
+    older = "load_in_4bit" in quantization or "load_in_8bit" in quantization  # before `quant_method` was written
+    name = str(quantization.get("quant_method") or ("bitsandbytes" if older else ""))
     if name not in METHODS:
         raise InputError(
             f"The checkpoint is quantised with '{name}', which is not read (only {', '.join(METHODS)}): convert the "
