@@ -7,7 +7,7 @@ import threading
 from importlib import import_module
 from pathlib import Path
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.cli import YES, confirm, exit_on_user_error, user_path
@@ -27,6 +27,7 @@ from ov_mllama.runtime.devices import check_device
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+from ov_mllama.runtime.prompts import load_processor
 from ov_mllama.runtime.reference import NAMES
 from ov_mllama.runtime.speculative import OVDraftModel
 
@@ -79,7 +80,7 @@ def run_chat(options: argparse.Namespace) -> None:
         model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
     )
     drafting: dict = {"assistant_model": draft} if draft else {}
-    demo = make_demo(model, AutoProcessor.from_pretrained(model_dir, backend="pil"), examples, **drafting)
+    demo = make_demo(model, load_processor(model_dir), examples, **drafting)
     users = users_from(options.auth, options.auth_file)
     _, url, _ = demo.launch(
         server_name=options.host, server_port=options.port, auth=users or None, prevent_thread_lock=True

@@ -125,6 +125,7 @@ class Nursery:
         """
         variables = {**self.environment, **environment}
         output = folder / f"program-{random.randrange(10**9)}.txt"  # noqa: S311
+        output.touch()  # read at any time, also before the program opens it
         request = {
             "code": code,
             "arguments": [str(argument) for argument in arguments],

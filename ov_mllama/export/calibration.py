@@ -23,7 +23,7 @@ import PIL.Image
 from datasets import IterableDataset, get_dataset_split_names, load_dataset
 from huggingface_hub.utils import httpx  # the version that the hub's client uses
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from ov_mllama.export.samples import QUESTION, calibration_samples, photographs
 from ov_mllama.export.settings import DEFAULT_SOURCES
@@ -32,6 +32,7 @@ from ov_mllama.runtime.errors import InputError, NotFoundError
 from ov_mllama.runtime.images import open_picture
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.runtime.language import language_inputs
+from ov_mllama.runtime.prompts import load_processor
 from ov_mllama.runtime.shapes import MllamaShapes
 from ov_mllama.runtime.vision import ImageInputs, OVImageEncoder, image_inputs
 
@@ -334,9 +335,9 @@ def language_samples(model_dir: Path, count: int, source: str | Path | None) -> 
     """Return samples for the language model, each image encoded by the uncompressed vision encoder when needed."""
     shapes = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir))
     encoder = OVImageEncoder(model_dir / VISION_ENCODER_NAME, shapes, cache_bytes=0)
-    return prepare_dataset_llm(AutoProcessor.from_pretrained(model_dir, backend="pil"), encoder, count, source)
+    return prepare_dataset_llm(load_processor(model_dir), encoder, count, source)
 
 
 def vision_samples(model_dir: Path, count: int, source: str | Path | None) -> Iterable[dict]:
     """Return samples for the vision encoder."""
-    return prepare_dataset_vision(AutoProcessor.from_pretrained(model_dir, backend="pil"), count, source)
+    return prepare_dataset_vision(load_processor(model_dir), count, source)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, MllamaForC
 
 from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint
+from ov_mllama.export.companion_files import save_generation_config
 from ov_mllama.export.convert import convert_language_model, of_language_model
 from ov_mllama.export.costs import compression_cost, vision_cost
 from ov_mllama.export.piecewise import quantize_in_pieces
@@ -31,7 +32,6 @@ from ov_mllama.runtime.ir import (
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
     check_model_dir,
-    generation_config,
     provenance,
 )
 from ov_mllama.runtime.reference import TRANSFORMERS, Reference
@@ -191,9 +191,10 @@ def convert_with(
 
 def save_draft_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what running a draft model needs beside its IR: config, generation config, tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.settings_folder)
     checkpoint.config.save_pretrained(folder)
-    generation_config(checkpoint.settings_folder, checkpoint.config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(checkpoint.settings_folder).save_pretrained(folder)
+    save_generation_config(checkpoint.settings_folder, checkpoint.config, tokenizer, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def compress_weights(model: ov.Model, settings: Settings, dataset: nncf.Dataset | None = None) -> ov.Model:

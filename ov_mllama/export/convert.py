@@ -3,29 +3,20 @@
 How the IRs are run is in `model.py`, how they are made smaller in `compress.py`.
 """
 
-import json
 import logging
 import re
-import shutil
 from functools import partial
 from pathlib import Path
 
 import openvino as ov
 import torch
-from transformers import (
-    AutoProcessor,
-    GenerationConfig,
-    LlamaForCausalLM,
-    MllamaConfig,
-    MllamaForConditionalGeneration,
-)
+from transformers import LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration
 
 from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint, every
+from ov_mllama.export.companion_files import check_companions_of, save_companions
 from ov_mllama.export.costs import CONVERSION_MEMORY_BYTES, Cost, conversion_seconds
 from ov_mllama.export.graphs import LanguageModel, VisionEncoder
-from ov_mllama.export.sources.meta import is_meta
-from ov_mllama.export.sources.meta_tokenizer import processor_of
 from ov_mllama.export.tracing import make_stateful, name_ports, trace
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_disk_and_memory, is_current
 from ov_mllama.runtime.reference import TRANSFORMERS, Reference, described, reference_of
@@ -149,8 +140,8 @@ def convert_mllama(
         out_dir as a Path.
     Raises:
         InputError, NotFoundError, AccessError: as `Checkpoint`.
-        InputError: if out_dir is the checkpoint's own folder, for another `reference`, or as `Checkpoint.tensors`; in
-            each case before anything is written.
+        InputError: if out_dir is the checkpoint's own folder, for another `reference`, or as `check_companions_of` and
+            `Checkpoint.tensors`; in each case before anything is written.
         DiskError, OutOfMemoryError: as `check_disk_and_memory`; parts that are done stay, a rerun does the rest.
     """
     checkpoint, out_dir = Checkpoint.of(model_id), Path(out_dir)
@@ -164,6 +155,7 @@ def convert_mllama(
         logger.info("✅ %s already holds the converted model", out_dir)
         return out_dir
 
+    check_companions_of(checkpoint)
     logger.info("Reference: %s (%s)", described(chosen), why)
     logger.info("⌛ Loading the original model")
     needed = every if language_model else of_vision_encoder
@@ -208,21 +200,3 @@ def conversion_cost_of(module: torch.nn.Module) -> Cost:
     ]
     size = 2 * sum(weight.numel() for weight in weights)
     return Cost(size, CONVERSION_MEMORY_BYTES, conversion_seconds(size))
-
-
-def save_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write what running the model needs beside the IRs: config, generation config, processor, chat template, and the
-    golden answer if the checkpoint brings one with its image."""
-    source = checkpoint.settings_folder
-    checkpoint.config.save_pretrained(folder)
-    if (source / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(source).save_pretrained(folder)
-    processor = processor_of(source, checkpoint.config) if is_meta(source) else AutoProcessor.from_pretrained(source)
-    processor.save_pretrained(folder)
-    if not processor.chat_template:
-        logger.warning("⚠️ No chat template: a base model continues text and answers no questions; use an -Instruct one")
-    golden = source / "golden.json"
-    if golden.is_file():
-        image = source / Path(json.loads(golden.read_text(encoding="utf-8"))["picture"]).name
-        for path in (golden, image) if image.is_file() else ():
-            shutil.copy(path, folder)

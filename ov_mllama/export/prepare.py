@@ -11,6 +11,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, LlamaForCausalLM, MllamaForConditionalGeneration
 
 from ov_mllama.export.checkpoint import Checkpoint, every
+from ov_mllama.export.companion_files import check_companions_of
 from ov_mllama.export.convert import convert_mllama, of_language_model, of_vision_encoder
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import Files, Machine, Plan, Step, loading, plan
@@ -99,10 +100,13 @@ def plan_here(
         base: of a LoRA adapter, as for `Checkpoint`.
     Raises:
         InputError, NotFoundError, AccessError: as `Checkpoint` and `Checkpoint.tensors`.
-        InputError: if the draft model has another vocabulary, or the reference does not exist.
+        InputError: if the draft model has another vocabulary, the reference does not exist, or, of a checkpoint on this
+            disk, as `check_companions_of`.
     """
     source = Checkpoint(checkpoint, with_weights=False, base=base)
     here, files = Machine.here(model_dir, HF_HUB_CACHE), files_of(source, MllamaForConditionalGeneration)
+    if not source.download_bytes:
+        check_companions_of(source)
     made = current_irs(source, Path(model_dir), reference)
     if not draft:
         return plan(source.config, here, Settings(), made=made, for_chat=for_chat, files=files)

@@ -16,7 +16,7 @@ import psutil
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, MllamaForConditionalGeneration
+from transformers import MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from ov_mllama.export.checkpoint import Checkpoint, load_checkpoint
@@ -28,7 +28,7 @@ from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.runtime.memory import trim_memory
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
-from ov_mllama.runtime.prompts import prompts_about
+from ov_mllama.runtime.prompts import load_processor, prompts_about
 from ov_mllama.runtime.reference import NAMES, TRANSFORMERS, Reference, described
 
 BATCH = 50  # questions answered at once
@@ -105,7 +105,7 @@ def measure(
         And the answers' "tokens" and "log_probs", which other variants are compared with.
     """
     transformers.logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(model_dir, backend="pil")
+    processor = load_processor(model_dir)
     original = partial(MllamaForConditionalGeneration.from_pretrained, checkpoint, dtype=torch.float32)
     model, size = open_variant(checkpoint, model_dir, files, original, adapt)
     tokens: list[list[int]] = []
@@ -177,7 +177,7 @@ def diverge(
         And log-probabilities f32 [tokens, vocab] for each sample, which other variants are compared with.
     """
     transformers.logging.disable_progress_bar()
-    processor, seconds, log_probs = AutoProcessor.from_pretrained(model_dir, backend="pil"), [], []
+    processor, seconds, log_probs = load_processor(model_dir), [], []
     original = partial(load_checkpoint, checkpoint)
     model, size = open_variant(checkpoint, model_dir, files, original, adapt, image_cache_bytes=0)
     for sample in samples:
@@ -233,7 +233,7 @@ def caption_log_probs(model_dir: Path, language: str, samples: list[dict]) -> li
     Args:
         language: file name of the language model.
     """
-    processor = AutoProcessor.from_pretrained(model_dir, backend="pil")
+    processor = load_processor(model_dir)
     model, means = OVMLlamaForConditionalGeneration(model_dir, language_model_name=language, warm_up=False), []
     for sample in tqdm(samples, desc=f"Captions, {model_dir.name}", leave=False):
         caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from .errors import InputError
 
 STAMP_NAME = "companions.json"
+FORMAT = "2"  # increase to have companions of earlier versions written anew by the next conversion
 # may be edited by users; the others define tokens and pixels
 EDITABLE = ("generation_config.json", "chat_template.jinja")
 # written beside IRs before STAMP_NAME existed
@@ -37,7 +38,7 @@ def source_digest(checkpoint: Path) -> str:
     """Hash a checkpoint's files that companions are made from."""
     paths = [path for path in checkpoint.iterdir() if path.is_file() and not path.name.endswith(".index.json")]
     text = [path for path in paths if path.suffix in (".json", ".jinja", ".model", ".txt")]
-    return digest_of(*{*text, *(path for path in paths if path.name.startswith("golden."))})
+    return f"{digest_of(*{*text, *(path for path in paths if path.name.startswith('golden.'))})}-{FORMAT}"
 
 
 def stamp_of(folder: Path) -> dict:

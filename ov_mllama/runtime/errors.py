@@ -17,6 +17,10 @@ class ImageError(InputError):
     """An image that cannot be used."""
 
 
+class TemplateError(InputError):
+    """A conversation that a model's chat template refuses, or a model without one."""
+
+
 class NumericalError(UserError, FloatingPointError):
     """Results that are not finite."""
 

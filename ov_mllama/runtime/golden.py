@@ -5,8 +5,8 @@ import warnings
 from pathlib import Path
 
 from PIL import Image
-from transformers import AutoProcessor
 
+from .prompts import apply_template, load_processor
 from .reference import NAMES
 
 
@@ -23,9 +23,9 @@ def check_golden_answer(model, model_dir: Path, device: str) -> None:
     golden = json.loads((model_dir / "golden.json").read_text(encoding="utf-8"))
     if NAMES.get(golden.get("reference", "transformers")) != model.reference:
         return
-    processor = AutoProcessor.from_pretrained(model_dir, backend="pil")
+    processor = load_processor(model_dir)
     content = [{"type": "image"}, {"type": "text", "text": golden["question"]}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt = apply_template(processor, [{"role": "user", "content": content}])
     with Image.open(model_dir / golden["picture"]) as image:
         inputs = processor(text=prompt, images=[image], add_special_tokens=False, return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=64)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import openvino as ov
 from filelock import FileLock, Timeout
-from transformers import GenerationConfig, MllamaConfig
 
 from .companions import check_companions, names_in, stamp_of
 from .errors import DiskError, InputError, NotFoundError, OutOfMemoryError
@@ -287,10 +286,3 @@ def newest(model_dir: Path, original: str) -> str:
             f"'{model_dir}') first."
         )
     return name
-
-
-def generation_config(model_dir: Path, config: MllamaConfig) -> GenerationConfig:
-    """Read the checkpoint's generation config, or derive it from the model config."""
-    if (model_dir / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(model_dir)
-    return GenerationConfig.from_model_config(config)

@@ -34,9 +34,10 @@ from .checks import (
 from .compat import ModuleCompatMixin
 from .cross_attention import tiles_seen
 from .errors import InputError
+from .generation import generation_config
 from .golden import check_golden_answer
 from .inference import Progress, acquire, stopping_criterion
-from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name, generation_config
+from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
 from .reference import Reference

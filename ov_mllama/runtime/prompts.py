@@ -6,16 +6,42 @@ import itertools
 import re
 import threading
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
+import jinja2
 import torch
+from transformers import AutoProcessor
 from transformers.generation.streamers import AsyncTextIteratorStreamer
 
-from .errors import InputError
+from .errors import InputError, TemplateError
+from .generation import token_ids
 from .images import at_detail, open_picture
 from .inference import POLL_S, Cancelled, Progress, acquire
 
 STOP_WITHIN_S = 0.5  # longest wait for the current step after a stop, see `stream_words`
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None}
+
+
+def load_processor(model_dir: str | Path):
+    """Return the processor of a converted model: its images as in Meta's code, its batches padded on the left."""
+    processor = AutoProcessor.from_pretrained(model_dir, backend="pil")
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    return processor
+
+
+def apply_template(processor, messages: list[dict]) -> str:
+    """Return messages in the chat template, with the generation prompt.
+
+    Raises:
+        TemplateError: if the template refuses them, or there is none.
+    """
+    if not processor.chat_template:
+        raise TemplateError("The model's folder holds no chat template: run convert_mllama again, which writes one.")
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"The model's chat template refuses the conversation: {error}") from error
 
 
 def escape_special_tokens(text: str) -> str:
@@ -35,7 +61,7 @@ def prompts_about(processor, samples: list[dict]) -> dict[str, torch.Tensor]:
         contents[0] = [{"type": "image"}, *contents[0]]
         roles = itertools.cycle(("user", "assistant"))
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-        text.append(processor.apply_chat_template(messages, add_generation_prompt=True))
+        text.append(apply_template(processor, messages))
     pad = processor.tokenizer.pad_token_id
     return padded([prompt_inputs(processor, t, [s["image"]]) for t, s in zip(text, samples, strict=True)], pad)
 
@@ -62,8 +88,13 @@ def padded(prompts: list[dict[str, torch.Tensor]], pad_token: int | None) -> dic
 
 
 def prompt_text(model, processor, messages: list[dict], max_new_tokens: int) -> str:
-    """Apply the chat template, with the generation prompt; InputError if it exceeds the model's context."""
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    """Apply the chat template, with the generation prompt.
+
+    Raises:
+        TemplateError: as `apply_template`.
+        InputError: if the text exceeds the model's context.
+    """
+    text = apply_template(processor, messages)
     length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
     context = model.config.text_config.max_position_embeddings
     if length + max_new_tokens > context:
@@ -83,7 +114,7 @@ def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_n
         max_new_tokens: of the answer, which the context must hold too.
         detail: "high" or "low", see `images.at_detail`.
     Raises:
-        InputError: for an invalid image or `detail`, or if the text exceeds the model's context.
+        InputError: for an invalid image or `detail`, or as `prompt_text`.
     """
     text = prompt_text(model, processor, messages, max_new_tokens)
     opened = [open_picture(picture) for picture in pictures]
@@ -106,12 +137,11 @@ def sampling(temperature: float, top_p: float) -> dict:
 
 
 def hit_token_limit(
-    output: torch.Tensor, prompt_tokens: int, max_new_tokens: int, eos_token_id: int | list[int]
+    output: torch.Tensor, prompt_tokens: int, max_new_tokens: int, eos_token_id: int | list[int] | None
 ) -> bool:
     """Return whether an answer, in `output` of `generate`, i64 [1, prompt and answer], ended by the token limit."""
     answer = output[0, prompt_tokens:]
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
-    return len(answer) >= max_new_tokens and int(answer[-1]) not in ends
+    return len(answer) >= max_new_tokens and int(answer[-1]) not in token_ids(eos_token_id)
 
 
 class FifoLock:

@@ -15,7 +15,8 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .checks import check_vocabulary
-from .ir import DRAFT_MODEL_NAME, check_model_dir, generation_config
+from .generation import end_tokens, generation_config
+from .ir import DRAFT_MODEL_NAME, check_model_dir
 from .kv_cache import Prompt
 from .language import OVLanguageModel
 from .shapes import MllamaShapes
@@ -113,8 +114,7 @@ class ModelDrafts(CandidateGenerator):
         check_vocabulary(draft.vocab_size, vocab_size)
         self.draft, self.vocab_size, self.model = draft, vocab_size, model
         self.max_length = settings.max_length
-        ends = settings.eos_token_id
-        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self.ends = frozenset(end_tokens(settings))
         self.drafted: list[int] = []
         self.seconds = 0.0
 

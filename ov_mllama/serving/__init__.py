@@ -18,10 +18,9 @@ def load(
         threads: for a process that shares its machine with others; None for all.
         options: of `OVMLlamaForConditionalGeneration`.
     """
-    from transformers import AutoProcessor
-
     from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, newest
     from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
+    from ov_mllama.runtime.prompts import load_processor
 
     # pinned, the threads of each process would take the machine's first cores and leave the others idle
     shared = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
@@ -33,7 +32,7 @@ def load(
         image_encoder_name=encoder or newest(model_dir, VISION_ENCODER_NAME),
         **options,
     )
-    return model, AutoProcessor.from_pretrained(model_dir, backend="pil")
+    return model, load_processor(model_dir)
 
 
 def positive(text: str) -> int:

@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.cli import user_path
 from ov_mllama.export.prepare import files_to_load, print_load_estimate
-from ov_mllama.runtime.errors import InputError, NumericalError
+from ov_mllama.runtime.errors import InputError, NumericalError, TemplateError
+from ov_mllama.runtime.generation import end_tokens
 from ov_mllama.runtime.images import SUFFIXES, open_picture
 from ov_mllama.runtime.ir import check_model_dir, exclusive_lock
 from ov_mllama.runtime.prompts import prompts_about
@@ -88,10 +89,12 @@ class Captioner:
             except InputError as error:
                 row["error"] = printable(str(error))
             rows.append(row)
-        skipped |= self.answer(samples)
         fatal = ""
         try:
+            skipped |= self.answer(samples)
             write([row for row in rows if row["id"] not in skipped], self.out)
+        except TemplateError as error:  # as for any other image
+            fatal = str(error)
         except OSError as error:  # a full disk: later answers would be lost
             fatal = f"{self.out} cannot be written to: {error}"
         reasons = [skipped.get(row["id"], "") for row in rows]
@@ -118,12 +121,9 @@ class Captioner:
         """Return answers and finish reasons of a batch."""
         inputs = prompts_about(self.processor, samples)
         output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
-        eos = self.model.generation_config.eos_token_id
-        answers = []
-        for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
-            stopped = any(token in tokens for token in ([eos] if isinstance(eos, int) else eos))
-            answers.append((self.processor.decode(tokens, skip_special_tokens=True), "stop" if stopped else "length"))
-        return answers
+        rows, ends = output[:, inputs["input_ids"].shape[1] :].tolist(), {*end_tokens(self.model.generation_config)}
+        texts = self.processor.batch_decode(rows, skip_special_tokens=True)
+        return [(text, "length" if ends.isdisjoint(row) else "stop") for text, row in zip(texts, rows, strict=True)]
 
 
 def write(rows: list[dict], out: Path) -> None:

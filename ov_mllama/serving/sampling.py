@@ -29,7 +29,7 @@ class GrammarCompiler:
             ApiError: if the schema is invalid or too complex.
         """
         if self._ll_tokenizer is None:
-            self._ll_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer, eos_token=self._eos_token_ids)
+            self._ll_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer, eos_token=self._eos_token_ids or None)
         try:
             # or an unsure model writes blanks without end
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})

@@ -6,7 +6,8 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, OutOfMemoryError
+from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, OutOfMemoryError, TemplateError
+from ov_mllama.runtime.generation import end_tokens
 from ov_mllama.runtime.inference import Cancelled
 from ov_mllama.runtime.memory import trim_memory
 from ov_mllama.runtime.prompts import padded, prompt_inputs, prompt_text
@@ -38,8 +39,7 @@ class Scheduler:
     def __init__(self, model, processor, max_batch: int = 8, max_queue: int = 32, queue_bytes: int = QUEUE_BYTES):
         self.model, self.processor = model, processor
         self.max_batch, self.max_queue, self.queue_bytes = max_batch, max_queue, queue_bytes
-        eos_token_id = model.generation_config.eos_token_id
-        self.eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        self.eos_token_ids = end_tokens(model.generation_config)
         self.grammars = GrammarCompiler(processor.tokenizer, self.eos_token_ids)
         self._compiling = ThreadPoolExecutor(1, "grammars")  # or slow ones take all threads that read requests
         self._reservations: set[Reservation] = set()
@@ -122,6 +122,8 @@ class Scheduler:
         """Return a request's messages in the chat template."""
         try:
             return prompt_text(self.model, self.processor, request.messages, request.max_new_tokens)
+        except TemplateError as error:
+            raise ApiError(400, str(error), "invalid_value", "messages") from error
         except InputError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
 

@@ -322,12 +322,3 @@ def test_a_graph_that_changes_has_a_new_version(pair):
 
 def test_the_changelog_knows_the_version():
     assert f"## Converter version {ir.CONVERTER_VERSION}\n" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_a_base_model_is_said_to_be_none_to_ask(tmp_path, caplog):
-    checkpoint = make_checkpoint(tmp_path / "base")
-    convert_mllama(checkpoint, tmp_path / "ov", language_model=False)
-    assert "chat template" not in caplog.text
-    (checkpoint / "chat_template.jinja").unlink()
-    convert_mllama(checkpoint, tmp_path / "other", language_model=False)
-    assert "No chat template: a base model continues text" in caplog.text

@@ -1,25 +1,39 @@
 """A vision encoder that was split and joined is the same, and quantising its pieces is quantising it."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset13 as ops
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoProcessor
 
 import ov_mllama.export.compress
-from conftest import F32
+from conftest import DEMO, F32
 from data_preprocessing import prepare_dataset_vision
 from demo_model import SAMPLES
 from ov_mllama.export import piecewise
 from ov_mllama.export.compress import quantize_vision_encoder
+from ov_mllama.export.convert import convert_mllama
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME
 
 
+@pytest.fixture(scope="module")
+def encoder_in_f16(tmp_path_factory):
+    """The demo's vision encoder in float16: SmoothQuant rounds scaled weights to their type, and in bfloat16 that moves
+    by up to a percent what layers behind them are calibrated with in the whole model, and not in pieces."""
+    folder = tmp_path_factory.mktemp("half")
+    shutil.copytree(DEMO, folder / "checkpoint", ignore=shutil.ignore_patterns("*.py", "samples", "draft"))
+    tensors = load_file(DEMO / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "checkpoint/model.safetensors")
+    return convert_mllama(folder / "checkpoint", folder / "ov", language_model=False) / VISION_ENCODER_NAME
+
+
 @pytest.fixture
-def model(demo_dir):
-    return ov.Core().read_model(demo_dir / VISION_ENCODER_NAME)
+def model(encoder_in_f16):
+    return ov.Core().read_model(encoder_in_f16)
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +145,11 @@ def test_quantized_in_pieces_is_quantized(model, samples, monkeypatch, tmp_path)
     whole = quantize_vision_encoder(model, samples, len(samples), tmp_path)
     assert ports(in_pieces) == ports(whole) == ports(model)
 
-    # the same quantisers, up to bf16's rounding: SmoothQuant scales weights in their own type, and of the whole model
-    # it collects statistics behind scaled layers, of pieces behind those of the checkpoint
+    # the same quantisers; the plugin fuses a piece's operations otherwise, which moves f32's last digits
     expected, actual = quantizers(whole), quantizers(in_pieces)
     assert expected.keys() == actual.keys()
     for name, ranges in expected.items():
-        np.testing.assert_allclose(actual[name], ranges, rtol=2**-8, err_msg=name)
+        np.testing.assert_allclose(actual[name], ranges, rtol=1e-3, err_msg=name)
 
     # values at a rounding boundary fall to the other side: outputs differ, by far less than quantising changes them
     exact, of_whole, of_pieces = (outputs(each, samples) for each in (model, whole, in_pieces))

@@ -161,6 +161,7 @@ def test_draft_model_of_the_hub_is_checked_too(hub, tmp_path):
     assert remote.steps["download"].cost.disk > weights_of(DEMO / "draft")
     broken = tmp_path / "broken"
     make_llama(512).half().save_pretrained(broken)
+    shutil.copy(DEMO / "draft/tokenizer.json", broken)
     with_tensors(broken, lambda tensors: {name: value for name, value in tensors.items() if "layers.1." not in name})
     hub.folders["owner/broken"] = broken
     with pytest.raises(ValueError, match="owner/broken: 9 of .* tensors are missing"):
@@ -195,6 +196,10 @@ def pickled(folder):
 
 
 REFUSED = {
+    "no tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        r"owner/bad on the hub has no tokenizer \(tokenizer.json.*tokenizer.model\): choose another repository",
+    ),
     "no lm_head": (without_lm_head, "owner/bad: 1 of .* are missing, such as lm_head.weight"),
     "another shape": (with_a_shorter_head, "owner/bad: 1 have another shape, such as .*lm_head"),
     "a missing shard": (

@@ -308,7 +308,7 @@ def test_adapters_own_tokenizer_and_template_win(base, adapter, tmp_path, place)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|mine|>"])
     tokenizer.save_pretrained(adapter)
-    mine = "{{ bos_token }}mine"
+    mine = "{{ bos_token }}<|image|>mine"
     if place == "file":
         (adapter / "chat_template.jinja").write_text(mine)
     else:

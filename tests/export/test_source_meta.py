@@ -15,9 +15,10 @@ from transformers import AutoProcessor
 from conftest import F32
 from meta_reference import INSTALLED, MetaReference, package
 from ov_mllama.export.checkpoint import Checkpoint
+from ov_mllama.export.companion_files import complete_processor
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.sources import meta
-from ov_mllama.export.sources.meta_tokenizer import processor_of, tokenizer_of
+from ov_mllama.export.sources.meta_tokenizer import tokenizer_of
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, ir_stamp
 from ov_mllama.runtime.reference import META, Reference
@@ -181,7 +182,7 @@ def test_tokenizer_gives_metas_tokens(tmp_path):
 
 
 def test_processor_has_the_models_tiles(made):
-    images = processor_of(made.one, Checkpoint(made.one).config).image_processor
+    images = complete_processor(made.one, Checkpoint(made.one).config)[0].image_processor
     assert (images.size["height"], images.size["width"], images.max_image_tiles) == (28, 28, 4)
 
 

@@ -14,8 +14,10 @@ from transformers import AutoProcessor, MllamaImageProcessor, MllamaProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from conftest import F32, chat_of
+from demo_model.checkpoint import CHAT_TEMPLATE as DEMO_TEMPLATE
 from meta_reference import INSTALLED, MetaReference, package
 from ov_mllama.export.checkpoint import load_checkpoint
+from ov_mllama.export.companion_files import CHAT_TEMPLATE
 from ov_mllama.export.graphs import LanguageModel, VisionEncoder
 from ov_mllama.runtime.reference import META, TRANSFORMERS
 from ov_mllama.runtime.vision import image_inputs
@@ -277,8 +279,6 @@ def llama_processor():
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    from demo_model.checkpoint import CHAT_TEMPLATE
-
     meta = package("tokenizer")
     original = meta.Tokenizer.get_instance()
     special = [token for token, _ in sorted(original.special_tokens.items(), key=lambda item: item[1])]
@@ -287,7 +287,7 @@ def llama_processor():
     converter = TikTokenConverter(vocabulary, pattern=original.pat_str, extra_special_tokens=[*special, "<|image|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token="<|begin_of_text|>")
     tokenizer.image_token, tokenizer.image_token_id = "<|image|>", tokenizer.convert_tokens_to_ids("<|image|>")
-    return MllamaProcessor(MllamaImageProcessor(max_image_tiles=4), tokenizer, chat_template=CHAT_TEMPLATE)
+    return MllamaProcessor(MllamaImageProcessor(max_image_tiles=4), tokenizer, chat_template=DEMO_TEMPLATE)
 
 
 def test_special_tokens_have_metas_ids(llama_processor):
@@ -317,9 +317,11 @@ DIALOGS = {
 }
 
 
+@pytest.mark.parametrize("template", [DEMO_TEMPLATE, CHAT_TEMPLATE], ids=["demo", "for models without one"])
 @pytest.mark.parametrize("case", DIALOGS)
-def test_chat_template_gives_metas_tokens(llama_processor, case):
-    """But for blanks around a text, which the template strips, as that of Meta's on the hub does."""
+def test_chat_template_gives_metas_tokens(llama_processor, case, template):
+    """But for blanks around a text, which the templates strip, as that of Meta's on the hub does."""
+    llama_processor.chat_template = template
     datatypes = import_datatypes()
     data = io.BytesIO()
     Image.new("RGB", (30, 20)).save(data, "PNG")
@@ -350,6 +352,16 @@ def test_chat_template_gives_metas_tokens(llama_processor, case):
         for image, (start, stop) in enumerate(expected.vision.mask):
             right[image, start : None if stop == -1 else stop] = True
         assert torch.equal(seen, right)
+
+
+def test_template_for_models_without_one_strips_blanks_and_knows_tools(llama_processor):
+    llama_processor.chat_template = CHAT_TEMPLATE
+    messages = [
+        {"role": "user", "content": "\n Sum? "},
+        {"role": "tool", "content": [{"type": "text", "text": " 3\n"}]},
+    ]
+    text = chat_of(llama_processor, messages)
+    assert "user<|end_header_id|>\n\nSum?<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n3<|eot_id|>" in text
 
 
 def import_datatypes():

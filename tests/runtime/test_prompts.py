@@ -2,6 +2,7 @@
 before work starts."""
 
 import asyncio
+import copy
 import random
 import sys
 import threading
@@ -105,6 +106,15 @@ def test_hostile_text_is_answered(pair, text, tally):
 def test_nothing_asked(processor, text):
     turn = ask(Idle(), processor, text)
     assert (turn.state, turn.note[:26]) == (FAILED, "There is no question yet: ")
+
+
+def test_a_template_that_refuses_is_shown_as_its_sentence(processor, caplog):
+    strict = copy.copy(processor)
+    strict.chat_template = "{{ raise_exception('Roles must alternate.') }}"
+    turn = ask(Idle(), strict, "Well?")
+    assert turn.state == FAILED
+    assert turn.note == "The model's chat template refuses the conversation: Roles must alternate."
+    assert not caplog.records
 
 
 def test_too_long_for_the_context_is_refused_before_pictures_are_opened(processor, monkeypatch):

@@ -170,8 +170,8 @@ def test_another_reference_is_converted_again_and_said_once(pair, tmp_path, capl
         convert_mllama(pair.checkpoint, folder, reference=name)
         assert "already holds" in caplog.text
     checkpoint = Checkpoint(pair.checkpoint)
-    assert current_irs(checkpoint, folder, True, "auto")
-    assert not current_irs(checkpoint, folder, True, "meta")
+    assert current_irs(checkpoint, folder, "auto")
+    assert not current_irs(checkpoint, folder, "meta")
 
 
 @pytest.fixture(scope="module")

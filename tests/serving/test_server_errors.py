@@ -1,5 +1,6 @@
 """Unexpected errors: their text stays in the log, and the thread that answers goes on."""
 
+import copy
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -160,3 +161,36 @@ def test_health_is_503_once_nothing_is_answered_any_more(slow_demo, processor, m
         answer = HTTP.get(f"{url}/health")
         assert answer.status_code == 503
         assert answer.json() == {"status": "failed"}
+
+
+# ---- Chat templates that refuse, end tokens of any form -------------------------------------------------------------
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('No system, please.') }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [REFUSES, None])
+def test_a_template_that_refuses_is_a_400_with_its_sentence(slow_demo, processor, template):
+    strict = copy.copy(processor)
+    strict.chat_template = template and template + processor.chat_template
+    messages = [{"role": "system", "content": "Be brief."}, *user(text(WHO))]
+    with small_server(slow_demo, strict) as (url, _):
+        answer = post(url, {**ASKED, "messages": messages})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_value", "messages")
+        said = "refuses the conversation: No system, please." if template else "holds no chat template: run convert"
+        assert said in error["message"]
+        if template:
+            assert post(url, ASKED).json()["choices"][0]["message"]["content"] == SELF
+
+
+@pytest.mark.parametrize("ends", [None, [], 510, [505, 510]])
+def test_end_tokens_of_any_form_are_served(slow_demo, processor, monkeypatch, ends):
+    monkeypatch.setattr(slow_demo.generation_config, "eos_token_id", ends)
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
+    with small_server(slow_demo, processor) as (url, _):
+        choice = post(url, {**ASKED, "max_tokens": 60}).json()["choices"][0]
+        assert choice["finish_reason"] == ("stop" if ends else "length")
+        assert choice["message"]["content"].startswith(SELF[:9])
+        assert post(url, {**ASKED, "response_format": schema, "max_tokens": 9}).status_code == 200

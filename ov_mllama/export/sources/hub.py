@@ -24,6 +24,7 @@ IGNORE_PATTERNS = ["*/*"]  # of trainers' intermediate states, and other formats
 FIRST_BYTES = 1 << 16  # of a file; most headers end within
 SMALL_TENSOR_BYTES = 4096  # integers up to here are previewed too: shapes and settings that quantisation stores
 INTEGERS = ("U8", "I8", "I16", "I32", "I64")
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model"}
 REQUESTS, TIMEOUT_S = 8, 30
 LOCAL_FIX = re.compile(
     r"(run `git lfs pull` in \S+, or )?download (it|the file|the checkpoint)( again)?(,? completely)?"
@@ -122,7 +123,7 @@ def preview(model_id: str, scratch: Path) -> tuple[Path, int]:
         disk: its tensors can be listed and placed, but are zeros.
     Raises:
         AccessError, NotFoundError, DiskError: as `hub_errors`.
-        InputError: if the repository lacks a file that its index names, or a file is none of safetensors.
+        InputError: if the repository lacks a tokenizer or a file that its index names, or for a broken header.
     """
     with hub_errors(model_id):
         configs = Path(
@@ -145,6 +146,10 @@ def preview(model_id: str, scratch: Path) -> tuple[Path, int]:
         raise InputError(
             f"{model_id} on the hub lacks {len(absent)} of the files that its {INDEX} names, such as {absent[0]}: "
             "choose another repository."
+        )
+    if (configs / "config.json").is_file() and not {file.filename for file in listing} & TOKENIZER_FILES:
+        raise InputError(
+            f"{model_id} on the hub has no tokenizer ({' or '.join(sorted(TOKENIZER_FILES))}): choose another repository."
         )
     for path in configs.glob("*.json"):
         shutil.copy(path, scratch)

@@ -3,15 +3,8 @@
 import base64
 from pathlib import Path
 
-from transformers import (
-    AutoTokenizer,
-    MllamaConfig,
-    MllamaImageProcessor,
-    MllamaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ov_mllama.export.sources.files import hint
 from ov_mllama.runtime.errors import InputError
@@ -62,15 +55,3 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
-
-
-def processor_of(folder: Path, config: MllamaConfig) -> MllamaProcessor:
-    """Return the processor of Meta's checkpoint, which has no file for it: the settings of Llama 3.2 Vision."""
-    size = config.vision_config.image_size
-    images = MllamaImageProcessor(
-        size={"height": size, "width": size},
-        max_image_tiles=config.vision_config.max_num_tiles,
-        image_mean=OPENAI_CLIP_MEAN,
-        image_std=OPENAI_CLIP_STD,
-    )
-    return MllamaProcessor(images, tokenizer_of(folder))

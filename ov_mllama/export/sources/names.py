@@ -9,6 +9,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ov_mllama.export.sources.files import ADAPTER_FIX
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
+from ov_mllama.runtime.shapes import EXTRA_EMBEDDINGS
 
 # buffers that older versions of transformers saved and newer ones compute
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
@@ -70,8 +71,8 @@ def place(tensors: dict[str, Tensor], model: torch.nn.Module, label: object) -> 
             unexpected += [name] * (not IGNORED.search(name))
             continue
         doubled += [name] * (where in placed)
-        placed[where] = tensor
         expected = tuple(names.expected[where].shape)
+        placed[where] = tensor = with_all_rows(where, tensor, model)
         if tensor.shape != expected:
             reshaped.append(f"{name}: {list(tensor.shape)} instead of {list(expected)}")
     missing = [name for name in names.expected if name not in placed and not names.tied(name) & {*placed}]
@@ -84,6 +85,24 @@ def place(tensors: dict[str, Tensor], model: torch.nn.Module, label: object) -> 
     if any(complaints):
         raise InputError(f"{label}: {'; '.join(filter(None, complaints))}. To fix it, {fix_for(unexpected, names)}")
     return placed
+
+
+def with_all_rows(name: str, tensor: Tensor, model: torch.nn.Module) -> Tensor:
+    """Return a table of embeddings with the rows that transformers' `resize_token_embeddings` leaves out: for
+    `vocab_size` tokens MllamaTextModel has EXTRA_EMBEDDINGS more, which then stand for no token. Other tensors stay."""
+    config = model.config
+    if not (name.endswith("embed_tokens.weight") and hasattr(config, "image_token_index") and len(tensor.shape) == 2):
+        return tensor
+    rows, vocabulary = tensor.shape[0], config.text_config.vocab_size
+    if not max(vocabulary, config.image_token_index + 1) <= rows < vocabulary + EXTRA_EMBEDDINGS:
+        return tensor
+    missing = vocabulary + EXTRA_EMBEDDINGS - rows
+
+    def read() -> torch.Tensor:
+        stored = tensor.read()
+        return torch.cat([stored, stored.new_zeros(missing, stored.shape[1])])
+
+    return Tensor((rows + missing, tensor.shape[1]), tensor.dtype, read)
 
 
 def fix_for(unexpected: list[str], names: TensorNames) -> str:
