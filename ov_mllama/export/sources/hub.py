@@ -149,7 +149,7 @@ def preview(model_id: str, scratch: Path) -> tuple[Path, int]:
         )
     if (configs / "config.json").is_file() and not {file.filename for file in listing} & TOKENIZER_FILES:
         raise InputError(
-            f"{model_id} on the hub has no tokenizer ({' or '.join(sorted(TOKENIZER_FILES))}): choose another repository."
+            f"{model_id} on the hub has no tokenizer (tokenizer.json or tokenizer.model): choose another repository."
         )
     for path in configs.glob("*.json"):
         shutil.copy(path, scratch)
