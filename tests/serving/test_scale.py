@@ -187,20 +187,20 @@ def test_a_folder_with_something_else_and_more_threads_than_cores(captioned, dem
 
 
 @pytest.mark.parametrize("ends", [None, 510, [505, 510]])
-def test_captions_end_at_end_tokens_of_any_form(demo_dir, tmp_path, ends):
+def test_captions_end_at_end_tokens_of_any_form(demo_dir, tmp_path, ends, monkeypatch):
     from ov_mllama.serving.caption import Captioner
 
     captioner = Captioner(str(demo_dir), QUESTION, str(tmp_path), 40, None)
-    captioner.model.generation_config.eos_token_id = ends
+    monkeypatch.setattr(captioner.model.generation_config, "eos_token_id", ends)
     captioner({"id": ["0"], "path": [os.fsencode(path_of(SAMPLES[0]))]})
     assert pd.read_parquet(tmp_path)["finish"].tolist() == ["stop" if ends else "length"]
 
 
-def test_a_template_that_refuses_ends_the_captions_with_its_sentence(demo_dir, tmp_path):
+def test_a_template_that_refuses_ends_the_captions_with_its_sentence(demo_dir, tmp_path, monkeypatch):
     from ov_mllama.serving.caption import Captioner
 
     captioner = Captioner(str(demo_dir), QUESTION, str(tmp_path), 40, None)
-    captioner.processor.chat_template = "{{ raise_exception('Never.') }}"
+    monkeypatch.setattr(captioner.processor, "chat_template", "{{ raise_exception('Never.') }}")
     batch = {"id": ["0", "1"], "path": [os.fsencode(path_of(sample)) for sample in SAMPLES[:2]]}
     assert captioner(batch)["fatal"] == ["The model's chat template refuses the conversation: Never."] * 2
     assert not list(tmp_path.iterdir())
