@@ -1,6 +1,5 @@
 """Checkpoints that are broken, incomplete or another's: refused before anything is written, never mixed in a folder."""
 
-import functools
 import json
 import os
 import shutil
@@ -12,13 +11,13 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlamaForCausalLM
 
 from conftest import DEMO, F32
 from ov_mllama.export import checkpoint as checkpoints
 from ov_mllama.export import compress as compressing
 from ov_mllama.export import convert
-from ov_mllama.export.checkpoint import Checkpoint, checkpoint_fingerprint
+from ov_mllama.export.checkpoint import Checkpoint, checkpoint_fingerprint, load_checkpoint
 from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.prepare import plan_here
@@ -361,13 +360,14 @@ def test_conversion_killed_at_any_step_leaves_one_checkpoint_whole(two, tmp_path
     irs = {path: ov.Core().read_model(second_dir / path) for path in IRS}
     monkeypatch.setattr(convert, "convert_vision_encoder", lambda *_: irs[VISION_ENCODER_NAME].clone())
     monkeypatch.setattr(convert, "convert_language_model", lambda *_: irs[LANGUAGE_MODEL_NAME].clone())
-    monkeypatch.setattr(checkpoints, "load_checkpoint", functools.cache(checkpoints.load_checkpoint))
     whole, step, outcomes = {checkpoint_fingerprint(first): files_of(first_dir)}, 0, []
     whole[checkpoint_fingerprint(second)] = files_of(second_dir)
     start = shutil.copytree(first_dir, tmp_path / "start")
     if draft:
         make_draft_model(DRAFT, start / DRAFT_FOLDER)
         whole[checkpoint_fingerprint(first)] = files_of(start)
+    model = Checkpoint(second).load()
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: model)
     while True:
         step += 1
         folder = shutil.copytree(start, tmp_path / str(step))
@@ -402,7 +402,8 @@ def test_draft_model_killed_at_any_step_is_no_mixture(tmp_path, monkeypatch):
     ir = ov.Core().read_model(expected / DRAFT_MODEL_NAME)
     monkeypatch.setattr(compressing, "convert_language_model", lambda *_: ir.clone())
     monkeypatch.setattr(compressing, "compress_weights", lambda model, _: model)
-    monkeypatch.setattr(checkpoints, "load_checkpoint", functools.cache(checkpoints.load_checkpoint))
+    model = load_checkpoint(other, LlamaForCausalLM)
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: model)
     step, ended = 0, False
     while not ended:
         step += 1
