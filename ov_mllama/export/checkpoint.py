@@ -68,6 +68,7 @@ class Checkpoint:
         model_type: str = "mllama",
         with_weights: bool = True,
         base: str | Path | None = None,
+        _above: tuple[Path, ...] = (),
     ):
         self.name, self.origin, self._to_download = str(model_id), origin_of(model_id), 0
         folder = Path(model_id).expanduser()
@@ -86,6 +87,7 @@ class Checkpoint:
                 raise without_weights(folder)
             if base and not self.source.adapter:
                 raise InputError(f"{folder} is no LoRA adapter: leave the base out.")
+        self._adapters = (*_above, folder.resolve())
         self.base = self._find_base(base, model_type, with_weights) if self.source.adapter else None
         self.config: Any = self.base.config if self.base else self.source.config
         self._placed: dict[Any, dict[str, Tensor]] = {}
@@ -102,10 +104,10 @@ class Checkpoint:
         names = [str(given)] if given else base_names(self.source.adapter, self.folder)
         problem: Exception | None = None
         for name in names:
-            if Path(name).is_dir() and Path(name).samefile(self.folder):
+            if Path(name).is_dir() and Path(name).resolve() in self._adapters:  # also where adapters name each other
                 continue
             try:
-                base = Checkpoint(name, model_type, with_weights)
+                base = Checkpoint(name, model_type, with_weights, _above=self._adapters)
             except NotFoundError as error:
                 problem = problem or error
             except AccessError as error:

@@ -195,7 +195,7 @@ def stored_template(folder: Path, tokenizer) -> str:
     config, in this order; of several named ones the default. Empty if there is none.
 
     Raises:
-        InputError: if one of the files cannot be read.
+        InputError: if one of the files cannot be read, or the template is no text.
     """
     path = folder / "chat_template.jinja"
     try:
@@ -203,10 +203,16 @@ def stored_template(folder: Path, tokenizer) -> str:
         for path in (folder / "chat_template.json", folder / "processor_config.json"):
             stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             template = template or stored.get("chat_template") or ""
-    except (ValueError, AttributeError, RecursionError) as error:
+        if isinstance(template, list):  # as older versions store several
+            template = {each["name"]: each["template"] for each in template}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: download it again, or remove it.") from error
     template = template or tokenizer.chat_template or ""
     template = template.get("default", "") if isinstance(template, dict) else template
+    if not isinstance(template, str):
+        raise InputError(
+            f"The chat template in {folder} is no text: correct it, or remove it for Llama 3.2 Vision's own."
+        )
     return template if template.strip() else ""
 
 

@@ -110,6 +110,9 @@ PLACES = {
     "processor_config.json": lambda folder: edit(folder / "processor_config.json", chat_template=DEMO_TEMPLATE),
     "tokenizer_config.json": lambda folder: edit(folder / "tokenizer_config.json", chat_template=DEMO_TEMPLATE),
     "several named ones": lambda folder: edit(folder / "tokenizer_config.json", chat_template=LIST),
+    "several in chat_template.json": lambda folder: (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": LIST})
+    ),
 }
 
 
@@ -162,6 +165,12 @@ def test_a_template_with_a_syntax_error_is_refused(checkpoint, monkeypatch):
 def test_a_broken_file_with_a_template_is_refused(checkpoint, monkeypatch):
     (checkpoint / "chat_template.json").write_text('{"chat_template": ')
     refused(checkpoint, monkeypatch, "chat_template.json cannot be read: download it again, or remove it")
+
+
+def test_a_template_that_is_no_text_is_refused(checkpoint, monkeypatch):
+    (checkpoint / "chat_template.jinja").unlink()
+    (checkpoint / "chat_template.json").write_text('{"chat_template": 5}')
+    refused(checkpoint, monkeypatch, "chat template in .* is no text: correct it, or remove it")
 
 
 # ---- End tokens -----------------------------------------------------------------------------------------------------
