@@ -88,6 +88,7 @@ PREFIXES = {
     "peft": lambda name: f"base_model.model.{name}",
     "DDP": lambda name: f"module.{name}",
     "compiled": lambda name: f"_orig_mod.{name}",
+    "FSDP": lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
     "all": lambda name: f"module._orig_mod.base_model.model.{name}",
     "within": lambda name: name.replace("layers.", "layers._orig_mod.module.").replace(
         "proj.weight", "proj.base_layer.weight"

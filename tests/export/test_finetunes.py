@@ -286,6 +286,17 @@ def test_a_broken_tokenizer_is_refused(checkpoint, monkeypatch):
     refused(checkpoint, monkeypatch, "tokenizer in .* cannot be read .*: copy tokenizer.json")
 
 
+def test_a_tokenizer_that_is_a_pointer_is_named(checkpoint, monkeypatch):
+    (checkpoint / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(checkpoint, monkeypatch, "tokenizer.json is no tokenizer but a Git LFS pointer .*`git lfs pull`")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"picture": 5}', '{"picture": "none.png"}'])
+def test_another_programs_golden_json_is_left_out(checkpoint, text):
+    (checkpoint / "golden.json").write_text(text)
+    assert not (companions_of(checkpoint) / "golden.json").exists()
+
+
 def test_another_image_token_is_refused(checkpoint, monkeypatch):
     edit(checkpoint / "config.json", image_token_index=513)
     refused(checkpoint, monkeypatch, r"gives <\|image\|> the id 512; the model's is 513 \(image_token_index in config")
@@ -305,7 +316,9 @@ def images_in(folder: Path) -> dict:
 OTHER_SIZE = {**json.loads((DEMO / "processor_config.json").read_text())["image_processor"], "max_image_tiles": 2}
 
 
-@pytest.mark.parametrize("instead", [None, OTHER_SIZE, {"image_processor_type": "CLIPImageProcessor"}])
+@pytest.mark.parametrize(
+    "instead", [None, OTHER_SIZE, {"image_processor_type": "CLIPImageProcessor"}, {**OTHER_SIZE, "size": [1]}]
+)
 def test_image_processor_is_derived_from_the_config(checkpoint, instead, caplog):
     (checkpoint / "processor_config.json").unlink()
     if instead:

@@ -14,7 +14,10 @@ from ov_mllama.runtime.shapes import EXTRA_EMBEDDINGS
 # buffers that older versions of transformers saved and newer ones compute
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 # what trainers add to the names of a model that they wrap
-WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "base_layer.")
+WRAPPERS = (
+    *("base_model.model.", "base_layer.", "module.", "_orig_mod."),
+    *("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."),
+)
 
 
 class TensorNames:
