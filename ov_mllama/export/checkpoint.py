@@ -18,7 +18,7 @@ import torch
 from transformers import MllamaForConditionalGeneration
 
 from ov_mllama.export.sources.files import read_header
-from ov_mllama.export.sources.find import find_source
+from ov_mllama.export.sources.find import OWN_CONFIG, find_source, last_line
 from ov_mllama.export.sources.hub import as_on_the_hub, download, origin_of, preview
 from ov_mllama.export.sources.lora import CONFIG, base_names, merge, overlay
 from ov_mllama.export.sources.names import TensorNames, place
@@ -68,6 +68,7 @@ class Checkpoint:
         model_type: str = "mllama",
         with_weights: bool = True,
         base: str | Path | None = None,
+        _above: tuple[Path, ...] = (),
     ):
         self.name, self.origin, self._to_download = str(model_id), origin_of(model_id), 0
         folder = Path(model_id).expanduser()
@@ -86,6 +87,7 @@ class Checkpoint:
                 raise without_weights(folder)
             if base and not self.source.adapter:
                 raise InputError(f"{folder} is no LoRA adapter: leave the base out.")
+        self._adapters = (*_above, folder.resolve())
         self.base = self._find_base(base, model_type, with_weights) if self.source.adapter else None
         self.config: Any = self.base.config if self.base else self.source.config
         self._placed: dict[Any, dict[str, Tensor]] = {}
@@ -102,10 +104,10 @@ class Checkpoint:
         names = [str(given)] if given else base_names(self.source.adapter, self.folder)
         problem: Exception | None = None
         for name in names:
-            if Path(name).is_dir() and Path(name).samefile(self.folder):
+            if Path(name).is_dir() and Path(name).resolve() in self._adapters:  # also where adapters name each other
                 continue
             try:
-                base = Checkpoint(name, model_type, with_weights)
+                base = Checkpoint(name, model_type, with_weights, _above=self._adapters)
             except NotFoundError as error:
                 problem = problem or error
             except AccessError as error:
@@ -186,9 +188,8 @@ class Checkpoint:
             InputError: without weights, or as `read_header` and `place`.
         """
         if kind not in self._placed:
-            with torch.device("meta"):
-                model = kind(self.config)
             with self._errors():
+                model = self._empty_model(kind)
                 stored = self.source.tensors()
                 if self.base:
                     base, names = self.base.tensors(kind), TensorNames(model)
@@ -196,6 +197,15 @@ class Checkpoint:
                 else:
                     self._placed[kind] = place(stored, model, self.folder)
         return self._placed[kind]
+
+    def _empty_model(self, kind: Any) -> torch.nn.Module:
+        try:
+            with torch.device("meta"):
+                return kind(self.config)
+        except Exception as error:  # noqa: BLE001 - such as ZeroDivisionError for no heads
+            config = self.base.folder if self.base else self.folder
+            problem = f"{type(error).__name__}: {last_line(error)}"
+            raise InputError(f"{config / 'config.json'} describes no model ({problem}): {OWN_CONFIG}") from error
 
     def scratch_bytes(self, kind: Any = MllamaForConditionalGeneration, needed: Needed = every) -> int:
         """Return the disk that `load` takes for a while: of needed weights that are not stored in 16 bit."""

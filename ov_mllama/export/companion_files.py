@@ -13,6 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ov_mllama.export.checkpoint import Checkpoint
+from ov_mllama.export.sources.files import hint
 from ov_mllama.export.sources.meta_tokenizer import tokenizer_of
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.generation import complete
@@ -57,11 +58,18 @@ def save_companions(checkpoint: Checkpoint, folder: Path) -> None:
     processor.save_pretrained(folder)
     for note in notes:
         logger.warning("⚠️ %s", note)
+    for path in golden_files(source):
+        shutil.copy(path, folder)
+
+
+def golden_files(source: Path) -> list[Path]:
+    """Return a checkpoint's golden answer and its image; none without both, or for another program's golden.json."""
     golden = source / "golden.json"
-    if golden.is_file():
+    try:
         image = source / Path(json.loads(golden.read_text(encoding="utf-8"))["picture"]).name
-        for path in (golden, image) if image.is_file() else ():
-            shutil.copy(path, folder)
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [golden, image] if image.is_file() else []
 
 
 def check_companions_of(checkpoint: Checkpoint) -> None:
@@ -110,6 +118,8 @@ def read_tokenizer(folder: Path, config: MllamaConfig):
     except Exception as error:  # noqa: BLE001 - libraries raise whatever they like
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder} holds no tokenizer (tokenizer.json): {fix}; its own will do.") from error
+        if (reason := hint(folder / "tokenizer.json")).startswith(" but"):
+            raise InputError(f"{folder / 'tokenizer.json'} is no tokenizer{reason}") from error
         raise InputError(f"The tokenizer in {folder} cannot be read ({first_line(error)}): {fix}.") from error
     vocabulary, index = tokenizer.get_vocab(), config.image_token_index
     if vocabulary.get(IMAGE) != index:
@@ -135,7 +145,7 @@ def read_image_processor(folder: Path, config: MllamaConfig):
     """Return a checkpoint's image processor; None if there is none that makes this model's tiles."""
     try:
         images = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError):
+    except Exception:  # noqa: BLE001 - libraries raise whatever they like
         return None
     vision, size = config.vision_config, dict(getattr(images, "size", None) or {})
     fits = (size.get("height"), size.get("width")) == (vision.image_size, vision.image_size)
@@ -195,7 +205,7 @@ def stored_template(folder: Path, tokenizer) -> str:
     config, in this order; of several named ones the default. Empty if there is none.
 
     Raises:
-        InputError: if one of the files cannot be read.
+        InputError: if one of the files cannot be read, or the template is no text.
     """
     path = folder / "chat_template.jinja"
     try:
@@ -203,10 +213,16 @@ def stored_template(folder: Path, tokenizer) -> str:
         for path in (folder / "chat_template.json", folder / "processor_config.json"):
             stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             template = template or stored.get("chat_template") or ""
-    except (ValueError, AttributeError, RecursionError) as error:
+        if isinstance(template, list):  # as older versions store several
+            template = {each["name"]: each["template"] for each in template}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: download it again, or remove it.") from error
     template = template or tokenizer.chat_template or ""
     template = template.get("default", "") if isinstance(template, dict) else template
+    if not isinstance(template, str):
+        raise InputError(
+            f"The chat template in {folder} is no text: correct it, or remove it for Llama 3.2 Vision's own."
+        )
     return template if template.strip() else ""
 
 

@@ -202,6 +202,7 @@ def prepare(
     if steps.makes and steps.shortfalls and not (yes() if callable(yes) else yes):
         steps.check()
     source = Checkpoint(checkpoint, base=base)
+    Settings().check(source.config)
     model_dir = convert_mllama(source, model_dir, language_model=steps.write_16_bit, reference=reference)
     # imported late: NNCF patches functions that torch traces, and torch then warns
     from ov_mllama.export.compress import compress_language_model, make_draft_model, make_vision_encoder

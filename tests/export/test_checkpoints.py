@@ -75,6 +75,10 @@ BROKEN = {
         lambda tensors: tensors | {"model.x.q_proj.lora_A.weight": torch.zeros(2)},
         "1 are unexpected.*merge_and_unload",
     ),
+    "integers": (
+        lambda tensors: {name: each.to(torch.int8) if "lm_head" in name else each for name, each in tensors.items()},
+        r"1 are integers without scales, such as .*lm_head.weight \(torch.int8\)",
+    ),
     "other shape": (reshaped, r"1 have another shape, such as .*lm_head.weight: \[\d+, 64\] instead of \[\d+, 64\]"),
 }
 
@@ -83,6 +87,7 @@ PREFIXES = {
     "peft": lambda name: f"base_model.model.{name}",
     "DDP": lambda name: f"module.{name}",
     "compiled": lambda name: f"_orig_mod.{name}",
+    "FSDP": lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
     "all": lambda name: f"module._orig_mod.base_model.model.{name}",
     "within": lambda name: name.replace("layers.", "layers._orig_mod.module.").replace(
         "proj.weight", "proj.base_layer.weight"
@@ -192,7 +197,31 @@ FILES = {
     "header cut": (lambda path: os.truncate(path, 100), "no safetensors file.*download it again"),
     "empty": (lambda path: os.truncate(path, 0), "no safetensors file.*download it again"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "no safetensors file.*download it again"),
+    "negative": (lambda path: rewrite(path, data_offsets=[-8, 8]), "no valid safetensors file.*download it again"),
+    "overlapping": (lambda path: rewrite(path, data_offsets=[0, 2]), "no valid safetensors file.*download it again"),
+    "no type": (lambda path: rewrite(path, dtype=["F16"]), r"of the type \['F16'\], which is not read"),
 }
+
+
+def rewrite(path: Path, **entry) -> None:
+    """Change the entry of one tensor in a safetensors file's header."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header[max(header, key=len)].update(entry)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:] + bytes(8))
+
+
+def test_values_that_16_bit_lack_are_refused(pair, tmp_path):
+    def beyond(tensors):
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        next(iter(tensors.values())).view(-1)[0] = 1e6
+        return tensors
+
+    folder = changed(pair.checkpoint, tmp_path / "beyond", beyond)
+    with pytest.raises(ValueError, match="holds values beyond torch.float16's 6.55e.04, or NaN: save .* bfloat16"):
+        convert_mllama(folder, tmp_path / "ov")
 
 
 @pytest.mark.parametrize("sharded", [False, True])

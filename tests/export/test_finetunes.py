@@ -110,6 +110,9 @@ PLACES = {
     "processor_config.json": lambda folder: edit(folder / "processor_config.json", chat_template=DEMO_TEMPLATE),
     "tokenizer_config.json": lambda folder: edit(folder / "tokenizer_config.json", chat_template=DEMO_TEMPLATE),
     "several named ones": lambda folder: edit(folder / "tokenizer_config.json", chat_template=LIST),
+    "several in chat_template.json": lambda folder: (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": LIST})
+    ),
 }
 
 
@@ -162,6 +165,12 @@ def test_a_template_with_a_syntax_error_is_refused(checkpoint, monkeypatch):
 def test_a_broken_file_with_a_template_is_refused(checkpoint, monkeypatch):
     (checkpoint / "chat_template.json").write_text('{"chat_template": ')
     refused(checkpoint, monkeypatch, "chat_template.json cannot be read: download it again, or remove it")
+
+
+def test_a_template_that_is_no_text_is_refused(checkpoint, monkeypatch):
+    (checkpoint / "chat_template.jinja").unlink()
+    (checkpoint / "chat_template.json").write_text('{"chat_template": 5}')
+    refused(checkpoint, monkeypatch, "chat template in .* is no text: correct it, or remove it")
 
 
 # ---- End tokens -----------------------------------------------------------------------------------------------------
@@ -277,6 +286,17 @@ def test_a_broken_tokenizer_is_refused(checkpoint, monkeypatch):
     refused(checkpoint, monkeypatch, "tokenizer in .* cannot be read .*: copy tokenizer.json")
 
 
+def test_a_tokenizer_that_is_a_pointer_is_named(checkpoint, monkeypatch):
+    (checkpoint / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(checkpoint, monkeypatch, "tokenizer.json is no tokenizer but a Git LFS pointer .*`git lfs pull`")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"picture": 5}', '{"picture": "none.png"}'])
+def test_another_programs_golden_json_is_left_out(checkpoint, text):
+    (checkpoint / "golden.json").write_text(text)
+    assert not (companions_of(checkpoint) / "golden.json").exists()
+
+
 def test_another_image_token_is_refused(checkpoint, monkeypatch):
     edit(checkpoint / "config.json", image_token_index=513)
     refused(checkpoint, monkeypatch, r"gives <\|image\|> the id 512; the model's is 513 \(image_token_index in config")
@@ -296,7 +316,9 @@ def images_in(folder: Path) -> dict:
 OTHER_SIZE = {**json.loads((DEMO / "processor_config.json").read_text())["image_processor"], "max_image_tiles": 2}
 
 
-@pytest.mark.parametrize("instead", [None, OTHER_SIZE, {"image_processor_type": "CLIPImageProcessor"}])
+@pytest.mark.parametrize(
+    "instead", [None, OTHER_SIZE, {"image_processor_type": "CLIPImageProcessor"}, {**OTHER_SIZE, "size": [1]}]
+)
 def test_image_processor_is_derived_from_the_config(checkpoint, instead, caplog):
     (checkpoint / "processor_config.json").unlink()
     if instead:

@@ -34,7 +34,7 @@ from ov_mllama.runtime.memory import group_memory
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.speculative import OVDraftModel
 from ov_mllama.runtime.vision import ImageInputs, image_keys
-from tiny_mllama import make_llama
+from tiny_mllama import make_checkpoint, make_llama
 
 PLAIN = Settings()
 GREEDY = dict(do_sample=False, max_new_tokens=4, eos_token_id=None)
@@ -213,6 +213,13 @@ def test_no_step_asks_for_memory_that_the_plan_does_not_name(tmp_path, monkeypat
     folder = prepare(DEMO, tmp_path / "ov")
     assert newest(folder, LANGUAGE_MODEL_NAME) == PLAIN.file_name
     assert newest(folder, VISION_ENCODER_NAME) == "openvino_vision_encoder_int8_wc.xml"
+
+
+def test_widths_that_no_group_divides_are_refused_before_anything_is_written(tmp_path):
+    folder = make_checkpoint(tmp_path / "narrow")
+    with pytest.raises(ValueError, match="group_size=64 does not divide this model's 64 and 96 channels"):
+        prepare(folder, tmp_path / "ov")
+    assert not (tmp_path / "ov").exists()
 
 
 def test_what_a_chat_needs_and_no_more_is_made_once(tmp_path, monkeypatch, caplog):

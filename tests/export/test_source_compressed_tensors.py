@@ -268,6 +268,7 @@ UNREAD = {
     "fp4": (dict(num_bits=4, type="float"), "4-bit float"),
     "by heads": (dict(strategy="attn_head"), "one scale for each attn_head"),
     "no groups": (dict(config_groups={}), "has no config_groups with weights"),
+    "a list of groups": (dict(config_groups=[1]), "has no config_groups with weights"),
 }
 
 

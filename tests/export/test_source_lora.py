@@ -428,3 +428,35 @@ def test_adapter_without_weights_is_refused(adapter):
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="no adapter's config"):
         Checkpoint(adapter)
+
+
+WRONG = (dict(rank_pattern=["q_proj"]), dict(alpha_pattern={"q_(": 4}), dict(alpha_pattern="x"))
+
+
+@pytest.mark.parametrize("settings", WRONG, ids=str)
+def test_patterns_that_are_none_are_refused(adapter, settings):
+    set_in(adapter / "adapter_config.json", **settings)
+    with pytest.raises(ValueError, match="no adapter's config"):
+        Checkpoint(adapter)
+
+
+@pytest.mark.parametrize("alpha", ["8", None, float("nan"), float("inf"), 10**400])
+def test_alpha_that_is_no_number_is_refused(adapter, alpha):
+    set_in(adapter / "adapter_config.json", lora_alpha=alpha)
+    with pytest.raises(ValueError, match="its lora_alpha is .*, no number"):
+        Checkpoint(adapter).tensors()
+
+
+def test_adapters_that_name_each_other_have_no_base(adapter, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    set_in(adapter / "adapter_config.json", base_model_name_or_path=str(other))
+    set_in(other / "adapter_config.json", base_model_name_or_path=str(adapter))
+    with pytest.raises(NotFoundError, match="was not found .*--base"):
+        Checkpoint(adapter)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_tokenizer_config_of_an_adapter_is_refused(adapter, text):
+    (adapter / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer_config.json cannot be read: download it again, or remove it"):
+        Checkpoint(adapter).settings_folder  # noqa: B018

@@ -87,3 +87,25 @@ def test_folder_is_named_for_what_it_is(tmp_path, case):
 def test_a_vision_model_is_no_draft_model(tmp_path):
     with pytest.raises(InputError, match="is a 'mllama' checkpoint; a draft model is a Llama for text"):
         Checkpoint(write(tmp_path, {"config.json": CONFIG, "model.safetensors": ""}), "llama")
+
+
+CONFIGS = {  # changed settings, and the problem that is named
+    "no type of torch": (dict(dtype="bf16"), "cannot be used .*bf16"),
+    "a list for a table": (dict(text_config=[]), r"cannot be used \(.*text_config"),
+    "text for a number": (dict(text_config={**json.loads(CONFIG)["text_config"], "hidden_size": "64"}), "hidden_size"),
+    "no heads": (
+        dict(text_config={**json.loads(CONFIG)["text_config"], "num_attention_heads": 0}),
+        "describes no model .ZeroDivisionError",
+    ),
+    "no method": (dict(quantization_config="nf4"), "names no method of quantisation"),
+    "no settings of MLX": (dict(quantization=[4]), "names no method of quantisation"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_with_values_of_other_types_is_refused(tmp_path, case):
+    settings, problem = CONFIGS[case]
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(CONFIG), **settings}))
+    (tmp_path / "model.safetensors").write_bytes((DEMO / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=rf"config.json .*{problem}.*take the config.json that belongs to the weights"):
+        Checkpoint(tmp_path).tensors()

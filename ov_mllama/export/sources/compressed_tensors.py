@@ -59,8 +59,9 @@ def groups_of(quantization: dict) -> list[dict]:
     Raises:
         InputError: if there is none.
     """
-    groups = (quantization.get("config_groups") or {}).values()
-    quantised = [group for group in groups if isinstance(group, dict) and group.get("weights")]
+    groups = quantization.get("config_groups")
+    listed = groups.values() if isinstance(groups, dict) else ()
+    quantised = [group for group in listed if isinstance(group, dict) and group.get("weights")]
     if not quantised:
         raise InputError(f"The checkpoint's quantization_config has no config_groups with weights: {AGAIN}")
     return quantised

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
@@ -42,13 +42,23 @@ def stored_tensors(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
         for name, entry in read_header(path)[1].items():
-            if entry["dtype"] not in DTYPES:
-                raise InputError(f"{path}: {name} is of the type {entry['dtype']}, which is not read.")
+            if str(entry.get("dtype")) not in DTYPES:
+                raise InputError(f"{path}: {name} is of the type {entry.get('dtype')}, which is not read.")
             if name in tensors:
                 raise InputError(f"{path} holds {name}, as another file of its folder does: remove one of them.")
             read = partial(read_tensor, path, name)
             tensors[name] = Tensor(tuple(entry["shape"]), DTYPES[entry["dtype"]], read, mapped=True)
+        check_layout(path)
     return tensors
+
+
+def check_layout(path: Path) -> None:
+    """Raise an InputError if the tensors of a header do not fill a safetensors file."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{path} is no valid safetensors file ({error}): download it again.") from error
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:

@@ -21,6 +21,8 @@ from ov_mllama.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+OWN_CONFIG = "take the config.json that belongs to the weights, from where they were downloaded or saved."
+
 
 @dataclass(frozen=True)
 class Source:
@@ -66,10 +68,12 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
     settings = settings_of(folder)
     if settings.get("model_type") != model_type:
         raise another_model(folder, settings.get("model_type"), model_type)
-    config = AutoConfig.from_pretrained(folder)
     quantization = settings.get("quantization_config") or {}
-    if settings.get("quantization"):
-        quantization = {**settings["quantization"], "quant_method": "mlx"}
+    mlx = settings.get("quantization") or {}
+    if not (isinstance(quantization, dict) and isinstance(mlx, dict)):
+        raise InputError(f"{folder / 'config.json'} names no method of quantisation: {OWN_CONFIG}")
+    quantization = {**mlx, "quant_method": "mlx"} if mlx else quantization
+    config = read_config(folder)
     method = method_of(quantization) if quantization else None
     kind = method.describe(quantization) if method else "16-bit safetensors"
     if hasattr(config, "quantization_config"):
@@ -81,6 +85,23 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
         return method.decode(stored, quantization) if method else stored
 
     return Source(kind, config, [folder / "config.json"], files, tensors, quantized=bool(method))
+
+
+def read_config(folder: Path) -> Any:
+    """Return a folder's config.json as transformers reads it.
+
+    Raises:
+        InputError: if it has values that transformers refuses, or fails at.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - libraries raise whatever they like
+        raise InputError(f"{folder / 'config.json'} cannot be used ({last_line(error)}): {OWN_CONFIG}") from error
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of an error's message, up to its first full stop."""
+    return str(error).strip().rpartition("\n")[2].strip().partition(". ")[0]
 
 
 def settings_of(folder: Path) -> dict:

@@ -33,6 +33,7 @@ VARIANTS = (
 )
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 CHUNK_ELEMENTS = 1 << 24  # of a matrix merged at a time, in float32
+ALPHA_LIMIT = 1e30
 ROWS = 16  # a chunk's rows are a multiple of: a product of fewer may be rounded otherwise than as part of the whole
 
 
@@ -67,7 +68,9 @@ def adapter_settings(folder: Path) -> dict:
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind, variants = settings.get("peft_type"), [name for name in VARIANTS if settings.get(name)]
-    except (ValueError, AttributeError, RecursionError) as error:
+        for name in ("rank_pattern", "alpha_pattern"):
+            _ = [re.compile(pattern) for pattern, _ in (settings.get(name) or {}).items()]
+    except (ValueError, AttributeError, RecursionError, re.error) as error:
         raise InputError(f"{folder / CONFIG} is no adapter's config{hint(folder / CONFIG)}") from error
     problem = f"{variants[0]}: {settings[variants[0]]}" if variants else ""
     problem = f"peft_type {kind}" if kind != "LORA" else problem
@@ -175,7 +178,7 @@ def changed(base: Tensor, pair: Pair, place: str, settings: dict, label: object)
     rank = of_pattern(settings.get("rank_pattern"), modules, settings.get("r"))
     check(a.shape[0] == rank != 0, label, f"{factors} do not have the rank {rank} of {CONFIG}")
     alpha = of_pattern(settings.get("alpha_pattern"), modules, settings.get("lora_alpha"))
-    check(isinstance(alpha, int | float), label, f"lora_alpha is missing in {CONFIG}")
+    check(isinstance(alpha, int | float) and abs(alpha) < ALPHA_LIMIT, label, f"its lora_alpha is {alpha}, no number")
     scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return Tensor(base.shape, base.dtype, partial(read_merged, base, pair, scaling))
 
@@ -212,11 +215,18 @@ def overlay(adapter: Path, base: Path, folder: Path) -> None:
     """Copy a base's settings, tokenizer and templates into a folder, and an adapter's own in their places.
 
     The base's config stays, its golden answer is left out, and so are its chat templates if the adapter has one.
+
+    Raises:
+        InputError: if the adapter's tokenizer_config.json cannot be read.
     """
     own = {path.name: path for path in texts(adapter) if path.name != "config.json"}
     template = {}
     if "tokenizer_config.json" in own:
-        template = json.loads(own["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template") or {}
+        path = own["tokenizer_config.json"]
+        try:
+            template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") or {}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise InputError(f"{path} cannot be read: download it again, or remove it for the base's.") from error
     its_own = bool(template) or any(name.startswith("chat_template.") for name in own)
     for path in texts(base):
         if not path.name.startswith("golden.") and not (its_own and path.name.startswith("chat_template.")):

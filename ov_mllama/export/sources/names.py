@@ -14,7 +14,10 @@ from ov_mllama.runtime.shapes import EXTRA_EMBEDDINGS
 # buffers that older versions of transformers saved and newer ones compute
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 # what trainers add to the names of a model that they wrap
-WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "base_layer.")
+WRAPPERS = (
+    *("base_model.model.", "base_layer.", "module.", "_orig_mod."),
+    *("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."),
+)
 
 
 class TensorNames:
@@ -59,18 +62,19 @@ def place(tensors: dict[str, Tensor], model: torch.nn.Module, label: object) -> 
         model: on the meta device.
         label: of the checkpoint, for errors.
     Raises:
-        InputError: for missing or unexpected tensors, two for one place, or tensors of another shape than the model's,
-            with numbers, names and the fix.
+        InputError: for missing or unexpected tensors, two for one place, integers, or tensors of another shape than the
+            model's, with numbers, names and the fix.
     """
     names = TensorNames(model)
     placed: dict[str, Tensor] = {}
-    unexpected, reshaped, doubled = [], [], []
+    unexpected, reshaped, doubled, integers = [], [], [], []
     for name, tensor in tensors.items():
         where = names.of(unwrapped(name)) or names.of(name)
         if where is None:
             unexpected += [name] * (not IGNORED.search(name))
             continue
         doubled += [name] * (where in placed)
+        integers += [f"{name} ({tensor.dtype})"] * (not tensor.dtype.is_floating_point)
         expected = tuple(names.expected[where].shape)
         placed[where] = tensor = with_all_rows(where, tensor, model)
         if tensor.shape != expected:
@@ -81,6 +85,7 @@ def place(tensors: dict[str, Tensor], model: torch.nn.Module, label: object) -> 
         f"{len(unexpected)} are unexpected, such as {unexpected[0]}" if unexpected else "",
         f"{len(reshaped)} have another shape, such as {reshaped[0]}" if reshaped else "",
         f"{len(doubled)} are there twice under different names, such as {doubled[0]}" if doubled else "",
+        f"{len(integers)} are integers without scales, such as {integers[0]}" if integers else "",
     ]
     if any(complaints):
         raise InputError(f"{label}: {'; '.join(filter(None, complaints))}. To fix it, {fix_for(unexpected, names)}")

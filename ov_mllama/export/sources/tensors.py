@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ov_mllama.runtime.errors import DiskError
+from ov_mllama.runtime.errors import DiskError, InputError
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 WRITTEN_AT_ONCE = 1 << 24  # values converted to 16 bit at a time: of a mapped tensor only these take memory
@@ -77,10 +77,20 @@ def padded(tensor: Tensor) -> int:
     return -(-2 * int(np.prod(tensor.shape)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def write(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Write a tensor's values in a 16-bit type."""
+def write(file: BinaryIO, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write a tensor's values in a 16-bit type.
+
+    Raises:
+        InputError: for values that the type lacks, such as 1e6 in float16, NaN and infinity.
+    """
     for values in tensor.read().reshape(-1).split(WRITTEN_AT_ONCE):
-        file.write(values.to(dtype).view(torch.uint8).numpy().data)
+        rounded = values.to(dtype)
+        if not rounded.isfinite().all():
+            raise InputError(
+                f"{name} holds values beyond {dtype}'s {torch.finfo(dtype).max:.3g}, or NaN: save the checkpoint in "
+                "bfloat16, or take another."
+            )
+        file.write(rounded.view(torch.uint8).numpy().data)
 
 
 def materialize(
@@ -95,6 +105,7 @@ def materialize(
         folder: for the temporary file, of `computed_bytes`.
         left_out: names of tensors that are not read: zeros that take no disk stand for computed ones.
     Raises:
+        InputError: as `write`.
         DiskError: if the folder's disk is full.
     """
     made = {name: tensor.read() for name, tensor in tensors.items() if tensor.in_place(dtype)}
@@ -109,7 +120,7 @@ def materialize(
                 offsets[name] = offset
                 if name not in left_out:
                     file.seek(offset)  # written, not mapped: a full disk would end the process
-                    write(file, tensor, dtype)
+                    write(file, name, tensor, dtype)
                 offset += padded(tensor)
             file.truncate(offset)
             file.flush()
