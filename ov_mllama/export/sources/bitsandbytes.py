@@ -15,6 +15,7 @@ from functools import partial
 from math import prod
 
 import torch
+from torch.nn import functional
 
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
@@ -145,14 +146,15 @@ def read_4_bit(
 ) -> torch.Tensor:
     """Return a 4-bit weight dequantised: code's value * block's scale, computed in f32 (functional.dequantize_4bit)."""
     packed, codes = weight.read().reshape(-1).view(torch.uint8), parts["quant_map"].read().float()
+    pair = torch.stack((codes.repeat_interleave(16), codes.repeat(16)), 1)  # of a byte, high half first
     block, made = state["blocksize"], torch.empty(prod(shape), dtype=dtype)
     scales = read_scales(parts, state)
     for start in range(0, len(made), CHUNK_ELEMENTS):
         part = made[start : start + CHUNK_ELEMENTS]
-        pairs = packed[start // 2 : -(-(start + len(part)) // 2)]
-        index = torch.stack((pairs >> 4, pairs & 15), 1).reshape(-1)[: len(part)]
+        stored = packed[start // 2 : -(-(start + len(part)) // 2)]
+        values = functional.embedding(stored.int(), pair).reshape(-1)[: len(part)]
         of_part = scales[start // block : -(-(start + len(part)) // block)].repeat_interleave(block)
-        part.copy_(codes[index.int()] * of_part[: len(part)])
+        part.copy_(values * of_part[: len(part)])
     return made.view(shape)
 
 
