@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import openvino as ov
@@ -15,6 +16,7 @@ from conftest import ROOT
 from ov_mllama.export import checkpoint
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.sources import hub
+from ov_mllama.export.sources.tensors import Tensor, weight_dtype
 from ov_mllama.runtime import ir, memory
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
@@ -108,6 +110,13 @@ def test_16bit_weights_stay_as_they_are(tmp_path, dtype):
         for name in set(linear) - set(cross):
             tensor = file.get_tensor(name)
             assert (tuple(tensor.shape), tensor.view(torch.uint16).numpy().tobytes()) in wide, name
+
+
+def test_weights_dequantised_to_float16_keep_their_bits():
+    half = Tensor((2, 2), torch.float16, lambda: torch.zeros(2, 2).half())
+    brain = Tensor((9, 9), torch.bfloat16, lambda: torch.zeros(9, 9).bfloat16(), mapped=True)
+    assert weight_dtype({"few": half, "many": brain}) == torch.float16
+    assert weight_dtype({"few": replace(half, mapped=True), "many": brain}) == torch.bfloat16
 
 
 def test_float32_checkpoints_are_stored_as_float16(tmp_path):
