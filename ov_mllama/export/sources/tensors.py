@@ -61,8 +61,8 @@ class Tensor:
 def weight_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     """Return the 16-bit type of a checkpoint's weights: the one that most are stored in; float16 for one in float32.
 
-    Weights dequantised to float16 make it float16: bfloat16 would take three of their bits, while bfloat16 weights change
-    in float16 by at most 3e-8, where they are below 6e-5.
+    Weights dequantised to float16 make it float16: bfloat16 would take three of their bits, while bfloat16 weights
+    change in float16 by at most 3e-8, where they are below 6e-5.
     """
     size = {torch.bfloat16: 0, torch.float16: 0}
     if any(tensor.dtype == torch.float16 and not tensor.mapped for tensor in tensors.values()):
