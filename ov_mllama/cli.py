@@ -1,5 +1,6 @@
 """Shared by the commands: errors without a traceback, consoles of any encoding, prompt shutdown."""
 
+import argparse
 import contextlib
 import logging
 import sys
@@ -61,7 +62,10 @@ def configure_console(verbose: bool = False) -> None:
 
 def user_path(text: str) -> Path:
     """Parse a command-line argument that is a path; `~` is expanded within quotes too, as in the Makefile."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is in the home folder of an unknown user") from error
 
 
 def confirm(question: str = "Go on all the same? [y/N] ") -> bool:

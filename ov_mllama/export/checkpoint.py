@@ -19,7 +19,7 @@ from transformers import MllamaForConditionalGeneration
 
 from ov_mllama.export.sources.files import read_header
 from ov_mllama.export.sources.find import OWN_CONFIG, find_source, last_line
-from ov_mllama.export.sources.hub import as_on_the_hub, download, origin_of, preview
+from ov_mllama.export.sources.hub import as_on_the_hub, download, local_path, origin_of, preview
 from ov_mllama.export.sources.lora import CONFIG, base_names, merge, overlay
 from ov_mllama.export.sources.names import TensorNames, place
 from ov_mllama.export.sources.others import without_weights
@@ -71,7 +71,7 @@ class Checkpoint:
         _above: tuple[Path, ...] = (),
     ):
         self.name, self.origin, self._to_download = str(model_id), origin_of(model_id), 0
-        folder = Path(model_id).expanduser()
+        folder = local_path(model_id)
         if not folder.is_dir():
             if with_weights:
                 folder = download(str(model_id))

@@ -16,7 +16,7 @@ from ov_mllama.export.convert import convert_mllama, of_language_model, of_visio
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import Files, Machine, Plan, Step, loading, plan
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
-from ov_mllama.export.sources.hub import origin_of
+from ov_mllama.export.sources.hub import local_path, origin_of
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.companions import stamp_of
 from ov_mllama.runtime.devices import has_own_memory
@@ -42,7 +42,7 @@ def default_folder(checkpoint: str | Path) -> Path:
 
     If another checkpoint's IRs are there, it is <owner>--<its name> for one of the hub, <its name>-2 for a local one.
     """
-    source, origin = Path(checkpoint).expanduser(), origin_of(checkpoint)
+    source, origin = local_path(checkpoint), origin_of(checkpoint)
     models, name = Path("models"), Path(origin).name
     if not (models / name).is_dir() and not is_writable(models if models.is_dir() else models.parent):
         models = Path(os.environ.get("LOCALAPPDATA") or Path.home() / ".cache", "ov-mllama", "models")
@@ -61,7 +61,7 @@ def is_anothers(folder: Path, checkpoint: str | Path) -> bool:
         return any(folder.glob("*.safetensors"))
     if stamp.get("origin") == origin:
         return False
-    if not Path(checkpoint).expanduser().is_dir():
+    if not local_path(checkpoint).is_dir():
         return bool(stamp.get("origin"))
     try:
         return Checkpoint(checkpoint, with_weights=False).fingerprint != stamp.get("checkpoint")

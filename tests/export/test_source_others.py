@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import DEMO
+from ov_mllama.__main__ import main
 from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.runtime.errors import InputError
@@ -97,6 +98,10 @@ CONFIGS = {  # changed settings, and the problem that is named
         dict(text_config={**json.loads(CONFIG)["text_config"], "num_attention_heads": 0}),
         "describes no model .ZeroDivisionError",
     ),
+    "a layer beyond the tower": (
+        dict(vision_config={**json.loads(CONFIG)["vision_config"], "intermediate_layers_indices": [1, 99]}),
+        r"layers \[1, 99\] .* which has \d+",
+    ),
     "no method": (dict(quantization_config="nf4"), "names no method of quantisation"),
     "no settings of MLX": (dict(quantization=[4]), "names no method of quantisation"),
 }
@@ -109,3 +114,11 @@ def test_a_config_with_values_of_other_types_is_refused(tmp_path, case):
     (tmp_path / "model.safetensors").write_bytes((DEMO / "model.safetensors").read_bytes())
     with pytest.raises(InputError, match=rf"config.json .*{problem}.*take the config.json that belongs to the weights"):
         Checkpoint(tmp_path).tensors()
+
+
+def test_home_of_an_unknown_user_is_refused_with_a_sentence(monkeypatch):
+    for command in (["plan", "~nosuchuser/model"], ["prepare", "demo_model", "--model-dir", "~nosuchuser/ov"]):
+        monkeypatch.setattr("sys.argv", ["ov-mllama", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code not in (0, None)

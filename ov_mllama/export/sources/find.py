@@ -91,12 +91,21 @@ def read_config(folder: Path) -> Any:
     """Return a folder's config.json as transformers reads it.
 
     Raises:
-        InputError: if it has values that transformers refuses, or fails at.
+        InputError: if it has values that transformers refuses, or fails at, or names layers that there are not.
     """
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        vision = getattr(config, "vision_config", None)
+        read, layers = (vision.intermediate_layers_indices, vision.num_hidden_layers) if vision else ([], 0)
+        beyond = not all(-1 <= index < layers for index in read)
     except Exception as error:  # noqa: BLE001 - libraries raise whatever they like
         raise InputError(f"{folder / 'config.json'} cannot be used ({last_line(error)}): {OWN_CONFIG}") from error
+    if beyond:
+        raise InputError(
+            f"{folder / 'config.json'} has the projector read the layers {read} of a vision tower which has {layers}: "
+            f"{OWN_CONFIG}"
+        )
+    return config
 
 
 def last_line(error: Exception) -> str:

@@ -31,9 +31,21 @@ LOCAL_FIX = re.compile(
 )
 
 
+def local_path(name: str | Path) -> Path:
+    """Return a path, `~` expanded.
+
+    Raises:
+        NotFoundError: for the home folder of an unknown user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise NotFoundError(f"{name} is in the home folder of an unknown user: check the spelling.") from error
+
+
 def origin_of(model_id: str | Path) -> str:
     """Return the hub id of a checkpoint, also of a folder in the hub's cache; the absolute path of another folder."""
-    folder = Path(model_id).expanduser()
+    folder = local_path(model_id)
     if not folder.is_dir():
         return str(model_id)
     path = Path(os.path.abspath(folder))  # noqa: PTH100 - `resolve` would replace the names of links
