@@ -57,7 +57,7 @@ build/slice/config.json: .venv/.run
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m 'not alone'
-	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m alone
+	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m alone $$(grep -rl "mark.alone" tests --include="test_*.py")
 
 quick: .venv/.dev
 	$(BIN)/python -m pytest tests/runtime/test_parity.py tests/runtime/test_sessions.py tests/test_house.py -k 'gqa-llama3 or sessions or house'
