@@ -1,4 +1,4 @@
-"""What fine-tunes lose: chat template, end tokens, padding, image processor, rows of the embeddings. The conversion
+"""Losses of fine-tunes: chat template, end tokens, padding, image processor, rows of the embeddings. The conversion
 completes it, or refuses it before weights are loaded."""
 
 import json

@@ -38,7 +38,7 @@ INT4 = dict(group_size=32)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """What `auto_round_files.py` writes."""
+    """Files that `auto_round_files.py` writes."""
     folder = tmp_path_factory.mktemp("auto_round")
     command = [sys.executable, WRITER, folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
