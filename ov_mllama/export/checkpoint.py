@@ -124,9 +124,9 @@ class Checkpoint:
         raise NotFoundError(f"The base of the LoRA adapter {self.name} was not found ({tried}): {advice}.") from problem
 
     @classmethod
-    def of(cls, model_id: "str | Path | Checkpoint") -> "Checkpoint":
-        """Return the checkpoint itself, or the one of a hub id or folder."""
-        return model_id if isinstance(model_id, Checkpoint) else cls(model_id)
+    def of(cls, model_id: "str | Path | Checkpoint", **options: Any) -> "Checkpoint":
+        """Return the checkpoint itself, or the one of a hub id or folder, made with these options."""
+        return model_id if isinstance(model_id, Checkpoint) else cls(model_id, **options)
 
     def _errors(self) -> contextlib.AbstractContextManager:
         """Return a context whose errors name the hub id instead of a preview's folder."""
@@ -220,7 +220,8 @@ class Checkpoint:
 
         Args:
             kind: as for `tensors`.
-            scratch: folder for a temporary file of `scratch_bytes`, freed with the model; default: the system's.
+            scratch: folder for a temporary file of `scratch_bytes`, freed with the model; default: the system's, which
+                may be in memory.
             needed: whether a tensor of this name is needed; others are zeros if they would have to be computed.
         Raises:
             InputError: as `tensors`, or for a checkpoint without its weights.
@@ -235,14 +236,15 @@ class Checkpoint:
         return kind.from_pretrained(None, config=self.config, state_dict=state, dtype=dtype).eval()
 
 
-def load_checkpoint(folder: str | Path, kind: Any = MllamaForConditionalGeneration) -> Any:
+def load_checkpoint(folder: str | Path, kind: Any = MllamaForConditionalGeneration, scratch: Path | None = None) -> Any:
     """Load a checkpoint, as `Checkpoint.load`.
 
     Args:
         folder: or hub id.
         kind: the model's class, LlamaForCausalLM for a draft model.
+        scratch: as for `Checkpoint.load`.
     """
-    return Checkpoint(folder, "mllama" if kind is MllamaForConditionalGeneration else "llama").load(kind)
+    return Checkpoint(folder, "mllama" if kind is MllamaForConditionalGeneration else "llama").load(kind, scratch)
 
 
 def identity(settings: list[Path], weights: list[Path]) -> str:

@@ -22,7 +22,7 @@ from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.companion_files import save_generation_config
 from ov_mllama.export.convert import convert_language_model, of_language_model
-from ov_mllama.export.costs import compression_cost, vision_cost
+from ov_mllama.export.costs import Cost, compression_cost, vision_cost
 from ov_mllama.export.piecewise import quantize_in_pieces
 from ov_mllama.export.settings import DATA_FREE_METRIC, DEFAULT_VISION_OPTION, INT8, VISION_OPTIONS, Settings
 from ov_mllama.export.takeover import PackedWeights, packed_weights, take_over, warn_of_second_quantization
@@ -113,8 +113,7 @@ def compress_language_model(
     advice = "leave out the calibration data (dataset_size=0)" if settings.dataset_size else ""
     advice = advice or ("set awq=False" if settings.awq else "close other programs")
     path, cost = model_dir / settings.file_name, compression_cost(settings, config)
-    scratch = source.scratch_bytes(needed=partial(remains, packed)) if source else 0
-    cost = cost._replace(disk=cost.disk + scratch)
+    cost = with_scratch(cost, source, packed) if source else cost
     build_ir(path, stamp, cost, make, "Compressed model", advice, force=force)
     return path
 
@@ -150,7 +149,7 @@ def make_draft_model(
             return compress_weights(convert_with(packed, source, settings, out_dir, LlamaForCausalLM), settings)
 
     companions = Companions(out_dir, source, partial(save_draft_companions, source))
-    cost = compression_cost(settings, source.config)
+    cost = with_scratch(compression_cost(settings, source.config), source, packed, LlamaForCausalLM)
     build_ir(out_dir / DRAFT_MODEL_NAME, stamp, cost, make, "Draft model", companions=companions, force=force)
     return out_dir
 
@@ -163,6 +162,13 @@ def taken_over(packed: PackedWeights) -> dict[str, str]:
 def remains(packed: PackedWeights, name: str) -> bool:
     """Return whether the language model's IR needs a tensor in 16 bit."""
     return of_language_model(name) and name not in packed
+
+
+def with_scratch(
+    cost: Cost, source: Checkpoint, packed: PackedWeights, kind: Any = MllamaForConditionalGeneration
+) -> Cost:
+    """Return the cost of compressing a checkpoint's language model, with the temporary file that loading it takes."""
+    return cost._replace(disk=cost.disk + source.scratch_bytes(kind, partial(remains, packed)))
 
 
 def convert_with(

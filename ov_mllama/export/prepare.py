@@ -81,7 +81,7 @@ def is_writable(folder: Path) -> bool:
 
 
 def plan_here(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     model_dir: str | Path,
     draft: str | Path | None = None,
     for_chat: bool = False,
@@ -91,8 +91,8 @@ def plan_here(
     """Plan what to do with a checkpoint on this machine, with its memory and disk as they are now.
 
     Args:
-        checkpoint: hub id or local folder. From the hub only configs and the headers of the weights are fetched, of a
-            gated one after a login.
+        checkpoint: hub id, local folder or `Checkpoint`. From the hub only configs and the headers of the weights are
+            fetched, of a gated one after a login.
         model_dir: folder for the converted model; current IRs in it count as done.
         draft: hub id or folder of the draft model, if any.
         for_chat: as for `plan`.
@@ -103,11 +103,11 @@ def plan_here(
         InputError: if the draft model has another vocabulary, the reference does not exist, or, of a checkpoint on this
             disk, as `check_companions_of`.
     """
-    source = Checkpoint(checkpoint, with_weights=False, base=base)
+    source = Checkpoint.of(checkpoint, with_weights=False, base=base)
     here, files = Machine.here(model_dir, HF_HUB_CACHE), files_of(source, MllamaForConditionalGeneration)
-    if not source.download_bytes:
-        check_companions_of(source)
     made = current_irs(source, Path(model_dir), reference)
+    if not source.download_bytes and VISION_ENCODER_NAME not in made:
+        check_companions_of(source)
     if not draft:
         return plan(source.config, here, Settings(), made=made, for_chat=for_chat, files=files)
     small = Checkpoint(draft, "llama", with_weights=False)
@@ -197,11 +197,12 @@ def prepare(
         DiskError, OutOfMemoryError: as `Plan.check`, before anything is downloaded, unless everything is made already.
         UserError: as the steps, each with the fix.
     """
-    steps = plan_here(checkpoint, model_dir, draft, for_chat=True, reference=reference, base=base)
+    source = Checkpoint(checkpoint, with_weights=False, base=base)
+    steps = plan_here(source, model_dir, draft, for_chat=True, reference=reference)
     logger.info("\n".join(map(str, (steps, *steps.shortfalls))))
     if steps.makes and steps.shortfalls and not (yes() if callable(yes) else yes):
         steps.check()
-    source = Checkpoint(checkpoint, base=base)
+    source = Checkpoint(checkpoint, base=base) if source.download_bytes else source
     Settings().check(source.config)
     model_dir = convert_mllama(source, model_dir, language_model=steps.write_16_bit, reference=reference)
     # imported late: NNCF patches functions that torch traces, and torch then warns

@@ -178,7 +178,7 @@ def diverge(
     """
     transformers.logging.disable_progress_bar()
     processor, seconds, log_probs = load_processor(model_dir), [], []
-    original = partial(load_checkpoint, checkpoint)
+    original = partial(load_checkpoint, checkpoint, scratch=model_dir)
     model, size = open_variant(checkpoint, model_dir, files, original, adapt, image_cache_bytes=0)
     for sample in samples:
         caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hub import Hub, serving
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from safetensors.torch import load_file, save_file
 
 from conftest import DEMO
@@ -99,6 +99,15 @@ def test_downloaded_checkpoint_is_no_preview(hub, tmp_path):
     assert source.fingerprint == Checkpoint(DEMO).fingerprint
     assert "download" not in plan_here("owner/demo", tmp_path / "ov").steps
     assert hub.sent.total() == sent
+
+
+def test_downloaded_weights_without_the_tokenizer_are_completed(hub, tmp_path):
+    """As transformers leaves them, where only the model was loaded."""
+    folder = Path(snapshot_download("owner/demo", allow_patterns=["*.safetensors", "config.json"]))
+    assert not (folder / "tokenizer.json").exists()
+    sent = hub.sent[".safetensors"]
+    assert "download" not in plan_here("owner/demo", tmp_path / "ov").steps
+    assert hub.sent[".safetensors"] == sent
 
 
 @pytest.mark.parametrize("sharded", [False, True])

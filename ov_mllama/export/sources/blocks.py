@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ov_mllama.export.sources.files import AGAIN
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
 CHUNK_WEIGHTS = 1 << 22  # computed at once
-AGAIN = "download the checkpoint again, completely."
-FIX = "convert the 16-bit checkpoint that it was made of, this program compresses it itself."
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32, torch.uint32)
 
 

@@ -10,7 +10,8 @@ from functools import partial
 
 import torch
 
-from ov_mllama.export.sources.blocks import AGAIN, FIX, Blocks, check_rest, check_shape, unchanged, unpacked
+from ov_mllama.export.sources.blocks import Blocks, check_rest, check_shape, unchanged, unpacked
+from ov_mllama.export.sources.files import AGAIN, FIX
 from ov_mllama.export.sources.names import unwrapped
 from ov_mllama.export.sources.tensors import Packed, Tensor
 from ov_mllama.runtime.errors import InputError

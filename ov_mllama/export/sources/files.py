@@ -12,6 +12,8 @@ from ov_mllama.runtime.errors import InputError
 
 HEADER_MAX_BYTES = 100_000_000  # the limit of safetensors itself
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+AGAIN = "download the checkpoint again, completely."
+FIX = "convert the 16-bit checkpoint that it was made of, this program compresses it itself."
 ADAPTER_FIX = (
     "merge the adapter into its base model (peft: merge_and_unload) and convert what save_pretrained writes then."
 )

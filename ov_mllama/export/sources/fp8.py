@@ -8,7 +8,8 @@ import re
 
 import torch
 
-from ov_mllama.export.sources.blocks import AGAIN, FIX, Blocks, check_rest, check_shape
+from ov_mllama.export.sources.blocks import Blocks, check_rest, check_shape
+from ov_mllama.export.sources.files import AGAIN, FIX
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 

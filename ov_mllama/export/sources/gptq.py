@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ov_mllama.export.sources.files import FIX
 from ov_mllama.export.sources.tensors import Packed, Tensor
 from ov_mllama.runtime.errors import InputError
 
@@ -26,7 +27,6 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")  # g_idx i32 [columns] is optio
 BITS = (2, 3, 4, 8)  # 5 to 7 are packed in two ways that no config tells apart
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # place in the word of each of eight rows
 CHUNK_VALUES = 1 << 24  # dequantised at once, 6 bytes each beside the result
-FIX = "convert the 16-bit checkpoint that it was made of, this program compresses it itself."
 
 
 class Packing(NamedTuple):

@@ -141,8 +141,9 @@ def preview(model_id: str, scratch: Path) -> tuple[Path, int]:
         configs = Path(
             snapshot_download(model_id, allow_patterns=["*.json"], ignore_patterns=[*IGNORE_PATTERNS, "tokenizer.json"])
         )
-        if has_weights(configs):
-            return configs, 0
+        if has_weights(configs):  # what is small may still be missing, as where transformers loaded the model alone
+            small = [pattern for pattern in DOWNLOAD_PATTERNS if pattern != "*.safetensors"]
+            return Path(snapshot_download(model_id, allow_patterns=small, ignore_patterns=IGNORE_PATTERNS)), 0
         listing = snapshot_download(
             model_id,
             allow_patterns=DOWNLOAD_PATTERNS,

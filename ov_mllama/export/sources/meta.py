@@ -17,13 +17,12 @@ import torch
 from transformers import MllamaConfig
 from transformers.models.mllama.image_processing_mllama import get_all_supported_aspect_ratios
 
-from ov_mllama.export.sources.files import hint
+from ov_mllama.export.sources.files import AGAIN, hint
 from ov_mllama.export.sources.meta_tokenizer import MAX_POSITIONS, SPECIAL, SPECIAL_TOKENS
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
 PARAMS = "params.json"
-AGAIN = "download the checkpoint again, completely."
 VISION: dict[str, Any] = {  # of the one vision tower that Meta published
     "hidden_size": 1280,
     "intermediate_size": 5120,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ov_mllama.export.sources import bitsandbytes, compressed_tensors, fp8, gptq, mlx
+from ov_mllama.export.sources.files import FIX
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
@@ -49,7 +50,6 @@ def method_of(quantization: dict) -> Method:
     name = str(quantization.get("quant_method") or ("bitsandbytes" if older else ""))
     if name not in METHODS:
         raise InputError(
-            f"The checkpoint is quantised with '{name}', which is not read (only {', '.join(METHODS)}): convert the "
-            "16-bit checkpoint that it was made of, this program compresses it itself."
+            f"The checkpoint is quantised with '{name}', which is not read (only {', '.join(METHODS)}): {FIX}"
         )
     return METHODS[name]
