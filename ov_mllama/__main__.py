@@ -1,4 +1,4 @@
-"""Command line: `ov-mllama plan | prepare | chat | serve | caption | compare-references`, or `python -m ov_mllama`."""
+"""Command line: `ov-mllama COMMAND`, or `python -m ov_mllama COMMAND`; `argument_parser` has the commands."""
 
 import argparse
 import os
@@ -22,9 +22,10 @@ from ov_mllama.export.prepare import (
     print_load_estimate,
 )
 from ov_mllama.export.samples import calibration_samples
+from ov_mllama.export.sources.ollama import all_models, folders
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.devices import check_device
-from ov_mllama.runtime.errors import InputError
+from ov_mllama.runtime.errors import InputError, NotFoundError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.prompts import load_processor
@@ -50,6 +51,20 @@ def run_plan(options: argparse.Namespace) -> None:
     model_dir = options.model_dir or default_folder(options.checkpoint)
     made = plan_here(options.checkpoint, model_dir, options.draft, True, options.reference, options.base)
     print(made, *made.shortfalls, sep="\n")
+
+
+def run_models(options: argparse.Namespace) -> None:
+    """Print the models in Ollama's folder, and which of them can be run."""
+    rows = [
+        (model.name, gigabytes(model.size) if model.size else "", f"no: {why}" if why else f"ollama:{model.name}")
+        for model, why in all_models()
+    ]
+    if not rows:
+        raise NotFoundError(
+            f"No models of Ollama's in {' or '.join(map(str, folders()))}: run `ollama pull llama3.2-vision`, or set "
+            "OLLAMA_MODELS to its folder."
+        )
+    print(markdown(("model", "size", "can be run"), rows))
 
 
 def run_prepare(options: argparse.Namespace) -> Path:
@@ -199,6 +214,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add_chat_arguments(page)
     for name, (_, summary) in SERVING.items():
         commands.add_parser(name, help=summary, add_help=False).set_defaults(run=run_serving)
+    models = commands.add_parser("models", help="list the models in Ollama's folder, and which of them can be run")
+    models.set_defaults(run=run_models)
     compare = commands.add_parser("compare-references", help="compare Meta's and transformers' code on a checkpoint")
     compare.set_defaults(run=run_compare)
     compare.add_argument("checkpoint", help="hub id or folder")

@@ -14,6 +14,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.sources.files import hint
+from ov_mllama.export.sources.gguf_source import LICENSES
 from ov_mllama.export.sources.meta_tokenizer import tokenizer_of
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.generation import complete
@@ -50,7 +51,7 @@ QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 
 def save_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what running the model needs beside the IRs: config, generation config, processor, chat template, and the
-    golden answer if the checkpoint brings one with its image."""
+    golden answer if the checkpoint brings one with its image; Ollama's licences."""
     source = checkpoint.settings_folder
     processor, notes = complete_processor(source, checkpoint.config)
     checkpoint.config.save_pretrained(folder)
@@ -60,6 +61,11 @@ def save_companions(checkpoint: Checkpoint, folder: Path) -> None:
         logger.warning("⚠️ %s", note)
     for path in golden_files(source):
         shutil.copy(path, folder)
+    for path in sorted(source.glob(LICENSES)):
+        shutil.copy(path, folder)
+        logger.info(
+            "📄 Licence, %s: %s", path.name, path.read_text("utf-8", "replace").strip().partition("\n")[0][:100]
+        )
 
 
 def golden_files(source: Path) -> list[Path]:

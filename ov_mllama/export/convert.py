@@ -18,10 +18,9 @@ from transformers import LlamaForCausalLM, MllamaConfig, MllamaForConditionalGen
 from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint, every
 from ov_mllama.export.companion_files import check_companions_of, save_companions
-from ov_mllama.export.costs import CONVERSION_MEMORY_BYTES, TAKING_OVER_MEMORY_BYTES, Cost, conversion_seconds
+from ov_mllama.export.costs import CONVERSION_MEMORY_BYTES, Cost, conversion_seconds, taking_over_cost
 from ov_mllama.export.graphs import LanguageModel, VisionEncoder
-from ov_mllama.export.settings import Settings
-from ov_mllama.export.sources.tensors import Tensor
+from ov_mllama.export.settings import Settings, own_name
 from ov_mllama.export.takeover import (
     PackedWeights,
     packed_bytes,
@@ -181,7 +180,8 @@ def convert_mllama(
     model = checkpoint.load(scratch=out_dir, needed=needed)
     costs = {name: conversion_cost_of(MODULES.get(name, LanguageModel)(model)) for name in stamps}
     if packed:
-        costs[language_name] = taking_over_cost(checkpoint.tensors())
+        size = packed_bytes(checkpoint.tensors())
+        costs[language_name] = taking_over_cost(size)._replace(disk=2 * size)  # a temporary copy, then the IR
     total = sum(costs[name].disk for name in missing)  # checked for all parts before the first one is written
     check_disk_and_memory(out_dir, total, CONVERSION_MEMORY_BYTES, "close other programs")
     alike = "alike" if padding_tiles_are_alike(model) else "each"
@@ -189,7 +189,7 @@ def convert_mllama(
 
     def make_language_model() -> ov.Model:
         ov_model = convert_language_model(model, chosen)
-        mapped.append(take_over(ov_model, model, packed, out_dir) if packed else None)
+        mapped.append(take_over(ov_model, model, packed, out_dir))
         return ov_model
 
     makers: dict[str, Callable[[], ov.Model]] = {
@@ -204,11 +204,6 @@ def convert_mllama(
 
 
 # ---- Quantised weights that are taken over --------------------------------------------------------------------------
-
-
-def own_name(form: str) -> str:
-    """Return the file name of a language model in its checkpoint's own format: llm_q4_k_m.xml."""
-    return f"llm_{form}.xml"
 
 
 def own_stamp(form: str) -> dict[str, str]:
@@ -235,12 +230,6 @@ def remains(packed: PackedWeights, name: str) -> bool:
 def of_both(packed: PackedWeights, name: str) -> bool:
     """Return whether one of both IRs needs a tensor in 16 bit."""
     return of_vision_encoder(name) or remains(packed, name)
-
-
-def taking_over_cost(tensors: dict[str, Tensor]) -> Cost:
-    """Return the cost of writing a language model that is taken over completely: a temporary copy, then the IR."""
-    size = packed_bytes(tensors)
-    return Cost(2 * size, TAKING_OVER_MEMORY_BYTES, conversion_seconds(2 * size))
 
 
 def with_scratch(

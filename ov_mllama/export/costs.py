@@ -19,8 +19,9 @@ LIBRARIES_BYTES = 0.7e9  # OpenVINO, torch and NNCF, imported
 CONVERSION_MEMORY_BYTES = 1.2e9  # of any checkpoint, whose weights stay on disk; the 11B's vision encoder takes 0.7e9
 CACHE_BYTES = 1.5e9  # encoded images and sessions, as `OVMLlamaForConditionalGeneration` caches them
 
+TAKING_OVER_MEMORY_BYTES = 2.5e9  # of one matrix at a time, the largest of which is the head
+
 # Compression of the language model's weights, bytes per weight
-TAKING_OVER_MEMORY_BYTES = 2.5e9
 INT8_BYTES_PER_WEIGHT = 1.02  # with its share of scales and zero points
 INT4_SAVING = 0.47  # share of the INT8 size that INT4 with a scale per 64 weights saves
 LM_HEAD_BYTES_PER_WEIGHT = 10.9  # peak while the head is compressed: float32, integers, and intermediate results
@@ -36,6 +37,7 @@ QUANTIZED_BYTES_PER_BYTE = 0.75  # of finished pieces in 8 bit, per byte of all 
 # ---- Seconds, on two cores; encoding with a compressed vision encoder ----
 
 STEP_OVERHEAD_S = 5  # of each step that makes an IR, of any size
+TAKING_OVER_S_PER_BYTE = 2e-8  # of decoding quantised weights, and writing them twice, per byte of the IR
 WRITE_S_PER_BYTE = 4.2e-9  # of writing an IR in 16 bit
 INT4_S_PER_WEIGHT, INT8_S_PER_WEIGHT = 12e-9, 2e-8  # of compressing without data
 AWQ_TIME_FACTOR = 3.5  # of compression with AWQ, relative to without
@@ -114,6 +116,11 @@ def weights(config: MllamaConfig | LlamaConfig) -> Weights:
 
 
 # ---- Costs ----------------------------------------------------------------------------------------------------------
+
+
+def taking_over_cost(size: float) -> Cost:
+    """Return the cost of writing a language model in its checkpoint's own format, of `size` bytes."""
+    return Cost(size, TAKING_OVER_MEMORY_BYTES, STEP_OVERHEAD_S + TAKING_OVER_S_PER_BYTE * size)
 
 
 def conversion_cost(config: MllamaConfig, vision_encoder: bool = True, language_model: bool = True) -> Cost:

@@ -22,10 +22,11 @@ from ov_mllama.export.costs import (
     conversion_cost,
     duration,
     gigabytes,
+    taking_over_cost,
     vision_cost,
     weights,
 )
-from ov_mllama.export.settings import DEFAULT_VISION_OPTION, VISION_OPTIONS, Settings
+from ov_mllama.export.settings import DEFAULT_VISION_OPTION, VISION_OPTIONS, Settings, own_name
 from ov_mllama.runtime.devices import cores
 from ov_mllama.runtime.errors import DiskError, OutOfMemoryError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
@@ -112,12 +113,16 @@ class Files(NamedTuple):
         vision: of the temporary file of the vision encoder's weights that are not stored in 16 bit.
         language: likewise, of the language model's.
         both: likewise, of all.
+        own_form: of a language model that is taken over completely, as `Checkpoint.own_form`.
+        own_bytes: of that language model in the IR; a temporary copy is in `language`.
     """
 
     download: float = 0
     vision: float = 0
     language: float = 0
     both: float = 0
+    own_form: str = ""
+    own_bytes: float = 0
 
 
 @dataclass(frozen=True)
@@ -224,9 +229,14 @@ def plan(
     size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
     original, made = 2 * (size.language + size.vision), {made} if isinstance(made, str) else made
     vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[DEFAULT_VISION_OPTION]}.xml")
-    small, smaller = compression_cost(settings, config), vision_cost(DEFAULT_VISION_OPTION, config)
+    smaller = vision_cost(DEFAULT_VISION_OPTION, config)
     drafting = compression_cost(Settings(), draft) if draft else Cost()
     files = files or Files(0 if downloaded else original)
+    small, small_name = compression_cost(settings, config), settings.file_name
+    to_compress = f"compress the language model, {settings.algo} in groups of {settings.group_size}"
+    if files.own_form:
+        small, small_name = taking_over_cost(files.own_bytes), own_name(files.own_form)
+        to_compress = f"take over the language model, {files.own_form.upper()} as it is stored"
     draft_files = draft_files or Files(2 * weights(draft).language if draft and not draft_downloaded else 0)
     download = files.download + draft_files.download
     loaded = small.disk + smaller.disk + drafting.disk
@@ -237,7 +247,6 @@ def plan(
     def making(write_16_bit: bool) -> dict[str, Step]:
         both = "vision encoder and language model" if write_16_bit else "vision encoder"
         missing = VISION_ENCODER_NAME not in made, write_16_bit and LANGUAGE_MODEL_NAME not in made
-        to_compress = f"compress the language model, {settings.algo} in groups of {settings.group_size}"
         steps = {
             "download": Step("download", Cost(disk=download)),
             "convert": Step(
@@ -245,14 +254,14 @@ def plan(
                 conversion_cost(config, *missing),
                 scratch=any(missing) * (files.both if write_16_bit else files.vision),
             ),
-            "compress": made_by(to_compress, settings.file_name, small, files.language),
+            "compress": made_by(to_compress, small_name, small, files.language),
             "draft": made_by("compress the draft model", DRAFT_MODEL_NAME, drafting, draft_files.both),
             "vision": made_by(f"make the vision encoder smaller, {DEFAULT_VISION_OPTION}", vision_name, smaller),
         }
         left_out = {"download": not download, "draft": not draft}
         return {name: step for name, step in steps.items() if not left_out.get(name)}
 
-    fits = not for_chat and answering_memory(config, original) <= machine.memory
+    fits = not (for_chat or files.own_form) and answering_memory(config, original) <= machine.memory
     write_16_bit = fits and not disk_shortfalls(making(True), machine)
     answering = answering_memory(config, loaded)
     steps = {

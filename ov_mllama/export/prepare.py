@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from transformers import AutoConfig, LlamaForCausalLM, MllamaForConditionalGener
 
 from ov_mllama.export.checkpoint import Checkpoint, every
 from ov_mllama.export.companion_files import check_companions_of
-from ov_mllama.export.convert import convert_mllama, of_language_model, of_vision_encoder
+from ov_mllama.export.convert import convert_mllama, of_vision_encoder, remains
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import Files, Machine, Plan, Step, loading, plan
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
 from ov_mllama.export.sources.model_id import local_path, origin_of, short_name
+from ov_mllama.export.takeover import packed_bytes, packed_weights
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.companions import stamp_of
 from ov_mllama.runtime.devices import has_own_memory
@@ -128,10 +130,11 @@ def plan_here(
 
 def files_of(checkpoint: Checkpoint, kind: Any) -> Files:
     """Return the sizes of a checkpoint's files; InputError as `Checkpoint.tensors`."""
-    vision, language, both = (
-        checkpoint.scratch_bytes(kind, needed) for needed in (of_vision_encoder, of_language_model, every)
-    )
-    return Files(checkpoint.download_bytes, vision, language, both)
+    tensors = checkpoint.tensors(kind)
+    size, rest = packed_bytes(tensors), partial(remains, packed_weights(tensors))
+    vision, language, both = (checkpoint.scratch_bytes(kind, needed) for needed in (of_vision_encoder, rest, every))
+    form = checkpoint.own_form if kind is MllamaForConditionalGeneration else ""
+    return Files(checkpoint.download_bytes, vision, language + size, both, form, size)
 
 
 def current_irs(checkpoint: Checkpoint, folder: Path, reference: str | None = None) -> list[str]:

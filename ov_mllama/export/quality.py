@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from transformers import MllamaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
-from ov_mllama.export.checkpoint import Checkpoint, load_checkpoint
+from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.isolation import run_in_process
 from ov_mllama.export.prepare import plan_here
 from ov_mllama.export.settings import Settings
+from ov_mllama.export.sources.find import PLAIN
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.runtime.memory import trim_memory
@@ -62,7 +63,7 @@ def price_list(
     """
     known = all("answer" in sample for sample in samples)
     function: Callable = measure if known else diverge
-    source, followed = Checkpoint(checkpoint).folder, Reference.of(ir_stamp(model_dir / VISION_ENCODER_NAME))
+    followed = Reference.of(ir_stamp(model_dir / VISION_ENCODER_NAME))
     if followed != TRANSFORMERS and follow is None:
         raise InputError(
             f"The original in transformers does not follow the reference of the IRs in {model_dir} "
@@ -72,9 +73,8 @@ def price_list(
     with tqdm(total=(1 + len(variants)) * len(samples), desc="Price list", unit="question", leave=False) as bar:
         for name, files in {ORIGINAL[known]: None, **variants}.items():
             bar.set_postfix_str(name)
-            row, answers = run_in_process(
-                function, source, model_dir, files, samples, expected, adapt, on_progress=bar.update, preload=__name__
-            )
+            arguments = checkpoint, model_dir, files, samples, expected, adapt
+            row, answers = run_in_process(function, *arguments, on_progress=bar.update, preload=__name__)
             expected = expected or answers
             adapt = None  # the original alone is adapted, and imports what `follow` needs
             rows.append({"variant": name, **row})
@@ -82,7 +82,7 @@ def price_list(
 
 
 def measure(
-    checkpoint: Path,
+    checkpoint: str | Path,
     model_dir: Path,
     files: tuple[str, str] | None,
     samples: list[dict],
@@ -106,8 +106,7 @@ def measure(
     """
     transformers.logging.disable_progress_bar()
     processor = load_processor(model_dir)
-    original = partial(MllamaForConditionalGeneration.from_pretrained, checkpoint, dtype=torch.float32)
-    model, size = open_variant(checkpoint, model_dir, files, original, adapt)
+    model, size = open_variant(checkpoint, model_dir, files, load_float32, adapt)
     tokens: list[list[int]] = []
     log_probs: list[np.ndarray] = []
     for batch in batches(samples):
@@ -137,18 +136,31 @@ def divergence(expected: np.ndarray, actual: np.ndarray) -> dict[str, float]:
     return {"kl": float(kl.mean()), "kl_error": float(kl.std() / len(kl) ** 0.5)}
 
 
+def load_float32(checkpoint: Checkpoint, scratch: Path) -> Any:
+    """Load a checkpoint in float32; one that transformers alone does not read as 16 bit first, in a temporary file."""
+    if checkpoint.base or checkpoint.source.kind != PLAIN:
+        return checkpoint.load(scratch=scratch).float()
+    return MllamaForConditionalGeneration.from_pretrained(checkpoint.folder, dtype=torch.float32)
+
+
+def load_16_bit(checkpoint: Checkpoint, scratch: Path) -> Any:
+    """Load a checkpoint in its 16 bit, mapped from files."""
+    return checkpoint.load(scratch=scratch)
+
+
 def open_variant(
-    checkpoint: Path,
+    checkpoint: str | Path,
     model_dir: Path,
     files: tuple[str, str] | None,
-    original: Callable[[], Any],
+    load: Callable[[Checkpoint, Path], Any],
     adapt: Callable | None,
     **options: Any,
 ) -> tuple[Any, int]:
-    """Return a variant's model, or the adapted `original`, and the bytes of its weights on disk."""
+    """Return a variant's model, or the adapted original as `load` returns it, and the bytes of its weights on disk."""
     if files is None:
-        model = original().eval()
-        size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+        source = Checkpoint(checkpoint)
+        model = load(source, model_dir).eval()
+        size = sum(path.stat().st_size for path in source.source.weights)
         return adapt(model) if adapt else model, size
     model = OVMLlamaForConditionalGeneration(
         model_dir, language_model_name=files[0], image_encoder_name=files[1], warm_up=False, **options
@@ -157,7 +169,7 @@ def open_variant(
 
 
 def diverge(
-    checkpoint: Path,
+    checkpoint: str | Path,
     model_dir: Path,
     files: tuple[str, str] | None,
     samples: list[dict],
@@ -178,8 +190,7 @@ def diverge(
     """
     transformers.logging.disable_progress_bar()
     processor, seconds, log_probs = load_processor(model_dir), [], []
-    original = partial(load_checkpoint, checkpoint, scratch=model_dir)
-    model, size = open_variant(checkpoint, model_dir, files, original, adapt, image_cache_bytes=0)
+    model, size = open_variant(checkpoint, model_dir, files, load_16_bit, adapt, image_cache_bytes=0)
     for sample in samples:
         caption = processor.tokenizer(sample["caption"], add_special_tokens=False)["input_ids"]
         log_probs += score(model, processor, prompts_about(processor, [sample]), [caption])

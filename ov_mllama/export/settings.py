@@ -23,6 +23,11 @@ DATA_FREE_METRIC = "weight_quantization_error"
 DATA_METRIC = "max_activation_variance"  # the default with data, as in the published notebook
 
 
+def own_name(form: str) -> str:
+    """Return the file name of a language model in its checkpoint's own format, such as llm_q4_k_m.xml."""
+    return f"llm_{form}.xml"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Compression settings of the language model's weights.

@@ -53,6 +53,8 @@ def take_over(ov_model: ov.Model, model: nn.Module, packed: PackedWeights, folde
         RuntimeError: if a matrix is no constant of the graph, where zeros would be left.
         DiskError: if the folder's disk is full.
     """
+    if not packed:
+        return np.zeros(0, np.uint8)
     addresses = {weight.data_ptr(): name for name, weight in model.state_dict().items() if name in packed}
     constants = [op for op in ov_model.get_ops() if op.get_type_name() == "Constant" and op.get_byte_size()]
     found = {name: op for op in constants if (name := addresses.get(op.data.ctypes.data))}

@@ -127,12 +127,12 @@ def ir_stamp(path: Path) -> dict[str, str]:
     """Read the stamp that `save_ir` wrote into an IR.
 
     Returns:
-        `converter_version`, `checkpoint` (its fingerprint), `format` of its weights ("16 bit", "int4_asym", ...),
-        `padding_tiles` ("alike" or "each", see `convert.padding_tiles_are_alike`), `vision_layers` and `row_mask` (see
-        `reference.Reference`; not of a draft model), `openvino` (version), `weights` (fingerprint of the .bin), if
+        `converter_version`, `checkpoint` (its fingerprint), `format` of its weights ("16 bit", "int4_asym", "q4_k_m"
+        ...), `padding_tiles` ("alike" or "each", see `convert.padding_tiles_are_alike`), `vision_layers` and `row_mask`
+        (see `reference.Reference`; not of a draft model), `openvino` (version), `weights` (fingerprint of the .bin), if
         compressed the number of `samples`, of a language model also `group_size` (weights per scale) and `taken_over`
-        (number of matrices in the checkpoint's own 4 bits). Empty for an IR that is missing, incomplete, of another
-        program, or beside another's .bin.
+        (number of matrices that are stored as in the checkpoint, or "all"). Empty for an IR that is missing,
+        incomplete, of another program, or beside another's .bin.
     """
     text = complete_xml(path)
     stamp = parse_stamp(text)
@@ -141,7 +141,11 @@ def ir_stamp(path: Path) -> dict[str, str]:
 
 def display_name(model_dir: Path, language: dict[str, str], vision: dict[str, str], device: str) -> str:
     """Describe a model by its IRs' stamps: "Llama-3.2-11B-Vision-Instruct · INT4, pictures INT8 · CPU"."""
-    formats = [stamp.get("format", "16 bit").split("_")[0].replace("int", "INT") for stamp in (language, vision)]
+    stored = [stamp.get("format", "16 bit") for stamp in (language, vision)]
+    formats = [
+        text.split("_")[0].replace("int", "INT") if text.startswith("int") else text.upper().replace(" BIT", " bit")
+        for text in stored
+    ]
     return f"{model_dir.resolve().name} · {formats[0]}, pictures {formats[1]} · {device}"
 
 

@@ -50,8 +50,6 @@ def reference_of(source: Path, name: str = "auto") -> tuple[Reference, str]:
         return NAMES[name], "as given"
     if name != "auto":
         raise InputError(f"reference='{name}' is unknown: choose one of auto, {', '.join(NAMES)}.")
-    if not (source / "config.json").is_file():
-        return META, "Meta's own files"
     version = json.loads((source / "config.json").read_text(encoding="utf-8")).get("transformers_version")
     why = f"config.json was written by transformers {version}" if version else "config.json names no transformers"
     if version == "4.45.0.dev0":

@@ -279,7 +279,7 @@ def kind(op: ov.Node) -> str:
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
-def test_cpu_plugin_keeps_every_group_size_in_4_bits(size):
+def test_cpu_plugin_keeps_every_group_size_in_4_bits(size, tmp_path):
     draw = np.random.default_rng(size)
     groups = COLUMNS // size
     packed = Packed(
@@ -288,7 +288,8 @@ def test_cpu_plugin_keeps_every_group_size_in_4_bits(size):
         draw.uniform(0.01, 0.02, (ROWS, groups, 1)).astype(np.float16),
     )
     x = ov.opset13.parameter([-1, COLUMNS], ov.Type.f32)
-    weight = takeover.dequantized(packed, ov.Shape([ROWS, COLUMNS]), ov.Type.f32, "x")
+    data, places = takeover.written({"x": lambda: packed}, tmp_path)
+    weight = takeover.dequantized(data, places["x"], ov.Shape([ROWS, COLUMNS]), "x")
     model = ov.Model([ov.opset13.matmul(x, weight, False, True).output(0)], [x], "layer")
     compiled = ov.compile_model(model, "CPU", F32)
     assert weight_types(compiled) == {"u4": 1}
@@ -319,7 +320,7 @@ def test_what_cannot_be_taken_over_is_said_once(files, tmp_path, caplog):
     packed = takeover.packed_weights(Checkpoint(source).tensors())
     assert len(packed) == TAKEN - 1
     caplog.set_level(logging.WARNING)
-    ir = convert_with(packed, Checkpoint(source), Settings(), tmp_path)
+    ir, _ = convert_with(packed, Checkpoint(source), Settings(), tmp_path)
     (said,) = (record.getMessage() for record in caplog.records if "quantised again" in record.getMessage())
     assert said.startswith("⚠️ The checkpoint stores 1 matrices quantised in a way that the IR cannot take over")
     types = Counter(op.get_element_type().get_type_name() for op in ir.get_ops() if op.get_type_name() == "Constant")
@@ -330,7 +331,7 @@ def test_a_matrix_that_is_not_in_the_graph_is_an_error_not_zeros(files, tmp_path
     checkpoint = Checkpoint(files / "gptq")
     packed = takeover.packed_weights(checkpoint.tensors())
     vision = next(name for name in checkpoint.tensors() if name.startswith("model.vision_model"))
-    with pytest.raises(RuntimeError, match="1 of 32 4-bit matrices are not in the graph, such as model.vision_model"):
+    with pytest.raises(RuntimeError, match="1 of 32 quantised matrices are not in the graph, such as model.vision_model"):
         convert_with(packed | {vision: next(iter(packed.values()))}, checkpoint, Settings(), tmp_path)
 
 

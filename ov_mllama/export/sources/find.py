@@ -17,9 +17,11 @@ from ov_mllama.export.sources.quantized import method_of
 from ov_mllama.export.sources.source import Source
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
+from ov_mllama.runtime.reference import META
 
 logger = logging.getLogger(__name__)
 
+PLAIN = "16-bit safetensors"  # `Source.kind` of checkpoints in the form that transformers loads
 OWN_CONFIG = "take the config.json that belongs to the weights, from where they were downloaded or saved."
 
 
@@ -33,7 +35,8 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
     """
     if is_meta(folder) and model_type == "mllama":
         config, files = config_of(folder), shards_of(folder)
-        return Source("Meta's own", config, [folder / PARAMS], files, partial(meta_tensors, files, config))
+        read = partial(meta_tensors, files, config)
+        return Source("Meta's own files", config, [folder / PARAMS], files, read, reference=META)
     if is_adapter(folder):
         adapter, stored = adapter_settings(folder), adapter_files(folder)
         return Source("LoRA adapter", None, [folder / CONFIG], stored, partial(stored_tensors, stored), adapter)
@@ -51,7 +54,7 @@ def find_source(folder: Path, model_type: str = "mllama") -> Source:
     quantization = {**mlx, "quant_method": "mlx"} if mlx else quantization
     config = read_config(folder)
     method = method_of(quantization) if quantization else None
-    kind = method.describe(quantization) if method else "16-bit safetensors"
+    kind = method.describe(quantization) if method else PLAIN
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     files = weight_files(folder) if any(folder.glob("*.safetensors")) else []

@@ -16,7 +16,7 @@ from ov_mllama.export.sources.source import Source
 from ov_mllama.runtime.errors import InputError, NotFoundError
 from ov_mllama.runtime.reference import META
 
-LICENSE = "license{}.txt"  # copies of licences, beside the IRs: "", then "-2" and so on
+LICENSES = "license-*.txt"  # copies of Ollama's licences, beside the IRs
 OTHER_HALF = "put the other file beside it, or give both, as MODEL.gguf,PROJECTOR.gguf"
 
 
@@ -65,7 +65,7 @@ def save_settings(metadata: dict[str, Any], licenses: list[Path], label: str, fo
     """Write a model's config, tokenizer, template and licences into a folder."""
     write_settings(metadata, folder, label)
     for number, path in enumerate(licenses, 1):
-        shutil.copyfile(path, folder / LICENSE.format(f"-{number}" if number > 1 else ""))
+        shutil.copyfile(path, folder / LICENSES.replace("*", str(number)))
 
 
 def format_of(metadata: dict[str, Any]) -> str:
