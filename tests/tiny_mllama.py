@@ -54,6 +54,9 @@ def make_checkpoint(
     intermediate: tuple[int, ...] = (0, 2),
     meta: bool = False,
     spread: float = 0.2,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    text: dict | None = None,
+    vision: dict | None = None,
 ) -> Path:
     """Writes a random checkpoint of five text and 3+2 vision layers, every gate open, and returns its folder.
 
@@ -63,8 +66,10 @@ def make_checkpoint(
         meta: the position tables of all canvases are parts of one, as in Meta's, and the config says that Meta's own
             converter wrote it.
         spread: standard deviation of the weights.
+        tokenizer: with Llama 3.2's special tokens and `<|image|>` last; default: `byte_tokenizer`.
+        text, vision: other settings of `text_config` and `vision_config` than these.
     """
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     ratios = (
         [[1, 1], [1, 2], [2, 1]] if tiles == 2 else [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
     )
@@ -85,6 +90,7 @@ def make_checkpoint(
             "bos_token_id": ids["<|begin_of_text|>"],
             "eos_token_id": eos,
             "pad_token_id": ids["<|finetune_right_pad_id|>"],
+            **(text or {}),
         },
         vision_config={
             "hidden_size": 32,
@@ -99,6 +105,7 @@ def make_checkpoint(
             "vision_output_dim": 32 * (1 + len(intermediate)),
             "supported_aspect_ratios": ratios,
             "initializer_range": spread,
+            **(vision or {}),
         },
         image_token_index=ids["<|image|>"],
     )
