@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from transformers import MllamaForConditionalGeneration
 
-from ov_mllama.export.sources.files import read_header
+from ov_mllama.export.sources.files import AGAIN, read_header
 from ov_mllama.export.sources.find import OWN_CONFIG, find_source, last_line
-from ov_mllama.export.sources.hub import as_on_the_hub, download, local_path, origin_of, preview
+from ov_mllama.export.sources.gguf_source import gguf_source
+from ov_mllama.export.sources.hub import as_on_the_hub, download, preview
 from ov_mllama.export.sources.lora import CONFIG, base_names, merge, overlay
+from ov_mllama.export.sources.model_id import is_gguf, local_path, origin_of
 from ov_mllama.export.sources.names import TensorNames, place
 from ov_mllama.export.sources.others import without_weights
 from ov_mllama.export.sources.tensors import Tensor, computed_bytes, materialize, weight_dtype
+from ov_mllama.export.takeover import TAKEN
+from ov_mllama.runtime.companions import FORMAT as COMPANIONS_FORMAT
 from ov_mllama.runtime.companions import source_digest
 from ov_mllama.runtime.errors import AccessError, InputError, NotFoundError
 from ov_mllama.runtime.ir import CONVERTER_VERSION
-from ov_mllama.runtime.reference import Reference
+from ov_mllama.runtime.reference import Reference, reference_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +50,15 @@ class Checkpoint:
     """A checkpoint in a local folder, downloaded first if need be; a LoRA adapter with its base.
 
     Args:
-        model_id: hub id or local folder.
+        model_id: hub id, local folder, or a model in GGUF: "ollama:NAME[:TAG]", or the path of a .gguf file.
         model_type: expected `model_type`, "mllama" or "llama".
         with_weights: False fetches configs and headers alone: tensors can then be checked, but not read.
         base: hub id or folder of the model that an adapter was trained on; default: as its config names it.
     Attributes:
         name: as given.
-        folder: the given one, the hub's cached download, or a preview that is removed with this object.
-        origin: hub id, or absolute path.
+        folder: the given one, the hub's cached download, or a temporary one that is removed with this object, of a
+            preview or for the settings of a model in GGUF.
+        origin: hub id, absolute path, or complete name of a model in GGUF.
         base: the adapter's, as a checkpoint; None for a model.
         config: as transformers reads it, of the unquantised model.
     Raises:
@@ -72,21 +77,23 @@ class Checkpoint:
     ):
         self.name, self.origin, self._to_download = str(model_id), origin_of(model_id), 0
         folder = local_path(model_id)
-        if not folder.is_dir():
+        if is_gguf(model_id):
+            folder, self.source = self._temporary_folder(), gguf_source(model_id, model_type)
+        elif not folder.is_dir():
             if with_weights:
                 folder = download(str(model_id))
             else:
-                scratch = Path(tempfile.mkdtemp(prefix="ov-mllama-"))
-                weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+                scratch = self._temporary_folder()
                 with as_on_the_hub(scratch, self.origin):
                     folder, self._to_download = preview(str(model_id), scratch)
         self.folder = folder
-        with self._errors():
-            self.source = find_source(folder, model_type)
-            if not self.source.weights:
-                raise without_weights(folder)
-            if base and not self.source.adapter:
-                raise InputError(f"{folder} is no LoRA adapter: leave the base out.")
+        if not is_gguf(model_id):
+            with self._errors():
+                self.source = find_source(folder, model_type)
+                if not self.source.weights:
+                    raise without_weights(folder)
+        if base and not self.source.adapter:
+            raise InputError(f"{self.name} is no LoRA adapter: leave the base out.")
         self._adapters = (*_above, folder.resolve())
         self.base = self._find_base(base, model_type, with_weights) if self.source.adapter else None
         self.config: Any = self.base.config if self.base else self.source.config
@@ -99,6 +106,11 @@ class Checkpoint:
     def download_bytes(self) -> int:
         """Bytes that are still to be downloaded, those of an adapter's base included; 0 if the weights can be read."""
         return self._to_download + (self.base.download_bytes if self.base else 0)
+
+    def _temporary_folder(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="ov-mllama-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def _find_base(self, given: str | Path | None, model_type: str, with_weights: bool) -> "Checkpoint":
         names = [str(given)] if given else base_names(self.source.adapter, self.folder)
@@ -141,23 +153,42 @@ class Checkpoint:
     @cached_property
     def source_digest(self) -> str:
         """The identity of the files that an IR's companions are made of."""
-        own = source_digest(self.folder)
+        inside = self.source.save_settings is not None
+        own = combined(self.fingerprint, COMPANIONS_FORMAT) if inside else source_digest(self.folder)
         return combined(own, self.base.source_digest) if self.base else own
 
     @cached_property
     def settings_folder(self) -> Path:
         """The folder with config, tokenizer and templates: the checkpoint's own; of an adapter a temporary one, where
-        its own replace its base's."""
+        its own replace its base's; of a model in GGUF one that they are written into."""
+        if self.source.save_settings:
+            self.source.save_settings(self.folder)
         if not self.base:
             return self.folder
-        self._settings = tempfile.TemporaryDirectory(prefix="ov-mllama-")  # removed with the checkpoint
-        overlay(self.folder, self.base.settings_folder, Path(self._settings.name))
-        return Path(self._settings.name)
+        folder = self._temporary_folder()
+        overlay(self.folder, self.base.settings_folder, folder)
+        return folder
 
     @property
     def folders(self) -> list[Path]:
         """The checkpoint's folder and, of an adapter, those of its base."""
         return [self.folder, *(self.base.folders if self.base else [])]
+
+    def reference(self, name: str = "auto") -> tuple[Reference, str]:
+        """Return the reference to convert the checkpoint with, and the reason, as `reference_of`."""
+        weights = self.base or self
+        if name == "auto" and weights.source.reference:
+            return weights.source.reference, weights.source.kind
+        return reference_of(self.settings_folder, name)
+
+    @cached_property
+    def own_form(self) -> str:
+        """The format, such as "q4_k_m", of a checkpoint whose language model is taken over completely; else empty."""
+        matrices = {
+            name: tensor for name, tensor in self.tensors().items() if len(tensor.shape) > 1 and TAKEN.match(name)
+        }
+        whole = all(tensor.pack for name, tensor in matrices.items() if not name.endswith("embed_tokens.weight"))
+        return self.source.form if whole else ""
 
     def stamp(self, reference: Reference | None = None) -> dict[str, str]:
         """Return the part of a stamp that all IRs of this checkpoint share.
@@ -195,7 +226,7 @@ class Checkpoint:
                     base, names = self.base.tensors(kind), TensorNames(model)
                     self._placed[kind] = merge(base, stored, self.source.adapter, names, self.folder)
                 else:
-                    self._placed[kind] = place(stored, model, self.folder)
+                    self._placed[kind] = place(stored, model, self.name if self.source.save_settings else self.folder)
         return self._placed[kind]
 
     def _empty_model(self, kind: Any) -> torch.nn.Module:
@@ -205,6 +236,8 @@ class Checkpoint:
         except Exception as error:  # noqa: BLE001 - such as ZeroDivisionError for no heads
             config = self.base.folder if self.base else self.folder
             problem = f"{type(error).__name__}: {last_line(error)}"
+            if self.source.save_settings:
+                raise InputError(f"The metadata of {self.name} describe no model ({problem}): {AGAIN}") from error
             raise InputError(f"{config / 'config.json'} describes no model ({problem}): {OWN_CONFIG}") from error
 
     def scratch_bytes(self, kind: Any = MllamaForConditionalGeneration, needed: Needed = every) -> int:

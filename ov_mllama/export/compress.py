@@ -9,23 +9,23 @@ import logging
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import nncf
 import numpy as np
 import openvino as ov
 from nncf import CompressWeightsMode, SensitivityMetric
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, MllamaForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.companion_files import save_generation_config
-from ov_mllama.export.convert import convert_language_model, of_language_model
-from ov_mllama.export.costs import Cost, compression_cost, vision_cost
+from ov_mllama.export.convert import convert_with, own_ir, taken_over, with_scratch
+from ov_mllama.export.costs import compression_cost, vision_cost
 from ov_mllama.export.piecewise import quantize_in_pieces
 from ov_mllama.export.settings import DATA_FREE_METRIC, DEFAULT_VISION_OPTION, INT8, VISION_OPTIONS, Settings
-from ov_mllama.export.takeover import PackedWeights, packed_weights, take_over, warn_of_second_quantization
+from ov_mllama.export.takeover import packed_weights
 from ov_mllama.runtime.errors import InputError, NotFoundError
 from ov_mllama.runtime.ir import (
     DRAFT_MODEL_NAME,
@@ -34,7 +34,9 @@ from ov_mllama.runtime.ir import (
     check_model_dir,
     provenance,
 )
-from ov_mllama.runtime.reference import TRANSFORMERS, Reference
+from ov_mllama.runtime.reference import Reference
+
+logger = logging.getLogger(__name__)
 
 DATA_METRICS = tuple(metric.value for metric in SensitivityMetric if metric.value != DATA_FREE_METRIC)
 
@@ -81,6 +83,10 @@ def compress_language_model(
     """
     model_dir = Path(model_dir)
     original = model_dir / LANGUAGE_MODEL_NAME
+    own = None if original.is_file() else own_ir(model_dir)
+    if own:
+        logger.info("✅ %s holds the checkpoint's own quantised weights: there is nothing to compress", own)
+        return own
     if not original.is_file() and not checkpoint and (model_dir / VISION_ENCODER_NAME).is_file():
         raise NotFoundError(
             f"{original} is missing: give the checkpoint it was left out of, compress(..., checkpoint=model_id), or "
@@ -101,13 +107,15 @@ def compress_language_model(
     packed = packed_weights(source.tensors()) if source else {}
     stamp |= {"format": settings.algo, "group_size": str(settings.group_size)} | taken_over(packed)
     stamp["samples"] = samples.name if samples and settings.dataset_size else "0"
+    mapped: list = []  # memory of the model's constants, until it is written
 
     def make() -> ov.Model:
         dataset = nncf.Dataset(samples) if samples and settings.dataset_size else None
         with quiet_nncf():
             if not source:
                 return compress_weights(ov.Core().read_model(original), settings, dataset)
-            model = convert_with(packed, source, settings, model_dir, reference=reference)
+            model, data = convert_with(packed, source, settings, model_dir, reference=reference)
+            mapped.append(data)
             return compress_weights(model, settings, dataset)
 
     advice = "leave out the calibration data (dataset_size=0)" if settings.dataset_size else ""
@@ -143,56 +151,18 @@ def make_draft_model(
     stamp = source.stamp() | {"format": settings.algo, "group_size": str(settings.group_size)}
     packed = packed_weights(source.tensors(LlamaForCausalLM))
     stamp |= {"settings": settings.file_name} | taken_over(packed)
+    mapped: list = []  # memory of the model's constants, until it is written
 
     def make() -> ov.Model:
         with quiet_nncf():
-            return compress_weights(convert_with(packed, source, settings, out_dir, LlamaForCausalLM), settings)
+            model, data = convert_with(packed, source, settings, out_dir, LlamaForCausalLM)
+            mapped.append(data)
+            return compress_weights(model, settings)
 
     companions = Companions(out_dir, source, partial(save_draft_companions, source))
     cost = with_scratch(compression_cost(settings, source.config), source, packed, LlamaForCausalLM)
     build_ir(out_dir / DRAFT_MODEL_NAME, stamp, cost, make, "Draft model", companions=companions, force=force)
     return out_dir
-
-
-def taken_over(packed: PackedWeights) -> dict[str, str]:
-    """Return the stamp's item for matrices that are taken over; none if there are none."""
-    return {"taken_over": str(len(packed))} if packed else {}
-
-
-def remains(packed: PackedWeights, name: str) -> bool:
-    """Return whether the language model's IR needs a tensor in 16 bit."""
-    return of_language_model(name) and name not in packed
-
-
-def with_scratch(
-    cost: Cost, source: Checkpoint, packed: PackedWeights, kind: Any = MllamaForConditionalGeneration
-) -> Cost:
-    """Return the cost of compressing a checkpoint's language model, with the temporary file that loading it takes."""
-    return cost._replace(disk=cost.disk + source.scratch_bytes(kind, partial(remains, packed)))
-
-
-def convert_with(
-    packed: PackedWeights,
-    source: Checkpoint,
-    settings: Settings,
-    folder: Path,
-    kind: Any = MllamaForConditionalGeneration,
-    reference: Reference = TRANSFORMERS,
-) -> ov.Model:
-    """Convert the language model, with matrices in 4 bits as the checkpoint stores them and the others in 16 bit.
-
-    Args:
-        packed: as `packed_weights`.
-        settings: with which the others are compressed next.
-        folder: for temporary files.
-        kind: the model's class.
-    """
-    if source.source.quantized and settings.is_int4:
-        warn_of_second_quantization(source.tensors(kind))
-    model = source.load(kind, folder, partial(remains, packed))
-    ov_model = convert_language_model(model, reference)
-    take_over(ov_model, model, packed)
-    return ov_model
 
 
 def save_draft_companions(checkpoint: Checkpoint, folder: Path) -> None:

@@ -5,9 +5,12 @@ How the IRs are run is in `model.py`, how they are made smaller in `compress.py`
 
 import logging
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import openvino as ov
 import torch
 from transformers import LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration
@@ -15,11 +18,20 @@ from transformers import LlamaForCausalLM, MllamaConfig, MllamaForConditionalGen
 from ov_mllama.export.build import Companions, build_ir
 from ov_mllama.export.checkpoint import Checkpoint, every
 from ov_mllama.export.companion_files import check_companions_of, save_companions
-from ov_mllama.export.costs import CONVERSION_MEMORY_BYTES, Cost, conversion_seconds
+from ov_mllama.export.costs import CONVERSION_MEMORY_BYTES, TAKING_OVER_MEMORY_BYTES, Cost, conversion_seconds
 from ov_mllama.export.graphs import LanguageModel, VisionEncoder
+from ov_mllama.export.settings import Settings
+from ov_mllama.export.sources.tensors import Tensor
+from ov_mllama.export.takeover import (
+    PackedWeights,
+    packed_bytes,
+    packed_weights,
+    take_over,
+    warn_of_second_quantization,
+)
 from ov_mllama.export.tracing import make_stateful, name_ports, trace
-from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_disk_and_memory, is_current
-from ov_mllama.runtime.reference import TRANSFORMERS, Reference, described, reference_of
+from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_disk_and_memory, ir_stamp, is_current
+from ov_mllama.runtime.reference import TRANSFORMERS, Reference, described
 from ov_mllama.runtime.shapes import MllamaShapes
 
 logger = logging.getLogger(__name__)
@@ -133,11 +145,12 @@ def convert_mllama(
         out_dir: folder for `openvino_vision_encoder.xml`, `openvino_language_model.xml` (and their .bin), the config,
             the generation config and the processor with its chat template.
         language_model: False leaves it to `compress(..., checkpoint=model_id)`, which then never writes it in 16 bit.
-        reference: "meta", "transformers" or "auto", see `reference_of`: the states that the projector reads, and
-            whether tokens before an image attend to it. Meta's weights that a transformers since 4.55 saved again need
-            "meta".
+        reference: "meta", "transformers" or "auto", see `Checkpoint.reference`: the states that the projector reads,
+            and whether tokens before an image attend to it. Meta's weights that a transformers since 4.55 saved again
+            need "meta".
     Returns:
-        out_dir as a Path.
+        out_dir as a Path. The language model of a checkpoint with an `own_form`, such as Ollama's Q4_K_M, is always
+        written, as `own_name`: there is nothing to compress.
     Raises:
         InputError, NotFoundError, AccessError: as `Checkpoint`.
         InputError: if out_dir is the checkpoint's own folder, for another `reference`, or as `check_companions_of` and
@@ -146,11 +159,15 @@ def convert_mllama(
     """
     checkpoint, out_dir = Checkpoint.of(model_id), Path(out_dir)
     checkpoint.check_apart(out_dir)
-    chosen, why = reference_of(checkpoint.settings_folder, reference)
+    chosen, why = checkpoint.reference(reference)
     stamp = checkpoint.stamp(chosen) | {"format": "16 bit"}
     companions = Companions(out_dir, checkpoint, partial(save_companions, checkpoint), remove_outdated=True)
-    names = [VISION_ENCODER_NAME, *[LANGUAGE_MODEL_NAME] * language_model]
-    missing = [name for name in names if not is_current(out_dir / name, stamp)]
+    packed = packed_weights(checkpoint.tensors()) if checkpoint.own_form else {}
+    language_name = own_name(checkpoint.own_form) if packed else LANGUAGE_MODEL_NAME
+    stamps = {VISION_ENCODER_NAME: stamp}
+    if language_model or packed:
+        stamps[language_name] = stamp | (own_stamp(checkpoint.own_form) if packed else {})
+    missing = [name for name, expected in stamps.items() if not is_current(out_dir / name, expected)]
     if not missing and companions.are_current():
         logger.info("✅ %s already holds the converted model", out_dir)
         return out_dir
@@ -158,23 +175,105 @@ def convert_mllama(
     check_companions_of(checkpoint)
     logger.info("Reference: %s (%s)", described(chosen), why)
     logger.info("⌛ Loading the original model")
-    needed = every if language_model else of_vision_encoder
+    needed = partial(of_both, packed) if packed else every if language_model else of_vision_encoder
     scratch = checkpoint.scratch_bytes(needed=needed)
     check_disk_and_memory(out_dir, scratch, CONVERSION_MEMORY_BYTES, "close other programs")
     model = checkpoint.load(scratch=out_dir, needed=needed)
-    costs = {name: conversion_cost_of(MODULES[name](model)) for name in names}
+    costs = {name: conversion_cost_of(MODULES.get(name, LanguageModel)(model)) for name in stamps}
+    if packed:
+        costs[language_name] = taking_over_cost(checkpoint.tensors())
     total = sum(costs[name].disk for name in missing)  # checked for all parts before the first one is written
     check_disk_and_memory(out_dir, total, CONVERSION_MEMORY_BYTES, "close other programs")
     alike = "alike" if padding_tiles_are_alike(model) else "each"
-    parts = {
-        VISION_ENCODER_NAME: ("Vision encoder", stamp | {"padding_tiles": alike}, convert_vision_encoder),
-        LANGUAGE_MODEL_NAME: ("Language model", stamp, convert_language_model),
+    mapped: list = []  # memory of the language model's constants, until it is written
+
+    def make_language_model() -> ov.Model:
+        ov_model = convert_language_model(model, chosen)
+        mapped.append(take_over(ov_model, model, packed, out_dir) if packed else None)
+        return ov_model
+
+    makers: dict[str, Callable[[], ov.Model]] = {
+        VISION_ENCODER_NAME: partial(convert_vision_encoder, model, chosen),
+        language_name: make_language_model,
     }
-    for name in names:
-        title, expected, convert = parts[name]
-        make = partial(convert, model, chosen)
-        build_ir(out_dir / name, expected, costs[name], make, title, companions=companions)
+    titles = {VISION_ENCODER_NAME: "Vision encoder", language_name: "Language model"}
+    stamps[VISION_ENCODER_NAME] |= {"padding_tiles": alike}
+    for name, expected in stamps.items():
+        build_ir(out_dir / name, expected, costs[name], makers[name], titles[name], companions=companions)
     return out_dir
+
+
+# ---- Quantised weights that are taken over --------------------------------------------------------------------------
+
+
+def own_name(form: str) -> str:
+    """Return the file name of a language model in its checkpoint's own format: llm_q4_k_m.xml."""
+    return f"llm_{form}.xml"
+
+
+def own_stamp(form: str) -> dict[str, str]:
+    """Return the part of its stamp that tells how its weights are stored."""
+    return {"format": form, "taken_over": "all"}
+
+
+def own_ir(model_dir: Path) -> Path | None:
+    """Return the .xml of a folder's language model in its checkpoint's own format, if there is one."""
+    paths = sorted(model_dir.glob("llm_*.xml"))
+    return next((path for path in paths if ir_stamp(path).get("taken_over") == "all"), None)
+
+
+def taken_over(packed: PackedWeights) -> dict[str, str]:
+    """Return the stamp's item for matrices that are taken over; none if there are none."""
+    return {"taken_over": str(len(packed))} if packed else {}
+
+
+def remains(packed: PackedWeights, name: str) -> bool:
+    """Return whether the language model's IR needs a tensor in 16 bit."""
+    return of_language_model(name) and name not in packed
+
+
+def of_both(packed: PackedWeights, name: str) -> bool:
+    """Return whether one of both IRs needs a tensor in 16 bit."""
+    return of_vision_encoder(name) or remains(packed, name)
+
+
+def taking_over_cost(tensors: dict[str, Tensor]) -> Cost:
+    """Return the cost of writing a language model that is taken over completely: a temporary copy, then the IR."""
+    size = packed_bytes(tensors)
+    return Cost(2 * size, TAKING_OVER_MEMORY_BYTES, conversion_seconds(2 * size))
+
+
+def with_scratch(
+    cost: Cost, source: Checkpoint, packed: PackedWeights, kind: Any = MllamaForConditionalGeneration
+) -> Cost:
+    """Return the cost of compressing a checkpoint's language model, with the temporary files that loading it takes."""
+    scratch = source.scratch_bytes(kind, partial(remains, packed)) + packed_bytes(source.tensors(kind))
+    return cost._replace(disk=cost.disk + scratch)
+
+
+def convert_with(
+    packed: PackedWeights,
+    source: Checkpoint,
+    settings: Settings,
+    folder: Path,
+    kind: Any = MllamaForConditionalGeneration,
+    reference: Reference = TRANSFORMERS,
+) -> tuple[ov.Model, np.ndarray]:
+    """Convert the language model, with matrices as the checkpoint stores them and the others in 16 bit.
+
+    Args:
+        packed: as `packed_weights`.
+        settings: with which the others are compressed next.
+        folder: for temporary files.
+        kind: the model's class.
+    Returns:
+        the model, and memory that its constants share, as `take_over`.
+    """
+    if source.source.quantized and settings.is_int4:
+        warn_of_second_quantization(source.tensors(kind))
+    model = source.load(kind, folder, partial(remains, packed))
+    ov_model = convert_language_model(model, reference)
+    return ov_model, take_over(ov_model, model, packed, folder)
 
 
 def of_vision_encoder(name: str) -> bool:

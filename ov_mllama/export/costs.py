@@ -20,6 +20,7 @@ CONVERSION_MEMORY_BYTES = 1.2e9  # of any checkpoint, whose weights stay on disk
 CACHE_BYTES = 1.5e9  # encoded images and sessions, as `OVMLlamaForConditionalGeneration` caches them
 
 # Compression of the language model's weights, bytes per weight
+TAKING_OVER_MEMORY_BYTES = 2.5e9
 INT8_BYTES_PER_WEIGHT = 1.02  # with its share of scales and zero points
 INT4_SAVING = 0.47  # share of the INT8 size that INT4 with a scale per 64 weights saves
 LM_HEAD_BYTES_PER_WEIGHT = 10.9  # peak while the head is compressed: float32, integers, and intermediate results

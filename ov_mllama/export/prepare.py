@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from ov_mllama.export.convert import convert_mllama, of_language_model, of_visio
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import Files, Machine, Plan, Step, loading, plan
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
-from ov_mllama.export.sources.hub import local_path, origin_of
+from ov_mllama.export.sources.model_id import local_path, origin_of, short_name
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.companions import stamp_of
 from ov_mllama.runtime.devices import has_own_memory
@@ -31,7 +32,6 @@ from ov_mllama.runtime.ir import (
     newest,
 )
 from ov_mllama.runtime.memory import free_memory
-from ov_mllama.runtime.reference import reference_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ def default_folder(checkpoint: str | Path) -> Path:
     If another checkpoint's IRs are there, it is <owner>--<its name> for one of the hub, <its name>-2 for a local one.
     """
     source, origin = local_path(checkpoint), origin_of(checkpoint)
-    models, name = Path("models"), Path(origin).name
+    models, name = Path("models"), short_name(checkpoint)
     if not (models / name).is_dir() and not is_writable(models if models.is_dir() else models.parent):
         models = Path(os.environ.get("LOCALAPPDATA") or Path.home() / ".cache", "ov-mllama", "models")
     if (models / name).resolve() == source.resolve():
         name = f"{name}-ov"
-    longer = name if Path(origin).is_absolute() else origin.replace("/", "--")
+    longer = name if Path(origin.split(",")[0]).is_absolute() else re.sub("[/:]", "--", origin)
     names = [name, *[longer] * (longer != name), *(f"{longer}-{number}" for number in range(2, 100))]
     return next((models / each for each in names if not is_anothers(models / each, checkpoint)), models / name)
 
@@ -140,7 +140,7 @@ def current_irs(checkpoint: Checkpoint, folder: Path, reference: str | None = No
     Args:
         reference: that they follow, as for `convert_mllama`; None for a draft model, which follows none.
     """
-    follows = reference_of(checkpoint.settings_folder, reference)[0] if reference else None
+    follows = checkpoint.reference(reference)[0] if reference else None
     any_ones = {"converter_version": CONVERTER_VERSION}
     stamp = any_ones if checkpoint.download_bytes else checkpoint.stamp(follows)
     return [path.name for path in folder.glob("*.xml") if is_current(path, stamp)]

@@ -21,8 +21,7 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from conftest import F32
 from ov_mllama.export import takeover
 from ov_mllama.export.checkpoint import Checkpoint
-from ov_mllama.export.compress import convert_with, remains
-from ov_mllama.export.convert import convert_mllama, of_language_model
+from ov_mllama.export.convert import convert_mllama, convert_with, of_language_model, remains
 from ov_mllama.export.settings import Settings
 from ov_mllama.export.sources import gptq
 from ov_mllama.export.sources.quantized import method_of

@@ -13,7 +13,7 @@ import torch
 from ov_mllama.export.sources.blocks import Blocks, check_rest, check_shape, unchanged, unpacked
 from ov_mllama.export.sources.files import AGAIN, FIX
 from ov_mllama.export.sources.names import unwrapped
-from ov_mllama.export.sources.tensors import Packed, Tensor
+from ov_mllama.export.sources.tensors import Packed, Tensor, four_bit_bytes
 from ov_mllama.runtime.errors import InputError
 
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
@@ -142,7 +142,8 @@ def dequantised(module: str, layer: dict[str, Tensor], weights: dict) -> Tensor:
         blocks = replace(blocks, order=order_of(layer["weight_g_idx"].read().long(), blocks.block[1]))
     sequential = blocks.block[0] == 1 and blocks.order is None and columns % blocks.block[1] == 0
     if packed and bits == 4 and sequential and fits_half(scale.read()):
-        return replace(blocks.tensor(), pack=partial(pack, blocks))
+        packed_bytes = four_bit_bytes(rows, columns, blocks.block[1])
+        return replace(blocks.tensor(), pack=partial(pack, blocks), packed_bytes=packed_bytes)
     return blocks.tensor()
 
 

@@ -2,8 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,35 +14,13 @@ from ov_mllama.export.sources.meta import PARAMS, config_of, is_meta, shards_of
 from ov_mllama.export.sources.meta import stored_tensors as meta_tensors
 from ov_mllama.export.sources.others import another_model, without_config
 from ov_mllama.export.sources.quantized import method_of
+from ov_mllama.export.sources.source import Source
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 OWN_CONFIG = "take the config.json that belongs to the weights, from where they were downloaded or saved."
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint's files and how they are read.
-
-    Attributes:
-        kind: for people, such as "16-bit safetensors" or "bitsandbytes nf4".
-        config: as transformers reads it, of the unquantised model; None of an adapter.
-        settings: files that say how the weights are meant: config.json, adapter_config.json.
-        weights: files of weights.
-        tensors: return all tensors by stored names, in 16 bit when they are read.
-        adapter: the adapter_config.json of a LoRA adapter, whose base is another source; empty for a model.
-        quantized: whether any are stored in fewer bits.
-    """
-
-    kind: str
-    config: Any
-    settings: list[Path]
-    weights: list[Path]
-    tensors: Callable[[], dict[str, Tensor]]
-    adapter: dict[str, Any] = field(default_factory=dict)
-    quantized: bool = False
 
 
 def find_source(folder: Path, model_type: str = "mllama") -> Source:

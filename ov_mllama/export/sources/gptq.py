@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ov_mllama.export.sources.files import FIX
-from ov_mllama.export.sources.tensors import Packed, Tensor
+from ov_mllama.export.sources.tensors import Packed, Tensor, four_bit_bytes
 from ov_mllama.runtime.errors import InputError
 
 Tensors = dict[str, Tensor]
@@ -172,7 +172,8 @@ def decode(tensors: Tensors, quantization: dict, packing: Packing) -> Tensors:
         matrix = Matrix(layer, parts, packing, int(quantization.get("group_size") or -1))
         pack = matrix.pack if matrix.is_packable else None
         shape, dtype = (matrix.rows, matrix.columns), matrix.parts["scales"].dtype
-        decoded[f"{layer}.weight"] = Tensor(shape, dtype, matrix.read, pack=pack)
+        packed_bytes = four_bit_bytes(*shape, matrix.group_size) if pack else 0
+        decoded[f"{layer}.weight"] = Tensor(shape, dtype, matrix.read, pack=pack, packed_bytes=packed_bytes)
     return decoded
 
 

@@ -31,29 +31,6 @@ LOCAL_FIX = re.compile(
 )
 
 
-def local_path(name: str | Path) -> Path:
-    """Return a path, `~` expanded.
-
-    Raises:
-        NotFoundError: for the home folder of an unknown user.
-    """
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise NotFoundError(f"{name} is in the home folder of an unknown user: check the spelling.") from error
-
-
-def origin_of(model_id: str | Path) -> str:
-    """Return the hub id of a checkpoint, also of a folder in the hub's cache; the absolute path of another folder."""
-    folder = local_path(model_id)
-    if not folder.is_dir():
-        return str(model_id)
-    path = Path(os.path.abspath(folder))  # noqa: PTH100 - `resolve` would replace the names of links
-    if len(path.parts) > 3 and path.parts[-2] == "snapshots" and path.parts[-3].startswith("models--"):
-        return path.parts[-3].removeprefix("models--").replace("--", "/")
-    return str(path)
-
-
 @contextlib.contextmanager
 def hub_errors(model_id: str) -> Iterator[None]:
     """Raise errors of the hub and of its cache as a user's.

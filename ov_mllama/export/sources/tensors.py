@@ -22,16 +22,16 @@ ALIGNMENT_BYTES = 64  # of each tensor in a temporary file, as OpenVINO aligns c
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix in 4 bits with an integer zero point per group: weight = (value - zero_point) * scale.
+    """A matrix in 4 or 8 bits, in groups: weight = (value - zero point) * scale.
 
     Attributes:
-        values: u8 [rows, groups, group size], each 0 to 15.
-        zero_points: u8 [rows, groups, 1], each 0 to 15.
-        scales: f16 [rows, groups, 1].
+        values: [rows, groups, group size], u8 of 0 to 15, or i8.
+        zero_points: u8 [rows, groups, 1], each 0 to 15; or f32 of any value; None for zeros.
+        scales: f16 or f32 [rows, groups, 1].
     """
 
     values: np.ndarray
-    zero_points: np.ndarray
+    zero_points: np.ndarray | None
     scales: np.ndarray
 
 
@@ -44,7 +44,8 @@ class Tensor:
         dtype: likewise.
         read: return the tensor: mapped from its file, or computed.
         mapped: whether it is mapped, and takes no memory of the process.
-        pack: return the same weight in 4 bits, exactly; None if it is not stored so.
+        pack: return the same weight as integers in groups, exactly; None if it is not stored so.
+        packed_bytes: of what `pack` returns, in an IR.
     """
 
     shape: tuple[int, ...]
@@ -52,10 +53,16 @@ class Tensor:
     read: Callable[[], torch.Tensor]
     mapped: bool = False
     pack: Callable[[], Packed] | None = None
+    packed_bytes: int = 0
 
     def in_place(self, dtype: torch.dtype) -> bool:
         """Return whether `read` returns the tensor in this type without a copy."""
         return self.mapped and self.dtype == dtype
+
+
+def four_bit_bytes(rows: int, columns: int, size: int) -> int:
+    """Return the bytes of a matrix in 4 bits, with a scale in 16 and a zero point in 4 for each group of `size`."""
+    return rows * columns // 2 + rows * -(-columns // size) * 5 // 2
 
 
 def weight_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
