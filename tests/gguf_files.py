@@ -603,7 +603,7 @@ def write_ollama(
     layers.append(add_blob(root, f"{IMAGE}template", template.encode()))
     layers += [add_blob(root, f"{IMAGE}license", text.encode()) for text in licenses]
     if params is not None:
-        layers.append(add_blob(root, f"{IMAGE}params", json.dumps(params, separators=(",", ":")).encode()))
+        layers.append(add_blob(root, f"{IMAGE}params", f"{json.dumps(params, separators=(',', ':'))}\n".encode()))
     config = {
         "model_format": "gguf",
         "model_family": family,
