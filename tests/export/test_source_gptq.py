@@ -331,7 +331,9 @@ def test_a_matrix_that_is_not_in_the_graph_is_an_error_not_zeros(files, tmp_path
     checkpoint = Checkpoint(files / "gptq")
     packed = takeover.packed_weights(checkpoint.tensors())
     vision = next(name for name in checkpoint.tensors() if name.startswith("model.vision_model"))
-    with pytest.raises(RuntimeError, match="1 of 32 quantised matrices are not in the graph, such as model.vision_model"):
+    with pytest.raises(
+        RuntimeError, match="1 of 32 quantised matrices are not in the graph, such as model.vision_model"
+    ):
         convert_with(packed | {vision: next(iter(packed.values()))}, checkpoint, Settings(), tmp_path)
 
 

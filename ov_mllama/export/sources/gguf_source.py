@@ -40,13 +40,14 @@ def gguf_source(name: str | Path, model_type: str = "mllama") -> Source:
         for path in paths:
             if not path.is_file():
                 raise NotFoundError(f"{path} does not exist: check the spelling.")
-    files = with_other_half([read_gguf(path) for path in paths])
+    files = sorted(with_other_half([read_gguf(path) for path in paths]), key=has_text, reverse=True)
     metadata: dict[str, Any] = {}
     for file in files:
         metadata = {**file.metadata, **metadata}
     label = str(name)
+    if metadata.get("general.architecture") == "mllama":
+        check_halves(files, label)
     config = config_of(metadata, label)
-    check_halves(files, label)
     form = format_of(metadata)
     return Source(
         f"GGUF {form.upper()}",

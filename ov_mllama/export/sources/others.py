@@ -23,6 +23,8 @@ def without_config(folder: Path) -> InputError:
     if "model_index.json" in names:
         return InputError(f"{folder} is a pipeline of diffusers, which makes images; {MODEL_TYPES['mllama']}.")
     other = made_for_others(names)
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return InputError(f"{folder} holds a model in GGUF, {gguf[0]}: give the file itself.")
     if other:
         return InputError(f"{folder} holds {other}: {SIXTEEN_BIT}.")
     if inner:
@@ -36,7 +38,7 @@ def without_config(folder: Path) -> InputError:
 
 def made_for_others(names: list[str]) -> str:
     """Return a phrase for models in the files of other programs; empty if there is none."""
-    kinds = {".gguf": "a GGUF model of llama.cpp", ".ggml": "a GGML model of llama.cpp", ".onnx": "an ONNX model"}
+    kinds = {".ggml": "a GGML model of llama.cpp", ".onnx": "an ONNX model"}
     kinds |= {".xml": "an OpenVINO model that another program converted", ".engine": "an engine of TensorRT"}
     kinds |= {".tflite": "a TensorFlow Lite model", ".h5": "a TensorFlow model", ".msgpack": "a Flax model"}
     found = [(name, kind) for ending, kind in kinds.items() for name in names if name.endswith(ending)]
