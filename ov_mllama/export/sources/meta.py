@@ -18,7 +18,7 @@ from transformers import MllamaConfig
 from transformers.models.mllama.image_processing_mllama import get_all_supported_aspect_ratios
 
 from ov_mllama.export.sources.files import AGAIN, hint
-from ov_mllama.export.sources.meta_tokenizer import MAX_POSITIONS, SPECIAL, SPECIAL_TOKENS
+from ov_mllama.export.sources.meta_tokenizer import MAX_POSITIONS, SPECIAL, SPECIAL_TOKENS, STOPS
 from ov_mllama.export.sources.tensors import Tensor
 from ov_mllama.runtime.errors import InputError
 
@@ -136,7 +136,7 @@ def text_config(params: dict) -> dict:
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": False,
         "bos_token_id": first,
-        "eos_token_id": [first + SPECIAL.index(name) for name in ("end_of_text", "eom_id", "eot_id")],
+        "eos_token_id": [first + SPECIAL.index(name) for name in STOPS],
         "pad_token_id": first + SPECIAL.index("finetune_right_pad_id"),
     }
 

@@ -3,6 +3,7 @@
 import base64
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -14,6 +15,7 @@ SPECIAL = (
     *(BOS, "end_of_text", "reserved_special_token_0", "reserved_special_token_1", PAD, "step_id"),
     *("start_header_id", "end_header_id", "eom_id", EOT, "python_tag"),
 )
+STOPS = ("end_of_text", "eom_id", EOT)
 SPECIAL_TOKENS = 256  # at the end of the vocabulary: SPECIAL, then reserved ones
 MAX_POSITIONS = 131072
 
@@ -44,6 +46,11 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = converter.converted()
     except ValueError as error:
         raise InputError(f"{path} is no tokenizer in tiktoken's form{hint(path)}") from error
+    return with_special_tokens(tokenizer)
+
+
+def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of Llama 3 that adds BOS, pads on the left and ends with EOT, as transformers has it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=f"<|{BOS}|>",
