@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
-from transformers import MllamaConfig
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers import AddedToken, MllamaConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.mllama.image_processing_mllama import get_all_supported_aspect_ratios
 
@@ -54,7 +53,7 @@ MULTIPLES = (  # key of a number, and of one that divides it
 )
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # llama.cpp's types of tokens
 SPLITS = ("llama-bpe", "smaug-bpe")  # llama.cpp's names of Llama 3's rule for splitting text
-IMAGE, BYTES = "image", 256
+IMAGE = "image"
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def settings_of(metadata: Metadata) -> dict[str, Any]:
     """Return config.json; InputError as `config_of`."""
     check_architecture(metadata)
     vision = vision_config(metadata)
-    text = {name: metadata.integer(f"{ARCHITECTURE}.{key}", most) for key, name, most in TEXT}
+    text: dict[str, Any] = {name: metadata.integer(f"{ARCHITECTURE}.{key}", most) for key, name, most in TEXT}
     for product, factor in MULTIPLES:
         whole, part = metadata.get(f"{ARCHITECTURE}.{product}"), metadata.get(f"{ARCHITECTURE}.{factor}")
         if whole % part:
@@ -251,11 +250,9 @@ def special_ids(metadata: Metadata, vocab_size: int) -> dict[str, int]:
         raise metadata.error(f"has no {error.args[0]} in {key}") from error
 
 
-def tokenizer_of(metadata: Metadata, special: list[int]) -> Tokenizer:
+def tokenizer_of(metadata: Metadata) -> PreTrainedTokenizerFast:
     """Return the tokenizer: byte-level BPE, then the tokens that are never split.
 
-    Args:
-        special: ids that have to be among the latter.
     Raises:
         InputError: if tokens, their types or merges do not fit each other.
     """
@@ -266,30 +263,31 @@ def tokenizer_of(metadata: Metadata, special: list[int]) -> Tokenizer:
     if not isinstance(types, list) or len(types) != len(tokens):
         raise metadata.wrong("tokenizer.ggml.token_type", f"the types of {len(tokens):,} tokens")
     first = next((index for index, kind in enumerate(types) if kind != NORMAL), len(types))
-    if not all(kind in (CONTROL, USER_DEFINED) for kind in types[first:]) or min(special) < first:
+    if not all(kind in (CONTROL, USER_DEFINED) for kind in types[first:]):
         raise metadata.error("has other tokens than special ones (tokenizer.ggml.token_type) at the vocabulary's end")
-    vocabulary, alphabet = (
-        {token: index for index, token in enumerate(tokens[:first])},
-        pre_tokenizers.ByteLevel.alphabet(),
-    )
-    if set("".join(vocabulary)) - {*alphabet} or not vocabulary.keys() >= {*alphabet}:
-        raise metadata.error("has tokens that are not in the byte alphabet, or lacks bytes (tokenizer.ggml.tokens)")
+    vocabulary = {token: index for index, token in enumerate(tokens[:first])}
     tokenizer = Converter(vocabulary, merges_of(metadata, vocabulary)).converted()
     kinds = zip(tokens[first:], types[first:], strict=True)
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL) for token, kind in kinds])
-    return tokenizer
+    return with_special_tokens(tokenizer)
 
 
 def merges_of(metadata: Metadata, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the pairs of tokens that are merged; InputError if one or what it gives is no token."""
-    key, merges = "tokenizer.ggml.merges", []
-    if key not in metadata.values and len(vocabulary) == BYTES:
-        return merges
-    for merge in metadata.texts(key):
+    """Return the pairs of tokens that are merged, none if the file has none.
+
+    Raises:
+        InputError: if a merge names or gives what is no token, or the tokens are not all bytes and what merges give.
+    """
+    key, alphabet = "tokenizer.ggml.merges", set(bytes_to_unicode().values())
+    merges = []
+    for merge in metadata.texts(key) if key in metadata.values else []:
         left, _, right = merge.partition(" ")
         if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
             raise metadata.error(f"has the merge {reprlib.repr(merge)} ({key}), which joins no two tokens to one")
         merges.append((left, right))
+    if other := vocabulary.keys() ^ {*alphabet, *(left + right for left, right in merges)}:
+        found = f"{len(other):,}, such as {reprlib.repr(min(other))}"
+        raise metadata.error(f"has tokens that no merge gives, or bytes without a token ({found})")
     return merges
 
 
@@ -308,8 +306,7 @@ def write_settings(metadata: dict[str, Any], folder: Path, label: str) -> None:
     read = Metadata(metadata, label)
     config = settings_of(read)
     text, vision = config["text_config"], config["vision_config"]
-    ids = [text["bos_token_id"], text["pad_token_id"], config["image_token_index"], *text["eos_token_id"]]
-    tokenizer = with_special_tokens(tokenizer_of(read, ids))
+    tokenizer = tokenizer_of(read)
     template = read.text("tokenizer.chat_template") if "tokenizer.chat_template" in metadata else ""
     tokenizer.save_pretrained(folder)
     files = {

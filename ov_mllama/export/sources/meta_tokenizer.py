@@ -3,7 +3,6 @@
 import base64
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -49,8 +48,12 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
     return with_special_tokens(tokenizer)
 
 
-def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of Llama 3 that adds BOS, pads on the left and ends with EOT, as transformers has it."""
+def with_special_tokens(tokenizer) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of Llama 3 as transformers has it, which adds BOS, pads on the left and ends with EOT.
+
+    Args:
+        tokenizer: of the package tokenizers, which holds these tokens.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=f"<|{BOS}|>",
