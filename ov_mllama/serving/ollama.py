@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -51,19 +51,21 @@ class OllamaApi:
         Args:
             greet: whether to add one at /, for clients that check whether Ollama is there.
         """
+        router = APIRouter(include_in_schema=False)
         for path, endpoint in (
             ("/api/chat", self.chat),
             ("/api/generate", self.generate),
             ("/api/show", self.show),
             ("/api/pull", self.pull),
         ):
-            app.add_api_route(path, endpoint, methods=["POST"])
+            router.add_api_route(path, endpoint, methods=["POST"])
         for path, endpoint in (("/api/tags", self.tags), ("/api/version", self.version), ("/api/ps", self.ps)):
-            app.add_api_route(path, endpoint, methods=["GET", "HEAD"])
+            router.add_api_route(path, endpoint, methods=["GET", "HEAD"])
         for path, (methods, message) in REJECTED.items():
-            app.add_api_route(path, self._rejecting(message), methods=methods)
+            router.add_api_route(path, self._rejecting(message), methods=methods)
         if greet:
-            app.add_api_route("/", lambda: PlainTextResponse("Ollama is running"), methods=["GET", "HEAD"])
+            router.add_api_route("/", lambda: PlainTextResponse("Ollama is running"), methods=["GET", "HEAD"])
+        app.include_router(router)
 
     def _rejecting(self, message: str) -> Callable:
         async def reject(http: HttpRequest) -> Response:

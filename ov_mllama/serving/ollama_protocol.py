@@ -205,7 +205,7 @@ def closed(schema: Any) -> Any:
     end."""
     if not isinstance(schema, dict) or "allOf" in schema:  # whose parts would exclude each other's properties
         return schema
-    result = {}
+    result: dict[str, Any] = {}
     for keyword, value in schema.items():
         if keyword in ("properties", "$defs", "definitions") and isinstance(value, dict):
             result[keyword] = {name: closed(each) for name, each in value.items()}

@@ -231,10 +231,8 @@ class Scheduler:
         for pending in batch:
             inputs = self._inputs(pending)
             if inputs and (len(batch) == 1 or encode_images(self.model, pending, inputs)):
-                sequence, length = pending.sequence, inputs["input_ids"].shape[1]
-                sequence.started_s, sequence.num_prompt_tokens = started_s, length
-                sequence.max_new_tokens = min(sequence.max_new_tokens, context - length)
-                sequences.append(sequence)
+                pending.sequence.start(started_s, inputs["input_ids"].shape[1], context)
+                sequences.append(pending.sequence)
                 prompts.append(inputs)
         if not prompts:
             return

@@ -68,6 +68,11 @@ class Sequence:
         """Tokens of the answer so far."""
         return len(self.detokenizer.tokens)
 
+    def start(self, started_s: float, num_prompt_tokens: int, context_length: int) -> None:
+        """Set what is known once the batch has begun."""
+        self.started_s, self.num_prompt_tokens = started_s, num_prompt_tokens
+        self.max_new_tokens = min(self.request.max_new_tokens, context_length - num_prompt_tokens)
+
     def sample(self, logits: torch.Tensor) -> int:
         """Return the next token for logits f32 [vocabulary]."""
         try:
