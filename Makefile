@@ -9,6 +9,7 @@
 #                   the weights were trained with, where the checkpoint does not say (docs/upstream.md); BASE=<hub id or
 #                   folder>: base of a LoRA adapter that MODEL_ID names, here and for serve and caption
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
+#                   OLLAMA=1 at Ollama's port, for programs that speak its API;
 #                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
 #   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, a Parquet data set
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
@@ -22,6 +23,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 MODEL_DIR ?=
 CHAT ?=
+OLLAMA ?=
 QUESTION ?= Describe this image.
 OUT ?= captions.parquet
 DRAFT ?=
@@ -43,7 +45,7 @@ chat: .venv/.run
 	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 serve: .venv/.scale
-	$(BIN)/python -m ov_mllama serve $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama serve $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)') $(if $(REFERENCE),--reference '$(REFERENCE)')
 
 caption: .venv/.scale
 	$(BIN)/python -m ov_mllama caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(REFERENCE),--reference '$(REFERENCE)')

@@ -78,6 +78,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         turn: lock that is held while a thread computes.
         reference: of its IRs, see `reference.Reference`.
         about: name, weight formats and device, for display.
+        disk_bytes: size of both IRs' weights.
         stats: `GenerationStats` of the last prompt and the tokens since.
 
     Raises:
@@ -127,6 +128,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         check_ports(self.shapes, self.image_encoder, self.language_model.compiled, model_dir)
         self.session, self.sessions = self.language_model.session(), SessionPool(self.language_model, kv_cache_bytes)
         self.about = display_name(model_dir, stamps[language], stamps[vision], device)
+        self.disk_bytes = sum((model_dir / name).with_suffix(".bin").stat().st_size for name in (vision, language))
         self._load_s, self._warm_up_s = time.perf_counter() - started, 0.0
         if warm_up:
             self._warm_up_s = self.language_model.warm_up()

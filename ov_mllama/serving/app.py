@@ -1,14 +1,13 @@
-"""OpenAI-compatible server.
+"""OpenAI-compatible server, which also speaks Ollama's API.
 
-POST /v1/chat/completions (text and images, streamed or not, JSON schemas), GET /v1/models, GET /health, and with --chat
-the chat page. By default it listens on this machine only and fetches no image URLs. Requests that wait together run as
-one batch.
+POST /v1/chat/completions (text and images, streamed or not, JSON schemas), GET /v1/models, GET /health; Ollama's
+POST /api/chat and /api/generate with their neighbours; and with --chat the chat page. By default it listens on this
+machine only and fetches no image URLs. Requests that wait together run as one batch.
 """
 
 import argparse
 import asyncio
 import contextlib
-import functools
 import json
 import logging
 import secrets
@@ -17,11 +16,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from openai.types import CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
@@ -37,25 +35,28 @@ from ov_mllama.export.prepare import files_to_load, print_load_estimate
 from ov_mllama.runtime.devices import check_device
 from ov_mllama.serving import load, positive
 from ov_mllama.serving.arguments import add_checkpoint_arguments, prepared
+from ov_mllama.serving.backend import Backend
 from ov_mllama.serving.guards import (
     InternalErrors,
     TrustedHosts,
-    check_key,
     error_response,
     key_from,
     keys_match,
     warnings_for,
 )
 from ov_mllama.serving.loading import Gate, bind_socket, serve_in_thread, wait_for
-from ov_mllama.serving.parsing import RequestParser, check_content_type, check_model_name, read_body
-from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, internal_error
-from ov_mllama.serving.scheduler import IMAGE_CACHE_BYTES, PendingRequest, Scheduler
+from ov_mllama.serving.ollama import PORT as OLLAMA_PORT
+from ov_mllama.serving.ollama import OllamaApi
+from ov_mllama.serving.parsing import RequestParser, check_model_name
+from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest
+from ov_mllama.serving.scheduler import IMAGE_CACHE_BYTES, Scheduler
+from ov_mllama.serving.sequences import PendingRequest
+from ov_mllama.serving.streaming import complete_text, finish_reason_of, stream_response
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 50_000_000  # base64 makes an image a third larger
-KEEPALIVE_S = 10.0  # between comments while the first token is awaited: proxies close what is silent for a minute
-POLL_S = 0.25  # interval of checks that the client is still connected
+PORT = 8000  # unless --ollama
 # Option names of the previous version, accepted for one version
 DEPRECATED_OPTIONS = {"--addresses": "--allow-image-urls", "--line": "--max-queue", "--origins": "--cors-origins"}
 
@@ -68,6 +69,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     max_bytes: int = MAX_BODY_BYTES,
     trusted_hosts: Sequence[str] = (),
+    ollama: bool = False,
 ) -> FastAPI:
     """Return the server's app.
 
@@ -79,6 +81,7 @@ def create_app(
         cors_origins: web pages whose scripts may send requests, such as "http://localhost:3000"; "*" for any.
         max_bytes: of a request's body.
         trusted_hosts: host names of the server besides localhost and IP addresses; "*" for any.
+        ollama: answer "Ollama is running" at /, which some of Ollama's clients request first.
     """
 
     @contextlib.asynccontextmanager
@@ -89,12 +92,9 @@ def create_app(
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
     add_middleware(app, cors_origins, trusted_hosts)
     context_length = scheduler.model.config.text_config.max_position_embeddings
-    parser = RequestParser(model_name, context_length, allow_image_urls=allow_image_urls)
+    backend = Backend(scheduler, RequestParser(context_length, allow_image_urls=allow_image_urls), key, max_bytes)
     model = Model(id=model_name, created=int(time.time()), object="model", owned_by="local")
-    max_bytes = min(max_bytes, scheduler.queue_bytes)
-
-    def authorize(http: HttpRequest) -> None:
-        check_key(http.headers.get("authorization", ""), key)
+    OllamaApi(backend, model_name).add_to(app, greet=ollama)
 
     @app.get("/health")
     async def get_health() -> JSONResponse:
@@ -103,43 +103,38 @@ def create_app(
 
     @app.get("/v1/models")
     async def get_models(http: HttpRequest) -> dict:
-        authorize(http)
+        backend.authorize(http)
         return {"object": "list", "data": [model.model_dump()]}
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str, http: HttpRequest) -> dict:
-        authorize(http)
+        backend.authorize(http)
         check_model_name(name, model_name)
         return model.model_dump()
 
     @app.post("/v1/chat/completions")
     async def create_completion(http: HttpRequest):
-        authorize(http)
-        check_content_type(http)
-        reservation = scheduler.reserve()  # before anything large is read
-        resize = functools.partial(scheduler.resize, reservation)
-        try:
-            request, generation = await parser.parse(await read_body(http, max_bytes, resize), resize)
-        except BaseException:
-            scheduler.release(reservation)
-            raise
-        pending = await scheduler.submit(generation, reservation)
-        return await (stream_response if request.stream else full_response)(pending, request, http)
+        async with backend.receive(http, ChatCompletionRequest) as (request, reservation):
+            check_model_name(request.model, model_name)
+            pending = await backend.submit(request, reservation)
+        if request.stream:
+            return await stream_response(pending, EventStream(pending, request), http)
+        return await full_response(pending, request, http)
 
     return app
 
 
 def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Sequence[str]) -> None:
-    """Add checks before the endpoints, and OpenAI's format of errors, unknown paths included."""
+    """Add checks before the endpoints, and the APIs' formats of errors, unknown paths included."""
 
     @app.exception_handler(ApiError)
     async def on_api_error(http: HttpRequest, error: ApiError) -> JSONResponse:
-        return error_response(error)
+        return error_response(error, http.scope)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(http: HttpRequest, error: HTTPException) -> JSONResponse:
         message = f"{http.method} {http.url.path}: {error.detail}."
-        return error_response(ApiError(error.status_code, message, headers=error.headers))
+        return error_response(ApiError(error.status_code, message, headers=error.headers), http.scope)
 
     # a request meets the last first
     app.add_middleware(InternalErrors)
@@ -154,32 +149,9 @@ def usage_of(pending: PendingRequest) -> CompletionUsage:
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
 
 
-def finish_reason_of(pending: PendingRequest) -> Literal["length", "stop"]:
-    """Return why an answer ended, in OpenAI's terms."""
-    return "length" if pending.sequence.finish_reason == "length" else "stop"
-
-
-@contextlib.asynccontextmanager
-async def cancel_on_disconnect(pending: PendingRequest, http: HttpRequest) -> AsyncIterator[None]:
-    """Cancel a request when its client disconnects, which nothing else detects before there is a response."""
-
-    async def watch() -> None:
-        while not await http.is_disconnected():
-            await asyncio.sleep(POLL_S)
-        pending.sequence.cancelled.set()
-
-    watching = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watching.cancel()
-
-
 async def full_response(pending: PendingRequest, request: ChatCompletionRequest, http: HttpRequest) -> JSONResponse:
     """Return the complete answer."""
-    async with cancel_on_disconnect(pending, http), contextlib.aclosing(pending.chunks()) as chunks:
-        text = "".join([chunk async for chunk in chunks])
-    message = ChatCompletionMessage(role="assistant", content=text)
+    message = ChatCompletionMessage(role="assistant", content=await complete_text(pending, http))
     choice = Choice(index=0, finish_reason=finish_reason_of(pending), message=message, logprobs=None)
     completion = ChatCompletion(
         id=f"chatcmpl-{secrets.token_hex(12)}",
@@ -192,64 +164,45 @@ async def full_response(pending: PendingRequest, request: ChatCompletionRequest,
     return JSONResponse(completion.model_dump(exclude_unset=True))
 
 
-async def stream_response(
-    pending: PendingRequest, request: ChatCompletionRequest, http: HttpRequest
-) -> StreamingResponse:
-    """Return the answer as server-sent events. Errors before the first chunk are ordinary responses; if it takes long,
-    the stream begins with comments, so that proxies do not close the connection."""
-    chunks = pending.chunks()
-    first = asyncio.ensure_future(anext(chunks, ""))
+class EventStream:
+    """Format of a stream of OpenAI's API: server-sent events."""
 
-    def cancel() -> None:
-        first.cancel()
-        pending.sequence.cancelled.set()
+    media_type = "text/event-stream"
 
-    try:
-        async with cancel_on_disconnect(pending, http):
-            await asyncio.wait([first], timeout=KEEPALIVE_S)
-        if first.done():
-            first.result()
-    except BaseException:
-        cancel()
-        raise
+    def __init__(self, pending: PendingRequest, request: ChatCompletionRequest):
+        self._pending, self._request = pending, request
+        self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
 
-    completion_id, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-
-    def event(choices: list[ChunkChoice], usage: CompletionUsage | None = None) -> str:
+    def _event(self, choices: list[ChunkChoice], usage: CompletionUsage | None = None) -> str:
         chunk = ChatCompletionChunk(
-            id=completion_id,
+            id=self._id,
             object="chat.completion.chunk",
-            created=created,
-            model=request.model,
+            created=self._created,
+            model=self._request.model,
             choices=choices,
             usage=usage,
         )
         return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
-    def delta(finish_reason=None, **fields) -> str:
-        return event([ChunkChoice(index=0, delta=ChoiceDelta(**fields), finish_reason=finish_reason)])
+    def _delta(self, finish_reason=None, **fields) -> str:
+        return self._event([ChunkChoice(index=0, delta=ChoiceDelta(**fields), finish_reason=finish_reason)])
 
-    async def events() -> AsyncIterator[str]:
-        try:
-            yield delta(role="assistant", content="")
-            while not first.done():
-                yield ": waiting\n\n"
-                await asyncio.wait([first], timeout=KEEPALIVE_S)
-            if await first:
-                yield delta(content=first.result())
-            async for chunk in chunks:
-                yield delta(content=chunk)
-            yield delta(finish_reason_of(pending))
-            if request.stream_options and request.stream_options.include_usage:
-                yield event([], usage_of(pending))
-            yield "data: [DONE]\n\n"
-        except Exception as error:  # noqa: BLE001 - `internal_error` logs it
-            api_error = error if isinstance(error, ApiError) else internal_error(error)
-            yield f"data: {json.dumps(api_error.body)}\n\n"
-        finally:
-            cancel()
+    def begin(self) -> str:
+        return self._delta(role="assistant", content="")
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def waiting(self) -> str:
+        return ": waiting\n\n"  # a comment
+
+    def chunk(self, text: str) -> str:
+        return self._delta(content=text)
+
+    def end(self) -> str:
+        options = self._request.stream_options
+        usage = self._event([], usage_of(self._pending)) if options and options.include_usage else ""
+        return f"{self._delta(finish_reason_of(self._pending))}{usage}data: [DONE]\n\n"
+
+    def error(self, error: ApiError) -> str:
+        return f"data: {json.dumps(error.body)}\n\n"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -268,7 +221,8 @@ def main(arguments: Sequence[str]) -> None:
     with bind_socket(options.host, options.port) as listener, serve_in_thread(gate, listener) as ended:
         app, name = load_app(options, key)
         gate.open(app)
-        logger.info("✅ %s is at http://%s:%d/v1 – Ctrl-C ends it", name, options.host, options.port)
+        url = f"http://{options.host}:{options.port}"
+        logger.info("✅ %s is at %s/v1, for Ollama's clients at %s – Ctrl-C ends it", name, url, url)
         with contextlib.suppress(KeyboardInterrupt):
             wait_for(ended)
 
@@ -285,7 +239,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     model.add_argument("--name", help="name by which clients request the model; default: the folder's")
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1")
-    access.add_argument("--port", type=int, default=8000, help="default: 8000")
+    access.add_argument("--port", type=int, help=f"default: {PORT}, with --ollama {OLLAMA_PORT}")
+    access.add_argument(
+        "--ollama", action="store_true", help="stand in for Ollama: listen at its port, and answer its probe at /"
+    )
     keys = access.add_mutually_exclusive_group()
     keys.add_argument("--key-file", type=user_path, help="file with the clients' key; default: OV_MLLAMA_KEY")
     keys.add_argument("--key", help="the key itself, visible to all users of this machine")
@@ -301,7 +258,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     queue.add_argument("--batch", type=positive, default=8, help="requests that share the model's steps; default: 8")
     queue.add_argument("--max-queue", type=positive, default=32, help="requests that may wait; default: 32")
     queue.add_argument("--queue-mb", type=positive, default=500, help="memory for encoded images; default: 500 MB")
-    return parser.parse_args([current_option(argument) for argument in arguments])
+    options = parser.parse_args([current_option(argument) for argument in arguments])
+    if options.port is None:
+        options.port = OLLAMA_PORT if options.ollama else PORT
+    return options
 
 
 def current_option(argument: str) -> str:
@@ -322,7 +282,15 @@ def load_app(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str
     model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_CACHE_BYTES)
     scheduler = Scheduler(model, processor, options.batch, options.max_queue, options.queue_mb * 1_000_000)
     name, hosts = options.name or model_dir.resolve().name, [options.host, *options.trusted_hosts]
-    app = create_app(scheduler, name, key, options.allow_image_urls, options.cors_origins, trusted_hosts=hosts)
+    app = create_app(
+        scheduler,
+        name,
+        key,
+        options.allow_image_urls,
+        options.cors_origins,
+        trusted_hosts=hosts,
+        ollama=options.ollama,
+    )
     if options.chat:
         app = mount_chat(app, model, processor, options.model_dir or options.checkpoint, key)
     return app, name

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.serving.protocol import ApiError, internal_error
@@ -16,9 +17,11 @@ from ov_mllama.serving.protocol import ApiError, internal_error
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@/\\\s]+)(:\d*)?", re.ASCII | re.IGNORECASE)
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """Return an error in OpenAI's format."""
-    return JSONResponse(error.body, error.status, error.headers)
+def error_response(error: ApiError, scope: Scope) -> JSONResponse:
+    """Return an error in the format of the API that a request is for: Ollama's below /api/, else OpenAI's."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    body = {"error": str(error)} if path.startswith("/api/") else error.body
+    return JSONResponse(body, error.status, error.headers)
 
 
 # ---- Hosts ----------------------------------------------------------------------------------------------------------
@@ -59,7 +62,7 @@ class TrustedHosts:
                 await send({"type": "websocket.close", "code": 1008})
                 return
             message = "This host name is not trusted: start the server with --trusted-hosts NAME to allow it."
-            await error_response(ApiError(403, message, "host_not_trusted"))(scope, receive, send)
+            await error_response(ApiError(403, message, "host_not_trusted"), scope)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -96,7 +99,7 @@ class InternalErrors:
             api_error = internal_error(error)
             if started:
                 raise  # closes the connection: a truncated response must not look complete
-            await error_response(api_error)(scope, receive, send)
+            await error_response(api_error, scope)(scope, receive, send)
 
 
 # ---- Keys -----------------------------------------------------------------------------------------------------------

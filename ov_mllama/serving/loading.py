@@ -75,7 +75,8 @@ async def respond_loading(scope, receive, send) -> None:
         response = JSONResponse({"status": "loading"}, 503, headers)
     else:
         message = f"The model is being loaded: try again in {RETRY_AFTER_S} s."
-        response = error_response(ApiError(503, message, "model_loading", error_type="server_error", headers=headers))
+        error = ApiError(503, message, "model_loading", error_type="server_error", headers=headers)
+        response = error_response(error, scope)
     await response(scope, receive, send)
 
 

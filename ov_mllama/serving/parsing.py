@@ -1,4 +1,4 @@
-"""An HTTP request -> `ChatCompletionRequest` -> `GenerationRequest`, in bounded time and memory."""
+"""An HTTP request -> its pydantic model -> `GenerationRequest`, in bounded time and memory."""
 
 import asyncio
 import base64
@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 from urllib.parse import unquote
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request as HttpRequest
 
 from ov_mllama.runtime.errors import ImageError
@@ -22,6 +23,7 @@ DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[^,;]+)*;base64,", re.ASCII | re
 MAX_REQUEST_PIXELS = 100_000_000  # of all images: 0.3 GB while they are decoded
 MAX_CHARS_PER_TOKEN = 16  # far more than any language needs: longer text is rejected before it is tokenized
 BODY_TIMEOUT_S = 120.0  # for a body to arrive: the request occupies the queue meanwhile
+Body = TypeVar("Body", bound=BaseModel)
 
 
 @dataclass
@@ -32,19 +34,23 @@ class GenerationRequest:
         messages: for the chat template; their texts are escaped by `escape_special_tokens`.
         images: encoded, in the template's order.
         max_new_tokens: token limit of the answer.
-        temperature, top_p, seed: sampling parameters; a temperature of 0 is greedy.
+        temperature, top_k, top_p, min_p, seed: sampling parameters; a temperature of 0 is greedy.
         stop: strings before which the answer ends.
         schema: JSON schema that the answer must match; None for free text.
+        fit_context: shorten a token limit that exceeds the model's context, instead of rejecting the request.
     """
 
     messages: list[dict]
     images: list[ImageFile] = field(default_factory=list)
     max_new_tokens: int = 512
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     schema: dict | None = None
+    fit_context: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -56,40 +62,42 @@ class RequestParser:
     """Parser of request bodies.
 
     Args:
-        model_name: the only one that requests may name.
         context_length: the model's, in tokens; it bounds a request's text.
         max_new_tokens: token limit of requests that set none.
         allow_image_urls: fetch images from public addresses.
     """
 
-    def __init__(self, model_name: str, context_length: int, max_new_tokens: int = 512, allow_image_urls: bool = False):
-        self.model_name, self.max_new_tokens, self.allow_image_urls = model_name, max_new_tokens, allow_image_urls
+    def __init__(self, context_length: int, max_new_tokens: int = 512, allow_image_urls: bool = False):
+        self.max_new_tokens, self.allow_image_urls = max_new_tokens, allow_image_urls
         self.max_chars = MAX_CHARS_PER_TOKEN * context_length
         self._thread = ThreadPoolExecutor(1, "parsing")  # one at a time, or the peaks of memory add up
 
-    async def parse(
-        self, body: bytearray, reserve: Callable[[int], None]
-    ) -> tuple[ChatCompletionRequest, GenerationRequest]:
+    async def validate(self, body: bytearray, body_type: type[Body]) -> Body:
         """Parse a body, which is emptied.
 
+        Raises:
+            ApiError: naming the field that is missing or invalid.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._validate, body, body_type)
+
+    async def convert(self, request: ChatCompletionRequest, reserve: Callable[[int], None]) -> GenerationRequest:
+        """Convert a request; its messages are moved out of it.
+
         Args:
-            reserve: called with the request's bytes once images were fetched; may raise.
+            reserve: called with the number of bytes of fetched images; may raise.
         Raises:
             ApiError: naming the field that is invalid, unsupported or too long.
         """
-        loop, size = asyncio.get_running_loop(), len(body)
-        request = await loop.run_in_executor(self._thread, self._validate, body)
-        check_model_name(request.model, self.model_name)
         if self.allow_image_urls:
-            await fetch_images(request.messages, lambda fetched: reserve(size + fetched))
-        return request, await loop.run_in_executor(self._thread, self._convert, request)
+            await fetch_images(request.messages, reserve)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._convert, request)
 
-    def _validate(self, body: bytearray) -> ChatCompletionRequest:
+    def _validate(self, body: bytearray, body_type: type[Body]) -> Body:
         try:
             # each of these becomes an object a hundred times as large; base64 has none of them
             if sum(body.count(mark) for mark in b",[{") > self.max_chars:
                 raise self._too_long()
-            return ChatCompletionRequest.model_validate_json(body)
+            return body_type.model_validate_json(body)
         except ValidationError as error:
             wrong = error.errors(include_url=False, include_input=False)[0]
             param = ".".join(map(str, wrong["loc"]))[:100]
@@ -99,7 +107,6 @@ class RequestParser:
             body.clear()
 
     def _convert(self, request: ChatCompletionRequest) -> GenerationRequest:
-        """Convert a request; its messages are moved out of it."""
         messages, request.messages = request.messages, []
         request.check_supported()
         self._check_length(messages)
@@ -108,11 +115,13 @@ class RequestParser:
             [convert_message(message, f"messages[{i}]", images) for i, message in enumerate(messages)],
             images,
             request.token_limit or self.max_new_tokens,
-            request.temperature or 0.0,
-            1.0 if request.top_p is None else request.top_p,
-            request.seed,
-            request.stops,
-            request.schema_of_answer,
+            temperature=request.temperature or 0.0,
+            top_k=request.top_k or 0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            min_p=request.min_p or 0.0,
+            seed=request.seed,
+            stop=request.stops,
+            schema=request.schema_of_answer,
         )
 
     def _too_long(self) -> ApiError:
@@ -223,7 +232,7 @@ def check_content_type(http: HttpRequest) -> None:
     """
     # any web page can make its reader's browser send other types, here too; for this one the browser asks first (CORS)
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "A request must be JSON: send the header 'Content-Type: application/json'.")
+        raise ApiError(415, "A request must be JSON: send the header 'Content-Type: application/json' (curl: -H).")
 
 
 async def read_body(http: HttpRequest, max_bytes: int, reserve: Callable[[int], None]) -> bytearray:

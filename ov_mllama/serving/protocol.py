@@ -53,7 +53,6 @@ NEUTRAL: dict[str, tuple] = {
     "logits_processors": (),
     "max_new_tokens": (),
     "min_new_tokens": (0,),
-    "min_p": (0,),
     "min_tokens": (0,),
     "mirostat": (0,),
     "mm_processor_kwargs": (),
@@ -71,7 +70,6 @@ NEUTRAL: dict[str, tuple] = {
     "tfs_z": (1,),
     "thinking_token_budget": (),
     "top_a": (0,),
-    "top_k": (-1, 0),
     "top_n_sigma": (-1, 0),
     "truncate_prompt_tokens": (),
     "typical_p": (1,),
@@ -149,6 +147,8 @@ class ChatCompletionRequest(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)  # this and min_p as in vLLM; 0 or -1: all tokens
+    min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
     n: int | None = Field(None, ge=1)

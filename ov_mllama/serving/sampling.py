@@ -1,10 +1,10 @@
-"""The next token of a sequence: JSON schemas as grammars (llguidance), temperature and top_p."""
+"""The next token of a sequence: JSON schemas as grammars (llguidance), temperature, top_k, top_p and min_p."""
 
 import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from transformers import TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ov_mllama.serving.protocol import ApiError
 
@@ -64,11 +64,17 @@ def mask_logits(logits: torch.Tensor, matcher: LLMatcher) -> torch.Tensor:
     return logits.masked_fill(~allowed, -torch.inf)
 
 
-def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Sample a token of logits f32 [vocabulary]."""
+def sample(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, generator: torch.Generator
+) -> int:
+    """Sample a token of logits f32 [vocabulary]; a `top_k` of 0 or -1 is none."""
     if temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
     logits = (logits / temperature)[None]
+    if top_k > 0:
+        logits = TopKLogitsWarper(top_k)(None, logits)
     if top_p < 1:
         logits = TopPLogitsWarper(top_p)(None, logits)
+    if min_p > 0:
+        logits = MinPLogitsWarper(min_p)(None, logits)
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))

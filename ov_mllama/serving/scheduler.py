@@ -111,6 +111,7 @@ class Scheduler:
             with self._changed:
                 if not (self._open and self.alive):
                     raise shutting_down()
+                reservation.submitted = True
                 self._waiting.append(pending)
                 self._changed.notify()
             return pending
@@ -121,7 +122,8 @@ class Scheduler:
     def _prompt(self, request: GenerationRequest) -> str:
         """Return a request's messages in the chat template."""
         try:
-            return prompt_text(self.model, self.processor, request.messages, request.max_new_tokens)
+            shortest = 1 if request.fit_context else request.max_new_tokens
+            return prompt_text(self.model, self.processor, request.messages, shortest)
         except TemplateError as error:
             raise ApiError(400, str(error), "invalid_value", "messages") from error
         except InputError as error:
@@ -224,11 +226,12 @@ class Scheduler:
         trim_memory()  # or freed memory of batches of many sizes adds up
 
     def _generate(self, batch: list[PendingRequest]) -> None:
-        sequences, prompts = [], []
+        sequences, prompts, started_s = [], [], time.perf_counter()
+        context = self.model.config.text_config.max_position_embeddings
         for pending in batch:
             inputs = self._inputs(pending)
             if inputs and (len(batch) == 1 or encode_images(self.model, pending, inputs)):
-                pending.sequence.num_prompt_tokens = inputs["input_ids"].shape[1]
+                pending.sequence.start(started_s, inputs["input_ids"].shape[1], context)
                 sequences.append(pending.sequence)
                 prompts.append(inputs)
         if not prompts:
@@ -238,7 +241,7 @@ class Scheduler:
             do_sample=False,
             temperature=None,
             top_p=None,
-            max_new_tokens=max(sequence.request.max_new_tokens for sequence in sequences),
+            max_new_tokens=max(sequence.max_new_tokens for sequence in sequences),
             logits_processor=[Sampler(sequences)],
             stopping_criteria=[StopCheck(sequences, self.eos_token_ids)],
             stop=AllCancelled(sequences),

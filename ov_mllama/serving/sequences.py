@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 
 import torch
@@ -20,10 +21,11 @@ class Reservation:
     Attributes:
         nbytes: see `Scheduler.resize`.
         waiting: whether it counts against `max_queue`.
+        submitted: whether the queue has the request, and releases this with its last token.
     """
 
     def __init__(self):
-        self.nbytes, self.waiting = 0, True
+        self.nbytes, self.waiting, self.submitted = 0, True, False
 
 
 class Sequence:
@@ -37,6 +39,8 @@ class Sequence:
         cancelled: set it to end the answer after the current token.
         finish_reason: OpenAI's, or "cancelled" or "error"; None before the end.
         error: why the sequence failed while others of its batch continue.
+        max_new_tokens: the request's, or fewer if the context leaves fewer.
+        started_s, first_token_s, ended_s: times (`time.perf_counter`) of its batch's start, its first and last token.
     """
 
     def __init__(
@@ -51,7 +55,8 @@ class Sequence:
         self.cancelled = threading.Event()
         self.finish_reason: str | None = None
         self.error: ApiError | None = None
-        self.num_prompt_tokens = 0
+        self.num_prompt_tokens, self.max_new_tokens = 0, request.max_new_tokens
+        self.started_s = self.first_token_s = self.ended_s = 0.0
         self._generator = torch.Generator()
         if request.seed is None:
             self._generator.seed()
@@ -63,6 +68,11 @@ class Sequence:
         """Tokens of the answer so far."""
         return len(self.detokenizer.tokens)
 
+    def start(self, started_s: float, num_prompt_tokens: int, context_length: int) -> None:
+        """Set what is known once the batch has begun."""
+        self.started_s, self.num_prompt_tokens = started_s, num_prompt_tokens
+        self.max_new_tokens = min(self.request.max_new_tokens, context_length - num_prompt_tokens)
+
     def sample(self, logits: torch.Tensor) -> int:
         """Return the next token for logits f32 [vocabulary]."""
         try:
@@ -71,12 +81,15 @@ class Sequence:
         except ApiError as error:
             self.error = error
             return 0
-        return sample(logits, self.request.temperature, self.request.top_p, self._generator)
+        options = self.request
+        return sample(logits, options.temperature, options.top_k, options.top_p, options.min_p, self._generator)
 
     def append_token(self, token: int, eos_token_ids: list[int]) -> None:
         """Append a token, and end the sequence where it does."""
         if self.finish_reason:
             return
+        if not self.num_tokens:
+            self.first_token_s = time.perf_counter()
         if self.matcher and not (self.error or self.matcher.consume_token(token)):
             self.error = schema_error(self.matcher.get_error())
         if self.error:
@@ -90,13 +103,13 @@ class Sequence:
             self.put_chunk(chunk)
         if self.detokenizer.stopped or (self.matcher and self.matcher.is_stopped()):
             self._finish("stop")
-        elif self.num_tokens >= self.request.max_new_tokens:
+        elif self.num_tokens >= self.max_new_tokens:
             self._finish("length")
         elif self.cancelled.is_set():
             self._finish("cancelled")
 
     def _finish(self, reason: str) -> None:
-        self.finish_reason = reason
+        self.finish_reason, self.ended_s = reason, time.perf_counter()
         if chunk := self.detokenizer.flush():
             self.put_chunk(chunk)
         self.put_chunk(None)  # others of the batch may run for minutes

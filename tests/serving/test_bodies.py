@@ -77,8 +77,6 @@ def test_hostile_body_is_refused_briefly(client, server, body):
 
 CHANGES = {
     "repetition_penalty": 1.1,
-    "top_k": 5,
-    "min_p": 0.1,
     "stop_token_ids": [1],
     "guided_regex": "a+",
     "guided_choice": ["a", "b"],

@@ -128,7 +128,7 @@ def test_others_are_served_while_a_long_text_is_read(client, server, monkeypatch
 
 
 def test_a_stream_that_takes_long_to_begin_is_not_silent(client, slow_demo, server, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.app.KEEPALIVE_S", 0.05)
+    monkeypatch.setattr("ov_mllama.serving.streaming.KEEPALIVE_S", 0.05)
     slow_demo.as_new(picture_s=60)
     body = {"model": "demo", "messages": about(SAMPLES[0]), "stream": True}
     with HTTP.stream("POST", f"{server}/v1/chat/completions", json=body, headers=BEARER) as answer:
@@ -239,7 +239,7 @@ def test_a_client_that_goes_away_frees_the_model(client, slow_demo):
 
 
 def test_who_leaves_a_stream_that_has_not_begun_frees_the_model(client, slow_demo, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.app.KEEPALIVE_S", 0.05)
+    monkeypatch.setattr("ov_mllama.serving.streaming.KEEPALIVE_S", 0.05)
     slow_demo.as_new(picture_s=60)
     with complete(client, about(SAMPLES[0]), stream=True):
         wait_until(lambda: slow_demo.looks)

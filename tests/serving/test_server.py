@@ -124,6 +124,12 @@ def test_a_seed_repeats_chance_and_no_seed_does_not(client):
     assert complete(client, user(text(WHO)), temperature=2.0, top_p=1e-6).choices[0].message.content == SELF
 
 
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"min_p": 1.0}])
+def test_sampling_parameters_of_other_servers_apply(client, options):
+    completion = complete(client, user(text(WHO)), temperature=2.0, extra_body=options)
+    assert completion.choices[0].message.content == SELF
+
+
 def test_next_to_no_temperature_is_none(client):
     assert complete(client, user(text(WHO)), temperature=1e-45).choices[0].message.content == SELF
 

@@ -1,0 +1,82 @@
+"""The model behind the endpoints of both APIs: access to it, and the way of a request into its queue."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request as HttpRequest
+
+from ov_mllama.serving.guards import check_key
+from ov_mllama.serving.parsing import Body, RequestParser, check_content_type, read_body
+from ov_mllama.serving.protocol import ChatCompletionRequest
+from ov_mllama.serving.scheduler import Scheduler
+from ov_mllama.serving.sequences import PendingRequest, Reservation
+
+MAX_SHORT_BODY_BYTES = 1_000_000  # of requests that do not enter the queue
+
+
+class Backend:
+    """Access to a scheduler.
+
+    Args:
+        parser: of the requests' bodies.
+        key: bearer token that clients must send; None for none.
+        max_bytes: of a request's body.
+    """
+
+    def __init__(self, scheduler: Scheduler, parser: RequestParser, key: str | None, max_bytes: int):
+        self.scheduler, self.parser, self.key = scheduler, parser, key
+        self.max_bytes = min(max_bytes, scheduler.queue_bytes)
+
+    def authorize(self, http: HttpRequest) -> None:
+        """Check a request's key.
+
+        Raises:
+            ApiError: if it is wrong or missing.
+        """
+        check_key(http.headers.get("authorization", ""), self.key)
+
+    @contextlib.asynccontextmanager
+    async def receive(self, http: HttpRequest, body_type: type[Body]) -> AsyncIterator[tuple[Body, Reservation]]:
+        """Read a request's body. Yields it with its place in the queue, which is released after the block unless
+        `submit` was called.
+
+        Raises:
+            ApiError: if it is not allowed, too large or invalid, or if the queue is full.
+        """
+        self.authorize(http)
+        check_content_type(http)
+        reservation = self.scheduler.reserve()  # before anything large is read
+        try:
+            body = await read_body(http, self.max_bytes, lambda nbytes: self.scheduler.resize(reservation, nbytes))
+            yield await self.parser.validate(body, body_type), reservation
+        finally:
+            if not reservation.submitted:
+                self.scheduler.release(reservation)
+
+    async def receive_short(self, http: HttpRequest, body_type: type[Body]) -> Body:
+        """Read the body of a request that does not enter the queue.
+
+        Raises:
+            ApiError: if it is not allowed, too large or invalid.
+        """
+        self.authorize(http)
+        check_content_type(http)
+        return await self.parser.validate(await read_body(http, MAX_SHORT_BODY_BYTES, lambda nbytes: None), body_type)
+
+    async def submit(
+        self, request: ChatCompletionRequest, reservation: Reservation, fit_context: bool = False
+    ) -> PendingRequest:
+        """Append a request to the queue.
+
+        Args:
+            reservation: from `receive`.
+            fit_context: see `GenerationRequest`.
+        Raises:
+            ApiError: if it is invalid, unsupported or too long.
+        """
+        size = reservation.nbytes
+        generation = await self.parser.convert(
+            request, lambda fetched: self.scheduler.resize(reservation, size + fetched)
+        )
+        generation.fit_context = fit_context
+        return await self.scheduler.submit(generation, reservation)
