@@ -140,8 +140,12 @@ def pytest_collection_finish():
     gc.enable()
 
 
-# Files that take a worker a minute or more: they begin first, or one worker waits for the other at the end
-SLOW = tuple(f"test_{name}.py" for name in ("scale", "notebook", "history", "proxies", "faults", "compression"))
+# Files that take a worker 15 s or more, the slowest first: begun late, one would let the other worker wait at the end
+SLOW = (
+    "scale notebook faults compression history checkpoints page proxies reference plan pieces draft_model house "
+    "preview source_lora ending waiting convert meta ahead quality chat source_gptq"
+)
+SLOW = [f"test_{name}.py" for name in SLOW.split()]
 
 
 @pytest.hookimpl(trylast=True)
