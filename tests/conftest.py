@@ -213,7 +213,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=tuple(CHECKPOINTS))
 def any_pair(request, tiny_folder):
-    return Pair(request.param, tiny_folder)
+    return request.getfixturevalue("pair") if request.param == "gqa-llama3" else Pair(request.param, tiny_folder)
 
 
 @pytest.fixture(scope="session")
