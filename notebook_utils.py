@@ -13,13 +13,10 @@ import re
 from pathlib import Path
 
 import ipywidgets
-import nbformat
 import openvino as ov
 import psutil
 import torch
 from IPython.display import Markdown, display
-from nbclient import NotebookClient
-from nbconvert import HTMLExporter
 from tqdm.auto import tqdm
 
 from ov_mllama import cli
@@ -147,6 +144,10 @@ def execute(notebook: str | Path, out_dir: str | Path, timed: bool = False, **pa
         ValueError: as `settings`.
         nbclient.exceptions.CellExecutionError: a cell failed; the copy holds all that ran, with the error.
     """
+    import nbformat  # these take seconds to import, and no cell needs them
+    from nbclient import NotebookClient
+    from nbconvert import HTMLExporter
+
     notebook, out_dir = Path(notebook), Path(out_dir)
     nb = nbformat.read(notebook, as_version=4)
     if parameters:

@@ -1,5 +1,9 @@
-"""Shared fixtures: tiny random checkpoints beside their conversions, and the inputs that both sides get."""
+"""Shared fixtures: tiny random checkpoints beside their conversions, and the inputs that both sides get.
 
+What takes seconds to import is imported in fixtures: the process that starts pytest-xdist's workers needs none of it.
+"""
+
+import gc
 import json
 import os
 import shutil
@@ -10,11 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 from PIL import Image
-from playwright.sync_api import sync_playwright
-from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp()  # conversations of the chat are no user's
 os.environ["CI"] = "true"  # OpenVINO then reports nothing to Google Analytics, and does not wait for it
@@ -22,10 +23,6 @@ os.environ["CI"] = "true"  # OpenVINO then reports nothing to Google Analytics, 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo_model"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from ov_mllama.export.checkpoint import checkpoint_fingerprint  # noqa: E402
-from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama  # noqa: E402
-from tiny_mllama import LLAMA3_ROPE, make_checkpoint  # noqa: E402
 
 # modules beside the package, that people copy or import
 HELPERS = (
@@ -38,6 +35,14 @@ HELPERS = (
 )
 F32 = {"EXECUTION_MODE_HINT": "ACCURACY"}  # f32 throughout, KV cache included
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # what Mllama checkpoints differ in: attention heads, tiles, rotary embedding, picture size, padding tiles
 CHECKPOINTS = {
     "gqa-llama3": dict(heads=8, kv_heads=2, tiles=4, rope=LLAMA3_ROPE, zero_padding=True),
@@ -53,6 +58,12 @@ class Pair:
     """One checkpoint in transformers (f32) and, converted, in OpenVINO (f32), with its processor."""
 
     def __init__(self, name: str, folder: Path):
+        import torch
+        from transformers import AutoProcessor, MllamaForConditionalGeneration
+
+        from ov_mllama_helper import OVMLlamaForConditionalGeneration, convert_mllama
+        from tiny_mllama import make_checkpoint
+
         self.checkpoint = make_checkpoint(folder / name, **CHECKPOINTS[name])
         self.model_dir = convert_mllama(self.checkpoint, folder / f"{name}-ov")
         self.processor = AutoProcessor.from_pretrained(self.model_dir)
@@ -114,15 +125,27 @@ TRIED, WRONG = Counter(), {}
 
 
 def pytest_configure():
-    """Gives each of several xdist workers a core of its own: two with two threads each are slower than one."""
+    """Gives each of several xdist workers a core of its own: two with two threads each are slower than one. Stops the
+    garbage collector, which would take a quarter of the time until all tests are imported."""
+    gc.disable()
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and os.environ["PYTEST_XDIST_WORKER_COUNT"] != "1" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
-# Files that take a worker a minute or more: they begin first, or one worker waits for the other at the end
-SLOW = tuple(f"test_{name}.py" for name in ("scale", "notebook", "history", "proxies", "faults", "compression"))
+def pytest_collection_finish():
+    """Has the garbage collector never look through what all tests have imported."""
+    gc.freeze()
+    gc.enable()
+
+
+# Files that take a worker 15 s or more, the slowest first: begun late, one would let the other worker wait at the end
+SLOW = (
+    "scale notebook faults compression history checkpoints page proxies reference plan pieces draft_model house "
+    "preview source_lora ending waiting convert meta ahead quality chat source_gptq"
+)
+SLOW = [f"test_{name}.py" for name in SLOW.split()]
 
 
 @pytest.hookimpl(trylast=True)
@@ -190,12 +213,14 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=tuple(CHECKPOINTS))
 def any_pair(request, tiny_folder):
-    return Pair(request.param, tiny_folder)
+    return request.getfixturevalue("pair") if request.param == "gqa-llama3" else Pair(request.param, tiny_folder)
 
 
 @pytest.fixture(scope="session")
 def pair(tiny_folder):
     """The checkpoint most like the real ones, for what does not depend on the architecture."""
+    from ov_mllama.export.checkpoint import checkpoint_fingerprint
+
     made = Pair("gqa-llama3", tiny_folder)
     before = checkpoint_fingerprint(made.checkpoint)
     yield made
@@ -212,6 +237,8 @@ def idle_models():
 def fresh_model(pair, idle_models):
     """A model of `pair` that has seen nothing yet. One serves many tests: it is loaded anew after a test that has set
     something on it, or broken it."""
+    from ov_mllama_helper import OVMLlamaForConditionalGeneration
+
     model = idle_models.pop() if idle_models else OVMLlamaForConditionalGeneration(pair.model_dir, ov_config=F32)
     before = attributes(model)
     yield model
@@ -221,7 +248,7 @@ def fresh_model(pair, idle_models):
         idle_models.append(model)
 
 
-def attributes(model: OVMLlamaForConditionalGeneration) -> list[dict]:
+def attributes(model) -> list[dict]:
     """Return what a model and its parts hold, but for what each call sets."""
     parts = model, model.sessions, model.language_model, model.image_encoder, model.image_encoder.cache
     each_call = ("stats", "_watched")
@@ -239,6 +266,8 @@ def shared_folder(tmp_path_factory):
 def demo_dir(shared_folder):
     """The demo checkpoint, converted once per run. Nothing may be written into it: a test that breaks, compresses or
     adds files takes a copy, or converts for itself."""
+    from ov_mllama_helper import convert_mllama
+
     folder = shared_folder / "demo-ov"
     with FileLock(shared_folder / "demo-ov.lock"):
         if not (shared_folder / "demo-ov.done").exists():
@@ -259,18 +288,24 @@ def files_in(folder: Path) -> dict[str, tuple[int, int]]:
 def demo_model_f32(demo_dir):
     """The demo model in f32, loaded once per worker. A test that counts what is computed, or that must not find what
     another test has cached, calls `forget()` first; a test that changes the model's attributes takes `monkeypatch`."""
+    from ov_mllama_helper import OVMLlamaForConditionalGeneration
+
     return OVMLlamaForConditionalGeneration(demo_dir, ov_config=F32)
 
 
 @pytest.fixture(scope="session")
 def processor():
     """The demo checkpoint's."""
+    from transformers import AutoProcessor
+
     return AutoProcessor.from_pretrained(DEMO)
 
 
 @pytest.fixture(scope="module")  # while it is there, asyncio.run cannot be called
 def browser():
     """Debian's chromium."""
+    from playwright.sync_api import sync_playwright
+
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("needs Debian's chromium: apt-get install chromium")

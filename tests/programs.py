@@ -20,9 +20,10 @@ from conftest import ROOT
 
 # Reads requests from stdin: a program to start, whose number is answered, or the number of one, whose status is
 NURSERY = """
-import gc, json, os, signal, sys
+import json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 gc.freeze()  # programs then share its memory
+gc.enable()
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
     asked = json.loads(line)
@@ -102,7 +103,7 @@ class Nursery:
     def __init__(self, imports: str = PACKAGE, path: tuple[Path, ...] = (ROOT, ROOT / "tests")):
         self.environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", "-c", f"import {imports}\n{NURSERY}"],
+            [sys.executable, "-P", "-c", f"import gc; gc.disable()\nimport {imports}\n{NURSERY}"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
             stdin=subprocess.PIPE,

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 
-import nbformat
 import pytest
 
 import notebook_utils
@@ -21,16 +20,28 @@ from tiny_mllama import make_llama
 NOTEBOOK = ROOT / "mllama-3.2.ipynb"
 
 
+def read(path):
+    import nbformat  # takes a second or two
+
+    return nbformat.read(path, as_version=4)
+
+
+def code_cell(code: str, *tags: str):
+    import nbformat
+
+    return nbformat.v4.new_code_cell(code, metadata={"tags": [*tags]} if tags else {})
+
+
 @pytest.fixture(scope="module")
 def committed():
-    return nbformat.read(NOTEBOOK, as_version=4)
+    return read(NOTEBOOK)
 
 
 def apart(folder):
     """A folder with all that the notebook needs and nothing that it has made; the notebook itself."""
     for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "demo_model", ROOT / "docs"]:
         (folder / path.name).symlink_to(path)
-    return nbformat.read(NOTEBOOK, as_version=4)
+    return read(NOTEBOOK)
 
 
 def solutions(notebook) -> list[str]:
@@ -41,14 +52,14 @@ def solutions(notebook) -> list[str]:
 
 def with_solutions(notebook):
     """The notebook, and behind its last cell the solutions of its exercises."""
-    notebook.cells += [nbformat.v4.new_code_cell(code, metadata={"tags": ["solution"]}) for code in solutions(notebook)]
+    notebook.cells += [code_cell(code, "solution") for code in solutions(notebook)]
     return notebook
 
 
 def insert_behind(notebook, text: str, code: str) -> None:
     """Add a cell behind the first one that holds a text."""
     index = notebook.cells.index(cell_with(notebook, text))
-    notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(code))
+    notebook.cells.insert(index + 1, code_cell(code))
 
 
 THREE = "variants = {name: variants[name] for name in [*variants][::3]}"  # of seven that are asked 20 questions
@@ -121,15 +132,17 @@ def both(tmp_path_factory, times):
     after the other in one kernel by the function that `make notebook` calls. Returns the folders and what was
     executed."""
     first, second = tmp_path_factory.mktemp("notebook"), tmp_path_factory.mktemp("small")
+    import nbformat
+
     notebook = for_the_demo(first, times)
     begin = len(notebook.cells)
-    notebook.cells.append(nbformat.v4.new_code_cell(ANOTHER.format(folder=str(second))))
+    notebook.cells.append(code_cell(ANOTHER.format(folder=str(second))))
     notebook.cells += for_a_small_machine(second, times).cells
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
     nbformat.write(notebook, first / NOTEBOOK.name)
     path = notebook_utils.execute(first / NOTEBOOK.name, first / "build", QUESTIONS=times(0, 20))
-    done = [nbformat.read(path, as_version=4), nbformat.read(path, as_version=4)]
+    done = [read(path), read(path)]
     for number, part in enumerate((slice(0, begin + 1), slice(begin + 2, None))):  # one cell more, of parameters
         done[number].cells = done[number].cells[part]
     return (first, done[0]), (second, done[1])
@@ -258,12 +271,10 @@ def test_a_draft_model_given_by_name_guesses(on_a_small_machine):
 
 def test_html_holds_the_answers(executed, tmp_path):
     """`execute` leaves a copy for browsers beside the .ipynb, and gives parameters to the notebook."""
-    notebook = nbformat.v4.new_notebook(
-        cells=[
-            nbformat.v4.new_code_cell("WORD = 'no'", metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell("print(WORD * 3)", metadata={"tags": ["answer"]}),
-        ]
-    )
+    import nbformat
+
+    cells = [code_cell("WORD = 'no'", "parameters"), code_cell("print(WORD * 3)", "answer")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     nbformat.write(notebook, tmp_path / "small.ipynb")
     path = notebook_utils.execute(tmp_path / "small.ipynb", tmp_path / "out", WORD="yes")
     assert "yesyesyes" in path.with_suffix(".html").read_text(encoding="utf-8")

@@ -16,16 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from conftest import LLAMA3_ROPE
 from demo_model.checkpoint import CHAT_TEMPLATE, IMAGE, SPECIAL, clear_padding_embeddings, llama_tokenizer
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -397,6 +397,7 @@ def test_conversion_killed_at_any_step_leaves_one_checkpoint_whole(two, tmp_path
         whole[checkpoint_fingerprint(first)] = files_of(start)
     model = Checkpoint(second).load()
     monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: model)
+    monkeypatch.setattr(Checkpoint, "scratch_bytes", lambda *_, **__: 0)
     while True:
         step += 1
         folder = shutil.copytree(start, tmp_path / str(step))
@@ -433,6 +434,7 @@ def test_draft_model_killed_at_any_step_is_no_mixture(tmp_path, monkeypatch):
     monkeypatch.setattr(compressing, "compress_weights", lambda model, _: model)
     model = load_checkpoint(other, LlamaForCausalLM)
     monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: model)
+    monkeypatch.setattr(Checkpoint, "scratch_bytes", lambda *_, **__: 0)
     step, ended = 0, False
     while not ended:
         step += 1

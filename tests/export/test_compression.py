@@ -141,8 +141,8 @@ def test_existing_file_is_reused_and_force_rebuilds_it(model_dir, caplog):
 
 @pytest.mark.torture
 def test_straight_from_the_checkpoint_is_the_same_file(model_dir, vision_dir, times):
-    short = [{}, {"algo": "int8_asym"}, {"dataset_size": 4, "awq": True}]
-    for arguments in times(short, [*short, {"awq": True}, {"dataset_size": 4}]):
+    short = [{}, {"dataset_size": 4, "awq": True}]
+    for arguments in times(short, [*short, {"algo": "int8_asym"}, {"awq": True}, {"dataset_size": 4}]):
         expected = compress(model_dir, source=SAMPLES, **arguments)
         actual = compress(vision_dir, source=SAMPLES, checkpoint=DEMO, **arguments)
         assert not (vision_dir / "openvino_language_model.xml").exists()
@@ -159,7 +159,7 @@ def test_straight_from_the_checkpoint_is_the_same_file(model_dir, vision_dir, ti
         {"dataset_size": 4, "awq": True},
         {"dataset_size": 4, "gptq": True},
         {"dataset_size": 4, "lora": True},
-        {"dataset_size": 4, "ratio": 0.7, "sm": "hessian_input_activation"},
+        {"dataset_size": 100, "ratio": 0.7, "sm": "hessian_input_activation"},  # there are 13
     ],
 )
 def test_data_aware_variants_still_answer(model_dir, processor, arguments):
@@ -361,8 +361,9 @@ def read_only(monkeypatch):
 @pytest.mark.torture
 @pytest.mark.parametrize("source", ["folder", "photographs", DEFAULT_SOURCES[1]])
 def test_fewer_samples_than_asked_are_said_and_stamped(model_dir, source, caplog, request, times):
-    """NNCF gets those of a folder, or with --torture all."""
-    counts = request.getfixturevalue("read_only") if source in times(["photographs", DEFAULT_SOURCES[1]], []) else None
+    """NNCF gets them with --torture; those of a folder also in `test_vision_encoder_options` and
+    `test_data_aware_variants_still_answer`."""
+    counts = times(lambda: request.getfixturevalue("read_only"), lambda: None)()
     source = SAMPLES if source == "folder" else source
     available = 13 if source == SAMPLES else len(calibration_samples())
     said = f"{source} has {available} samples, 100 were requested"
@@ -441,7 +442,8 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
 def test_vision_encoder_options(model_dir, monkeypatch):
     assert optimize_vision_encoder(model_dir, "FP16").name == VISION_ENCODER_NAME
     stored = optimize_vision_encoder(model_dir, "INT8 weights compression")
-    quantized = optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=4, source=SAMPLES)
+    # of samples there are 13
+    quantized = optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=100, source=SAMPLES)
     vision = AutoConfig.from_pretrained(model_dir).vision_config
     linear = 6 * (vision.num_hidden_layers + vision.num_global_layers)
     assert stored.name == "openvino_vision_encoder_int8_wc.xml"
@@ -452,7 +454,7 @@ def test_vision_encoder_options(model_dir, monkeypatch):
     assert len(fake) > vision.num_hidden_layers + vision.num_global_layers
 
     monkeypatch.setattr(ov_mllama.export.compress.nncf, "quantize", lambda *_, **__: pytest.fail("not reused"))
-    assert optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=4, source=SAMPLES) == quantized
+    assert optimize_vision_encoder(model_dir, "INT8 quantization", dataset_size=100, source=SAMPLES) == quantized
     with pytest.raises(ValueError, match="FP16"):
         optimize_vision_encoder(model_dir, "INT2")
     with pytest.raises(ValueError, match="INT8 quantization needs images: give samples"):

@@ -1,6 +1,7 @@
 """The price list: batches answer as single questions do, and a process that hangs or dies ends with a sentence."""
 
 import os
+import shutil
 import time
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 from conftest import DEMO, F32
 from demo_model.evaluate import heldout_samples
 from ov_mllama.export import isolation, quality
-from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.quality import price_list
 from ov_mllama.runtime.errors import UserError
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
@@ -18,8 +18,8 @@ from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
-def demo_ir(tmp_path_factory):
-    return convert_mllama(DEMO, tmp_path_factory.mktemp("quality") / "ov")
+def demo_ir(demo_dir, tmp_path_factory):
+    return shutil.copytree(demo_dir, tmp_path_factory.mktemp("quality") / "ov")
 
 
 @pytest.fixture(scope="module")

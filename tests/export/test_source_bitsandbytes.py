@@ -9,7 +9,6 @@ import shutil
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, MllamaConfig, MllamaForConditionalGeneration
 
@@ -109,6 +108,8 @@ def test_converted_model_answers_as_the_dequantised_one(quantised, tmp_path, pai
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "block"), [((130, 64), 64), ((7, 9), 32), ((33, 512), 4096)], ids=str)
 def test_any_block_shape_and_type_equals_the_librarys(kind, nested, dtype, shape, block, monkeypatch):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # takes a second
+
     monkeypatch.setattr(bitsandbytes, "CHUNK_ELEMENTS", 4096)  # several chunks of one matrix
     torch.manual_seed(0)
     packed, state = quantize_4bit(torch.randn(shape).to(dtype), None, None, block, nested, kind)

@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -36,12 +34,11 @@ INT4 = dict(group_size=32)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(nursery, tmp_path_factory):
     """Files that `auto_round_files.py` writes."""
     folder = tmp_path_factory.mktemp("auto_round")
-    command = [sys.executable, WRITER, folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 0, done.stderr[-3000:]
+    written = nursery.start(folder, f"import runpy; runpy.run_path({str(WRITER)!r}, run_name='__main__')", folder)
+    assert written.wait(600) == 0, written.said()[-3000:]
     return folder
 
 

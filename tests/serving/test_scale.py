@@ -62,6 +62,8 @@ def proxy(nursery, tmp_path_factory):
         # each of Ray's dozen processes imports jsonschema, and that a package of JupyterLab's, which takes 1.3 s
         without = tmp_path_factory.mktemp("without")
         (without / "rfc3987_syntax.py").write_text("raise ImportError")
+        # and looks for garbage among what it imports, which takes a second
+        (without / "sitecustomize.py").write_text("import gc; gc.set_threshold(50_000)")
         environment.setenv("PYTHONPATH", str(without))
         yield asked
     # Ray looks whether it runs in a cloud, at addresses that every provider has
