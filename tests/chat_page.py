@@ -122,6 +122,9 @@ class Tab:
     Args:
         browser: a browser, whose tab is somebody else's; or a context, whose tabs are one person's.
         query: of the address.
+
+    Attributes:
+        shown: whether the tab has the page, and has not left it.
     """
 
     def __init__(self, browser, url: str, query: str = "", **context):
@@ -146,23 +149,32 @@ class Tab:
 
     def load(self, address: str) -> None:
         """Load the page, and wait until it is shown."""
+        self.shown = True
         self.tab.goto(address)
         self.expect_ready()
         expect(self.tab.locator(".block.foot")).to_contain_text("Everything stays")
 
     def leave(self, url: str) -> None:
-        """Leave the page as a tab that is closed does, and forget it: `load` then is the first load of somebody who was
-        never here. It takes half of a new tab's time, whose process compiles the page's scripts again."""
+        """Leave the page as a tab that is closed does: `load` then is the first load of somebody who was never here. It
+        takes half of a new tab's time, whose process compiles the page's scripts again."""
+        self.shown = False
         self.tab.goto(f"{url}robots.txt")  # which may not exist, but is of the page's origin
         self.tab.evaluate("() => { sessionStorage.clear(); localStorage.clear(); }")
         self.tab.mouse.move(0, 0)
-        self.context.clear_permissions()
         self.context.clear_cookies()
+
+    def forget(self) -> None:
+        """Forget what was seen and permitted so far."""
+        self.context.clear_permissions()
         for seen in (self.requests, self.errors, self.console):
             seen.clear()
 
     def close(self) -> None:
         self.context.close()
+
+    def to_front(self) -> None:
+        """Show the tab before others of its profile: behind them, each click waits for frames that come once a second."""
+        self.tab.bring_to_front()
 
     def attach(self, *files) -> None:
         """Adds pictures to the question."""
@@ -171,6 +183,7 @@ class Tab:
 
     def ask(self, question: str, *files) -> None:
         """Sends a question."""
+        self.to_front()
         if files:
             self.attach(*files)
         self.box.fill(question)
@@ -199,6 +212,7 @@ class Tab:
 
     def settings(self) -> None:
         """Opens them."""
+        self.to_front()
         self.tab.get_by_text("Settings").click()
 
     def allow(self, tokens: int) -> None:

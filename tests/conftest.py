@@ -311,6 +311,8 @@ def browser():
         pytest.skip("needs Debian's chromium: apt-get install chromium")
     flags = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     flags += ["--in-process-gpu", "--process-per-site"]  # tabs of one profile share compiled scripts
+    # else each profile loads two pages for an address bar that nobody sees
+    flags += ["--disable-features=WebUIOmniboxPopup,WebUIOmniboxAimPopup"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", *flags])
         yield browser
@@ -324,30 +326,37 @@ def profile(browser):
 
 
 @pytest.fixture(scope="module")
-def left_tabs():
-    """Tabs of `profile` that have left the page."""
+def idle_tabs():
+    """Tabs of `profile` that no test uses."""
     return []
 
 
 @pytest.fixture
-def page(profile, url, model, left_tabs):
-    """A tab with the chat of a test file's `url`, answered by its `model`, of somebody who was never here."""
+def page(request, profile, url, model, idle_tabs):
+    """A tab with the chat of a test file's `url`, answered by its `model`, of somebody who was never here; for a test
+    marked `returning`, of somebody who may have chats already: a new one is shown without a load of the page."""
     from chat_page import Tab  # it imports from here
 
-    if left_tabs:
-        page = left_tabs.pop()
-        page.load(url)
-    else:
+    page, new = idle_tabs.pop() if idle_tabs else None, not request.node.get_closest_marker("returning")
+    if page and page.shown and new:
+        page.leave(url)
+    if page is None:
         profile.clear_cookies()
         page = Tab(profile, url)
+    elif page.shown:
+        page.new_chat()
+    else:
+        page.load(url)
     yield page
     errors = [*page.errors]
     for tab in profile.pages:
         if tab is not page.tab:
             tab.close()
     if not page.tab.is_closed():
-        page.leave(url)
-        left_tabs.append(page)
+        if new:
+            page.leave(url)
+        page.forget()
+        idle_tabs.append(page)
     assert not errors
 
 

@@ -298,6 +298,7 @@ def test_an_example_is_asked_with_its_picture(page, demo, make):
     page.expect_answers("", "1 picture")
 
 
+@pytest.mark.returning
 def test_retry_and_undo_with_a_picture(page, model, monkeypatch):
     sample = SAMPLES[0]
     page.ask(sample["question"], path_of(sample))
@@ -321,6 +322,7 @@ def test_retry_and_undo_with_a_picture(page, model, monkeypatch):
     page.expect_answers(sample["answer"], "1 picture")
 
 
+@pytest.mark.returning
 def test_edited_question_keeps_its_picture_and_what_came_before(page):
     first, second = SAMPLES[0], SAMPLES[2]
     page.ask(first["question"], path_of(first))
@@ -340,6 +342,7 @@ def test_edited_question_keeps_its_picture_and_what_came_before(page):
     expect(page.user).to_have_count(2)
 
 
+@pytest.mark.returning
 def test_broken_picture_then_go_on(page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     page.attach(tmp_path / "broken.png")

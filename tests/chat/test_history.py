@@ -7,6 +7,7 @@ import zipfile
 from urllib.parse import unquote
 
 import httpx
+import pytest
 from PIL import Image, ImageChops
 
 from chat_page import SELF, WHO, Tab, expect, path_of, wait_until
@@ -27,10 +28,10 @@ from gradio_helper import make_demo
 from ov_mllama.chat import answers
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 
-model_dir, folder, port = sys.argv[1:]
+model_dir, folder, port, step_s = sys.argv[1:]
 model = OVMLlamaForConditionalGeneration(model_dir, check_golden=False)
 step = model.language_model.infer
-model.language_model.infer = lambda *arguments: time.sleep(0.3) or step(*arguments)
+model.language_model.infer = lambda *arguments: time.sleep(float(step_s)) or step(*arguments)
 answers.SAVE_EVERY_S = 0.3
 make_demo(model, AutoProcessor.from_pretrained(model_dir), folder=folder).launch(server_port=int(port))
 """
@@ -83,6 +84,7 @@ def expect_pictures(page, count: int) -> None:
 # ---- Reload, tabs, people -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.returning
 def test_an_answer_goes_on_while_its_page_is_loaded_again(page, model):
     words = begin(page, model)
     reload(page)
@@ -144,6 +146,7 @@ def test_a_conversation_in_two_tabs_shows_the_same_words_while_they_come(page, u
     model.free_steps = 3
     for tab in (page, second):
         expect(tab.bot.first).to_have_text(re.compile("count"))
+    second.to_front()
     second.stop.click()
     for tab in (second, page):
         tab.expect_answers("count", "Stopped.")
@@ -207,6 +210,7 @@ def test_an_earlier_chat_during_an_answer_and_back(page, model):
     expect(page.user).to_have_text([WHO])
 
 
+@pytest.mark.returning
 def test_retry_during_an_answer(page, model):
     begin(page, model)
     press_hidden(page, "Retry")
@@ -235,6 +239,7 @@ def test_undo_during_an_answer(page, model):
     expect(page.history).to_have_text([WHO])
 
 
+@pytest.mark.returning
 def test_edit_during_an_answer(page, model):
     model.step_s = 0
     page.ask(SHAPES["question"], path_of(SHAPES))
@@ -289,15 +294,16 @@ def serves(program, port: int) -> bool:
     return False
 
 
-def test_an_open_page_goes_on_after_the_server_was_killed(browser, start, demo_dir, tmp_path):
+def test_an_open_page_goes_on_after_the_server_was_killed(profile, start, demo_dir, tmp_path):
     port = free_port()
-    first = start(SERVER, demo_dir, tmp_path, port)
+    url = f"http://127.0.0.1:{port}/"
+    first = start(SERVER, demo_dir, tmp_path, port, 0.3)
     wait_until(lambda: serves(first, port), 60)
-    page = Tab(browser, f"http://127.0.0.1:{port}/")
+    page = Tab(profile, url)
     page.ask(SHAPES["question"], path_of(SHAPES))
     expect(page.bot.last).to_have_text(re.compile("top right"), timeout=20_000)  # by then some of it was kept
     first.kill()
-    second = start(SERVER, demo_dir, tmp_path, port)
+    second = start(SERVER, demo_dir, tmp_path, port, 0)
     wait_until(lambda: serves(second, port), 60)
     stopped = "Stopped. The program ended before the answer did."
     page.expect_answers("A", stopped)
@@ -308,7 +314,8 @@ def test_an_open_page_goes_on_after_the_server_was_killed(browser, start, demo_d
     reload(page)
     page.expect_answers("A", stopped, TWO, "1 picture")
     expect_pictures(page, 1)
-    page.close()
+    page.leave(url)
+    page.tab.close()
 
 
 # ---- Names, files, settings -----------------------------------------------------------------------------------------
@@ -341,6 +348,7 @@ def test_a_conversation_is_deleted_only_when_its_owner_is_sure(page, url, folder
     second = Tab(page.context, url, address(page))
     second.expect_answers(SHAPES["answer"], DONE)
     delete = page.tab.get_by_role("button", name="Delete")
+    page.to_front()
     page.tab.once("dialog", lambda dialog: dialog.dismiss())
     delete.click()
     page.tab.wait_for_timeout(600)
@@ -374,6 +382,7 @@ def test_a_deleted_conversation_is_not_written_on(page, demo, folder, model):
     assert key.encode() not in (folder / "chat.sqlite3").read_bytes()
 
 
+@pytest.mark.returning
 def test_a_conversation_is_exported_with_its_pictures(page, model, tmp_path):
     model.step_s = 0
     page.ask(SHAPES["question"], path_of(SHAPES))
@@ -396,6 +405,7 @@ def test_a_conversation_is_exported_with_its_pictures(page, model, tmp_path):
         assert said in text
 
 
+@pytest.mark.returning
 def test_what_was_typed_survives_a_reload(page):
     page.box.fill("How many")
     page.tab.reload()

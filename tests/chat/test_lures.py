@@ -87,6 +87,7 @@ def test_no_text_makes_the_browser_fetch_anything(page, says, elsewhere, monkeyp
     assert text.startswith("# \\!\\[t\\]")
 
 
+@pytest.mark.returning
 def test_policy_stops_what_the_text_rules_miss(page, says, elsewhere, monkeypatch):
     address, asked_for = elsewhere
     monkeypatch.setattr("ov_mllama.chat.render.block_loading", lambda text: text)
@@ -97,6 +98,7 @@ def test_policy_stops_what_the_text_rules_miss(page, says, elsewhere, monkeypatc
     assert asked_for == []
 
 
+@pytest.mark.returning
 def test_links_open_only_when_clicked_and_know_nothing_of_the_page(page, says, elsewhere):
     address, asked_for = elsewhere
     says.text = f"[a]({address}/a) and {address}/b"
@@ -116,6 +118,7 @@ def test_links_open_only_when_clicked_and_know_nothing_of_the_page(page, says, e
 TYPED = "1. a *b* <i>c</i>\n# d\n\n    e `f` $x^2$ \\(y\\) [g](h) ![i](j) & &amp; a_b_c https://k.org m@n.de %%%"
 
 
+@pytest.mark.returning
 def test_question_is_shown_as_typed_and_edited_and_copied_so(page, says):
     says.text = "As <b>asked</b> ![x](y)"
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -138,6 +141,7 @@ def test_question_is_shown_as_typed_and_edited_and_copied_so(page, says):
     assert page.tab.evaluate("navigator.clipboard.readText()") == says.text
 
 
+@pytest.mark.returning
 def test_code_and_formulas_with_markup_look_as_before(page, says):
     says.text = "`<b>a</b>` and `![x](y)` and $a<b$\n\n```html\n<img src=x>\n```\n"
     page.ask("Code?")

@@ -26,6 +26,7 @@ def test_it_says_who_answers_and_what_the_model_knows(page, model, demo_dir):
     expect(foot).to_contain_text("tokens per second")
 
 
+@pytest.mark.returning
 def test_only_a_conversation_can_be_named_exported_or_deleted(page):
     for name in ("Export", "Delete"):
         expect(page.tab.get_by_role("button", name=name)).to_be_hidden()
@@ -39,6 +40,7 @@ def test_only_a_conversation_can_be_named_exported_or_deleted(page):
 # ---- Pictures -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.returning
 def test_heic_is_shown_and_answered_like_its_pixels(page, tmp_path):
     pillow_heif.from_pillow(SAMPLE["image"].convert("RGB")).save(tmp_path / "a.heic", quality=90)
     pixels = pillow_heif.open_heif(tmp_path / "a.heic")
@@ -56,6 +58,7 @@ def test_heic_is_shown_and_answered_like_its_pixels(page, tmp_path):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.returning
 def test_what_is_no_picture_is_refused_at_once(page, tmp_path):
     message = page.tab.get_by_test_id("toast-body")
     for name, kind in (("a.svg", "image/svg+xml"), ("a.txt", "text/plain")):
@@ -71,6 +74,7 @@ def test_what_is_no_picture_is_refused_at_once(page, tmp_path):
             expect(message).to_have_count(0)
 
 
+@pytest.mark.returning
 def test_pictures_may_be_dropped_anywhere_and_pasted(page):
     thumbnails = page.tab.locator(".thumbnail-item")
     for count, target in enumerate(("[role=log]", ".sidebar", ".multimodal-textbox textarea"), 1):
@@ -83,6 +87,7 @@ def test_pictures_may_be_dropped_anywhere_and_pasted(page):
     page.expect_answers("", "4 pictures")
 
 
+@pytest.mark.returning
 def test_a_picture_opens_large_and_closes(page):
     page.ask(SAMPLE["question"], path_of(SAMPLE))
     page.expect_answers(SAMPLE["answer"], "1 picture")
@@ -104,6 +109,7 @@ def test_a_picture_opens_large_and_closes(page):
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.returning
 def test_formulas_are_set_and_sums_of_money_are_not(page, says):
     says.text = (
         "It is $x^2$ for $5 and $10, or \\(y_1\\), or\n\n$$\nz_2\n$$\n\nand \\[w^3\\] and `$HOME$ $a$`\n\n"
@@ -118,6 +124,7 @@ def test_formulas_are_set_and_sums_of_money_are_not(page, says):
     expect(page.bot.first.locator(".katex-error")).to_have_count(0)
 
 
+@pytest.mark.returning
 def test_text_is_no_program(page, says):
     evil = (
         "<script>window.__pwned = 1</script><img src=x onerror='window.__pwned = 2'>"
@@ -139,6 +146,7 @@ def test_text_is_no_program(page, says):
     assert len(page.context.pages) == 1
 
 
+@pytest.mark.returning
 def test_who_reads_above_stays_there_while_an_answer_grows_and_who_is_at_the_end_follows(page, says):
     log = page.tab.locator("[role=log]")
     says.over, says.text = False, "line\n\n" * 60

@@ -36,6 +36,7 @@ def test_save_that_fails_is_said_and_tried_again(page, url, says, demo, monkeypa
     expect(second.history).to_have_text(["Is it kept?"])
 
 
+@pytest.mark.returning
 def test_refusal_is_shown_below_the_box(page, says, demo, tmp_path):
     """Gradio's page shows no error of an event without queue: a question seemed to do nothing."""
     says.text = "Yes."
@@ -62,6 +63,7 @@ def test_refusal_is_shown_below_the_box(page, says, demo, tmp_path):
     expect(foot).not_to_contain_text("use at most")
 
 
+@pytest.mark.returning
 @pytest.mark.parametrize(
     ("error", "said"), [(MemoryError(), "too little memory"), (OSError(5, "Input/output error"), "Input/output error")]
 )

@@ -259,6 +259,7 @@ def test_first_words_within_two_steps_of_a_question_typed_for_as_long_as_its_pic
     page.expect_answers(TYPED["answer"], "1 cached")
 
 
+@pytest.mark.returning
 def test_a_question_waits_for_what_is_left_of_its_picture(page, model):
     page.attach(path_of(OTHER))
     wait_until(lambda: model.looks)
@@ -270,17 +271,17 @@ def test_a_question_waits_for_what_is_left_of_its_picture(page, model):
     assert model.stats.image_s[0] < time.perf_counter() - model.looks[0]
 
 
-def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, browser, url, model, monkeypatch):
+def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, url, model, monkeypatch):
     monkeypatch.setattr("ov_mllama.chat.answers.GRACE_S", 0.2)
     page.attach(path_of(THIRD))
     wait_until(lambda: model.looks)
     page.tab.locator(".delete-button").first.click()
     expect(page.tab.locator(".thumbnail-item")).to_have_count(0)
     wait_until(lambda: model.given_up)
-    closed = Tab(browser, url)
+    closed = Tab(page.context, url)
     closed.attach(path_of(OTHER))
     wait_until(lambda: len(model.looks) == 2)
-    closed.close()
+    closed.tab.close()
     wait_until(lambda: model.given_up == 2)
     wait_until(lambda: not ahead_threads())
 
@@ -288,11 +289,13 @@ def test_the_page_gives_up_what_is_taken_out_of_the_box_or_closed(page, browser,
 def press_stop(page) -> None:
     """Waits until the page says that the answer was stopped, and takes the next question: the model's step, which is
     held, does not end before."""
+    page.to_front()
     page.stop.click()
     expect(page.bot.last).to_contain_text("Stopped.", timeout=20_000)
     expect(page.send).to_have_count(1)
 
 
+@pytest.mark.returning
 def test_stop_while_a_picture_is_looked_at(page, model):
     page.ask(TYPED["question"], path_of(TYPED))
     expect(page.bot).to_contain_text(["Encoding image 1 of 1"])
@@ -303,6 +306,7 @@ def test_stop_while_a_picture_is_looked_at(page, model):
     page.expect_answers("Stopped.", SELF, "tokens per second")
 
 
+@pytest.mark.returning
 def test_stop_while_the_prompt_is_read(page, model):
     model.as_new(step_s=HELD)
     page.ask(WHO)
@@ -311,6 +315,7 @@ def test_stop_while_the_prompt_is_read(page, model):
     expect(page.bot).to_have_count(1)
 
 
+@pytest.mark.returning
 def test_stop_between_words_keeps_them(page, model):
     model.as_new(step_s=HELD)
     model.free_steps = 5
