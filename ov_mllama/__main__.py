@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.cli import YES, confirm, exit_on_user_error, user_path
+from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import markdown
 from ov_mllama.export.prepare import (
@@ -22,6 +23,8 @@ from ov_mllama.export.prepare import (
     print_load_estimate,
 )
 from ov_mllama.export.samples import calibration_samples
+from ov_mllama.export.sources.gguf import read_gguf
+from ov_mllama.export.sources.model_id import is_gguf, short_name
 from ov_mllama.export.sources.ollama import all_models, folders
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.devices import check_device
@@ -65,6 +68,27 @@ def run_models(options: argparse.Namespace) -> None:
             "OLLAMA_MODELS to its folder."
         )
     print(markdown(("model", "size", "can be run"), rows))
+
+
+def run_check(options: argparse.Namespace) -> None:
+    """Compare a model in GGUF with what is known of Ollama's, and both orders of rows that its converter may have."""
+    from ov_mllama.export.check_gguf import compare_header, compare_orders
+
+    if not is_gguf(options.checkpoint):
+        raise InputError(f"{options.checkpoint} is no model in GGUF: give ollama:NAME or the path of a .gguf file.")
+    checkpoint = Checkpoint(options.checkpoint)
+    rows = list(compare_header([read_gguf(path) for path in checkpoint.source.weights]))
+    print(markdown(("what", "known", "found", ""), rows), flush=True)
+    folder = options.out or default_folder(options.checkpoint).with_name(f"{short_name(options.checkpoint)}-check")
+    samples = calibration_samples()[: options.captions]
+    pairs = compare_orders(options.checkpoint, folder, samples)
+    cells = [
+        (sample["caption"][:40], *(f"{value:.4f}" for value in pair))
+        for sample, pair in zip(samples, pairs, strict=True)
+    ]
+    print("\nMean log-probability of a token of the right caption, in nats; the right order's is higher:\n")
+    print(markdown(("caption", "rows put back, as the program does", "rows as stored"), cells))
+    print(f"\nBoth conversions are left in {folder}.")
 
 
 def run_prepare(options: argparse.Namespace) -> Path:
@@ -216,6 +240,11 @@ def argument_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=summary, add_help=False).set_defaults(run=run_serving)
     models = commands.add_parser("models", help="list the models in Ollama's folder, and which of them can be run")
     models.set_defaults(run=run_models)
+    check = commands.add_parser("check", help="compare Ollama's model with what is known of the real one")
+    check.set_defaults(run=run_check)
+    check.add_argument("checkpoint", help="ollama:NAME[:TAG], or the path of a .gguf file")
+    check.add_argument("--captions", type=int, default=3, help="of packaged photographs; default: 3")
+    check.add_argument("--out", type=user_path, help="folder for two conversions; default: models/<name>-check")
     compare = commands.add_parser("compare-references", help="compare Meta's and transformers' code on a checkpoint")
     compare.set_defaults(run=run_compare)
     compare.add_argument("checkpoint", help="hub id or folder")

@@ -180,9 +180,10 @@ def convert_mllama(
     model = checkpoint.load(scratch=out_dir, needed=needed)
     costs = {name: conversion_cost_of(MODULES.get(name, LanguageModel)(model)) for name in stamps}
     if packed:
-        size = packed_bytes(checkpoint.tensors())
-        costs[language_name] = taking_over_cost(size)._replace(disk=2 * size)  # a temporary copy, then the IR
+        costs[language_name] = taking_over_cost(packed_bytes(checkpoint.tensors()))
     total = sum(costs[name].disk for name in missing)  # checked for all parts before the first one is written
+    if language_name in missing and packed:
+        total += costs[language_name].disk  # a temporary copy
     check_disk_and_memory(out_dir, total, CONVERSION_MEMORY_BYTES, "close other programs")
     alike = "alike" if padding_tiles_are_alike(model) else "each"
     mapped: list = []  # memory of the language model's constants, until it is written

@@ -4,8 +4,10 @@
 """
 
 import logging
+import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +36,7 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from conftest import F32
 from notebook_utils import follow
 from ov_mllama.__main__ import argument_parser
+from ov_mllama.export.check_gguf import GATES, compare_header
 from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.prepare import default_folder, plan_here, prepare
@@ -247,6 +250,25 @@ def test_models_are_listed(ollama, files, tmp_path, capsys):
 def test_the_other_half_beside_a_file_is_found(files):
     for path in files.one:
         assert Checkpoint(path).own_form == "q4_k_m"
+
+
+def test_check_compares_with_the_real_file_and_both_orders(files, tmp_path, capsys):
+    options = argument_parser().parse_args(["check", str(files.two), "--captions", "1", "--out", str(tmp_path)])
+    options.run(options)
+    said = capsys.readouterr().out
+    assert "| tensors | 908 | 149 | different |" in said
+    assert "| SHA-256, 0.009 GB | 9999d473417a |" in said
+    assert "| blk.3.cross_attn_attn_gate | 0.000545501709 |" in said
+    put_back, stored = map(float, re.search(r"\| (-\d+\.\d+) \| (-\d+\.\d+) \|", said).groups())
+    assert put_back != stored
+    file, config = read_gguf(files.two), Checkpoint(files.two).config
+    gate = {
+        name: replace(file.tensors[name], data=np.float32([value]).view(np.uint8)[None])
+        for name, value in GATES.items()
+    }
+    rows = compare_header([replace(file, tensors=file.tensors | gate)])
+    assert [row[-1] for row in rows] == ["different", "different", "equal", "equal"]
+    assert config.text_config.num_hidden_layers == 5
 
 
 # ---- Refusals -------------------------------------------------------------------------------------------------------
