@@ -4,7 +4,7 @@
 #   make quick      a minute of it: parity on one checkpoint, sessions, the layout
 #   make torture    hostile pictures and prompts, faults and kills, in their long form; prints counts
 #   make lab        open the notebook in JupyterLab
-#   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id or folder> or on
+#   make chat       open the chat in a browser, on the demo model, on MODEL_ID=<hub id, folder or ollama:NAME> or on
 #                   MODEL_DIR=<converted>; DRAFT=<hub id or folder>: draft model; REFERENCE=meta or transformers: code that
 #                   the weights were trained with, where the checkpoint does not say (docs/upstream.md); BASE=<hub id or
 #                   folder>: base of a LoRA adapter that MODEL_ID names, here and for serve and caption
