@@ -36,7 +36,7 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from conftest import F32
 from notebook_utils import follow
 from ov_mllama.__main__ import argument_parser
-from ov_mllama.export.check_gguf import GATES, compare_header
+from ov_mllama.export.check_gguf import GATES, rows_of
 from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.prepare import default_folder, plan_here, prepare
@@ -266,7 +266,7 @@ def test_check_compares_with_the_real_file_and_both_orders(files, tmp_path, caps
         name: replace(file.tensors[name], data=np.float32([value]).view(np.uint8)[None])
         for name, value in GATES.items()
     }
-    rows = compare_header([replace(file, tensors=file.tensors | gate)])
+    rows = rows_of([replace(file, tensors=file.tensors | gate)])
     assert [row[-1] for row in rows] == ["different", "different", "equal", "equal"]
     assert config.text_config.num_hidden_layers == 5
 

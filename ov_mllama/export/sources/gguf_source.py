@@ -72,7 +72,7 @@ def save_settings(metadata: dict[str, Any], licenses: list[Path], label: str, fo
 def format_of(metadata: dict[str, Any]) -> str:
     """Return the format of most weights, such as "q4_k_m"."""
     number = metadata.get("general.file_type")
-    if number not in {*LlamaFileType}:
+    if type(number) is not int or number not in {*LlamaFileType}:
         return "gguf"
     return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
 

@@ -25,7 +25,7 @@ def local_path(name: str | Path) -> Path:
 
 def is_gguf(name: str | Path) -> bool:
     """Return whether a name is one of a model in GGUF."""
-    return str(name).startswith(OLLAMA) or str(name).lower().endswith(".gguf")
+    return str(name).startswith(OLLAMA) or (str(name).lower().endswith(".gguf") and not local_path(name).is_dir())
 
 
 def gguf_paths(name: str | Path) -> list[Path]:

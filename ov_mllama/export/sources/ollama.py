@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ov_mllama.export.sources.gguf import architecture_of
-from ov_mllama.export.sources.model_id import OLLAMA, ollama_name
+from ov_mllama.export.sources.model_id import OLLAMA, local_path, ollama_name
 from ov_mllama.runtime.errors import DiskError, InputError, NotFoundError
 
 HOST, NAMESPACE = "registry.ollama.ai", "library"
@@ -72,7 +72,7 @@ class OllamaModel:
 def folders() -> list[Path]:
     """Return the folders in which Ollama may have its models: OLLAMA_MODELS, else the user's and the service's."""
     given = os.environ.get("OLLAMA_MODELS")
-    return [Path(given).expanduser()] if given else [Path.home() / ".ollama" / "models", SERVICE_FOLDER]
+    return [local_path(given)] if given else [Path.home() / ".ollama" / "models", SERVICE_FOLDER]
 
 
 def find_model(name: str) -> OllamaModel:
