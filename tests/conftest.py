@@ -142,8 +142,8 @@ def pytest_collection_finish():
 
 # Files that take a worker 15 s or more, the slowest first: begun late, one would let the other worker wait at the end
 SLOW = (
-    "scale notebook faults compression history checkpoints page proxies reference plan pieces draft_model house "
-    "preview source_lora ending waiting convert meta ahead quality chat source_gptq"
+    "scale notebook faults compression history checkpoints page proxies parity reference plan pieces draft_model "
+    "house preview source_lora ending waiting convert meta ahead quality chat source_gptq"
 )
 SLOW = [f"test_{name}.py" for name in SLOW.split()]
 
