@@ -208,9 +208,12 @@ def test_options_apply(llama):
     assert (short.eval_count, short.done_reason) == (3, "length")
     assert SELF.startswith(short.response)
     assert ask(stop="count").response == ask(stop=["count", ""]).response == SELF[: SELF.index("count")]
-    for option in ({"top_k": 1}, {"top_p": 0}, {"top_p": 1e-6}, {"min_p": 1.0, "top_k": 0, "top_p": 1.0}):
+    for option in ({"top_k": 1, "top_p": 1.0}, {"top_p": 0}, {"top_p": 1e-6}, {"min_p": 1.0, "top_k": 0, "top_p": 1.0}):
         assert ask(temperature=2.0, **option).response == SELF
-    hot = {"temperature": 2.0, "num_predict": 20, "top_k": -1}
+    hot = {"temperature": 2.0, "num_predict": 20, "top_k": -1, "top_p": 1.0}
+    greedy = llama.generate("demo", "Which?", options={**hot, "temperature": 0}).response
+    for option in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 0}):
+        assert {llama.generate("demo", "Which?", options={**hot, **option}).response for _ in range(3)} == {greedy}
     assert len({llama.generate("demo", "Which?", options={**hot, "seed": 7}).response for _ in range(3)}) == 1
     assert len({llama.generate("demo", "Which?", options={**hot, "seed": -1}).response for _ in range(8)}) > 1
 
