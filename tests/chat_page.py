@@ -173,7 +173,7 @@ class Tab:
         self.context.close()
 
     def to_front(self) -> None:
-        """Show the tab before others of its profile: behind them, clicks wait for frames that come once a second."""
+        """Show the tab before others: behind them, each click waits for frames, which come once a second there."""
         self.tab.bring_to_front()
 
     def attach(self, *files) -> None:
