@@ -34,7 +34,7 @@ from ov_mllama.runtime.speculative import OVDraftModel
 
 DEMO = "demo_model"
 SERVING = {
-    "serve": ("ov_mllama.serving.app", "serve an OpenAI-compatible API"),
+    "serve": ("ov_mllama.serving.app", "serve OpenAI's and Ollama's APIs"),
     "caption": ("ov_mllama.serving.caption", "ask one question about every image of a folder"),
 }
 REFERENCE: dict = {
