@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,10 +39,11 @@ from notebook_utils import follow
 from ov_mllama.__main__ import argument_parser
 from ov_mllama.export.check_gguf import GATES, rows_of
 from ov_mllama.export.checkpoint import Checkpoint
-from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.convert import convert_language_model, convert_mllama, of_both
 from ov_mllama.export.prepare import default_folder, plan_here, prepare
 from ov_mllama.export.sources.gguf import read_gguf
 from ov_mllama.export.sources.gguf_names import tensors_of
+from ov_mllama.export.takeover import packed_bytes, packed_weights, take_over
 from ov_mllama.runtime.errors import InputError, NotFoundError
 from ov_mllama.runtime.ir import display_name, ir_stamp
 from ov_mllama.runtime.reference import META
@@ -174,6 +176,20 @@ def test_every_matrix_is_computed_as_it_is_stored(files, converted):
     values = [op for op in ir.get_ops() if op.get_type_name() == "Constant" and op.get_element_type() == ov.Type.u4]
     packed = [tensor.pack() for tensor in Checkpoint(files.two).tensors().values() if tensor.pack]
     assert Counter(unpacked(op).tobytes() for op in values) <= Counter(each.values.tobytes() for each in packed)
+
+
+def test_integers_and_scales_are_mapped_from_an_unnamed_file(files, tmp_path):
+    checkpoint = Checkpoint(files.two)
+    packed = packed_weights(checkpoint.tensors())
+    model = checkpoint.load(scratch=tmp_path, needed=partial(of_both, packed))
+    ir = convert_language_model(model, META)
+    data = take_over(ir, model, packed, tmp_path)
+    assert isinstance(data, np.memmap)
+    assert not [*tmp_path.iterdir()]
+    constants = [op for op in ir.get_ops() if op.get_type_name() == "Constant"]
+    inside = [op for op in constants if 0 <= op.data.ctypes.data - data.ctypes.data < len(data)]
+    assert sum(op.get_byte_size() for op in inside) == packed_bytes(checkpoint.tensors())
+    assert sum(op.get_byte_size() for op in constants if op not in inside) < 0.02 * len(data)
 
 
 def test_it_is_stamped_and_needs_no_compression(files, converted, caplog):
