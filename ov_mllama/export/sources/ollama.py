@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ov_mllama.export.sources.gguf import architecture_of
-from ov_mllama.export.sources.model_id import OLLAMA, local_path, ollama_name
+from ov_mllama.export.sources.model_id import HOST, NAMESPACE, OLLAMA, OLLAMA_PART, local_path, ollama_name
 from ov_mllama.runtime.errors import DiskError, InputError, NotFoundError
 
-HOST, NAMESPACE = "registry.ollama.ai", "library"
 SERVICE_FOLDER = Path("/usr/share/ollama/.ollama/models")  # of the service that Ollama's installer for Linux makes
 LAYER = "application/vnd.ollama.image."
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-MANIFEST_MAX_BYTES = 1 << 20
+MANIFEST_MAX_BYTES, MAX_BYTES = 1 << 20, 1 << 50  # of a manifest, and of a layer
 PULL = "run `ollama pull {}` again."
 
 
@@ -55,6 +54,8 @@ class OllamaModel:
     def check(self) -> None:
         """Raise an InputError unless the files that are needed are here, completely, and all are read."""
         again = PULL.format(self.name)
+        if self.layers.get("tensor"):
+            raise InputError(f"{OLLAMA}{self.name} is stored as MLX tensors, which are not read: take llama3.2-vision.")
         if not self.layers.get("model"):
             raise InputError(f"{OLLAMA}{self.name} has no layer with a model in GGUF: {again}")
         if self.layers.get("adapter"):
@@ -84,7 +85,7 @@ def find_model(name: str) -> OllamaModel:
         DiskError: if the folder cannot be read.
     """
     complete = ollama_name(name)
-    path, _, tag = complete.partition(":")
+    path, _, tag = complete.rpartition(":")
     parts = path.split("/")
     inner = Path(*[HOST, NAMESPACE][: 3 - len(parts)], *parts, tag)
     for folder in folders():
@@ -112,7 +113,7 @@ def read_manifest(folder: Path, manifest: Path, name: str) -> OllamaModel:
         layers: dict[str, list[Layer]] = {}
         for layer in json.loads(text)["layers"]:
             digest = DIGEST.fullmatch(layer["digest"])
-            if not (digest and isinstance(layer["size"], int)):
+            if not (digest and isinstance(layer["size"], int) and 0 <= layer["size"] < MAX_BYTES):
                 raise ValueError("a layer without its digest or size")
             kind = str(layer["mediaType"]).removeprefix(LAYER)
             layers.setdefault(kind, []).append(Layer(folder / "blobs" / f"sha256-{digest[1]}", layer["size"]))
@@ -125,7 +126,9 @@ def all_models() -> Iterator[tuple[OllamaModel, str]]:
     """Yield each model in Ollama's folders, and why it cannot be run; empty if it can, as far as its header tells."""
     for folder in folders():
         root = folder / "manifests"
-        for manifest in sorted(path for path in root.glob("*/*/*/*") if path.is_file()):
+        for manifest in sorted(root.glob("*/*/*/*")):
+            if not (OLLAMA_PART.fullmatch(manifest.name) and manifest.is_file()):
+                continue  # such as .DS_Store
             *parts, tag = manifest.relative_to(root).parts
             short = parts[2:] if parts[:2] == [HOST, NAMESPACE] else parts[1:] if parts[0] == HOST else parts
             name = f"{'/'.join(short)}:{tag}"
