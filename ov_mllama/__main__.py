@@ -118,7 +118,8 @@ def run_compare(options: argparse.Namespace) -> None:
     from ov_mllama.export.calibration import questions_about
     from ov_mllama.export.quality import compare_references, verdict
 
-    folder = options.out or default_folder(options.checkpoint).with_name(f"{short_name(options.checkpoint)}-references")
+    models = default_folder(options.checkpoint)
+    folder = options.out or models.with_name(f"{models.name}-references")
     questions = questions_about(options.checkpoint)
     answered = "answer" in questions[0]  # the checkpoint's own
     samples = [{**sample, "caption": sample["answer"]} for sample in questions] if answered else calibration_samples()
