@@ -44,8 +44,9 @@ from ov_mllama.export.convert import convert_language_model, convert_mllama, of_
 from ov_mllama.export.prepare import default_folder, plan_here, prepare
 from ov_mllama.export.sources.gguf import read_gguf
 from ov_mllama.export.sources.gguf_names import tensors_of
+from ov_mllama.export.sources.ollama import all_models, find_model
 from ov_mllama.export.takeover import packed_bytes, packed_weights, take_over
-from ov_mllama.runtime.errors import InputError, NotFoundError
+from ov_mllama.runtime.errors import DiskError, InputError, NotFoundError
 from ov_mllama.runtime.ir import display_name, ir_stamp
 from ov_mllama.runtime.reference import META
 from ov_mllama_compression import compress
@@ -391,6 +392,17 @@ def test_a_registry_with_a_port_is_a_host(ollama, files):
 def test_ollamas_folder_of_an_unknown_user_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("OLLAMA_MODELS", "~no-such-user/models")
     refused("ollama:llama3.2-vision", tmp_path / "ov", "unknown user")
+
+
+def test_what_this_user_may_not_read_is_named(ollama, monkeypatch, caplog):
+    def deny(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.is_file", deny)
+    with pytest.raises(DiskError, match="vision.latest cannot be read .Permission denied.: run this as a user who may"):
+        find_model("ollama:llama3.2-vision")
+    assert not [*all_models()]
+    assert "cannot be read (Permission denied): run this as a user who may" in caplog.text
 
 
 def test_a_draft_model_in_gguf_is_refused(files):

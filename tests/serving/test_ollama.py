@@ -317,6 +317,19 @@ def test_other_names_are_not_found(llama, scheduler, name):
     assert not scheduler._reservations
 
 
+def test_a_request_without_a_name_gets_one_sentence(server):
+    for path in ("/api/pull", "/api/show"):
+        assert rejection(post(server, path, {})) == "model is required: give a name that GET /api/tags lists."
+
+
+def test_a_message_without_content_is_an_empty_one(llama, server):
+    answers = [
+        post(server, "/api/chat", {"model": "demo", "messages": [message], "stream": False, "options": GREEDY}).json()
+        for message in ({"role": "user", "content": ""}, {"role": "user", "content": None}, {"role": "user"})
+    ]
+    assert answers[0]["message"] == answers[1]["message"] == answers[2]["message"]
+
+
 def test_empty_requests_are_acknowledged(llama, scheduler, server):
     assert llama.generate("demo").done_reason == llama.chat("demo").done_reason == "load"
     for zero in (0, 0.0, "0", "0s"):

@@ -4,6 +4,7 @@ Layout: manifests/<host>/<namespace>/<model>/<tag> is JSON that names the layers
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import NamedTuple
 from ov_mllama.export.sources.gguf import architecture_of
 from ov_mllama.export.sources.model_id import HOST, NAMESPACE, OLLAMA, OLLAMA_PART, local_path, ollama_name
 from ov_mllama.runtime.errors import DiskError, InputError, NotFoundError
+
+logger = logging.getLogger(__name__)
 
 SERVICE_FOLDER = Path("/usr/share/ollama/.ollama/models")  # of the service that Ollama's installer for Linux makes
 LAYER = "application/vnd.ollama.image."
@@ -96,10 +99,7 @@ def find_model(name: str) -> OllamaModel:
                 model.check()
                 return model
         except OSError as error:
-            raise DiskError(
-                error.errno,
-                f"{error.filename} cannot be read ({error.strerror}): copy Ollama's folder, or its owner may",
-            ) from error
+            raise unreadable(error) from error
     raise NotFoundError(
         f"{OLLAMA}{complete} is not in {' or '.join(map(str, folders()))}: run `ollama pull {complete}`, or set "
         "OLLAMA_MODELS to Ollama's folder; `ov-mllama models` lists what is there."
@@ -122,20 +122,34 @@ def read_manifest(folder: Path, manifest: Path, name: str) -> OllamaModel:
     return OllamaModel(name, layers)
 
 
+def unreadable(error: OSError) -> DiskError:
+    """Return the error for a file of Ollama's that this user may not read."""
+    return DiskError(
+        error.errno,
+        f"{error.filename} cannot be read ({error.strerror}): run this as a user who may read it, or set OLLAMA_MODELS "
+        "to a copy of Ollama's folder",
+    )
+
+
 def all_models() -> Iterator[tuple[OllamaModel, str]]:
-    """Yield each model in Ollama's folders, and why it cannot be run; empty if it can, as far as its header tells."""
+    """Yield each model in Ollama's folders, and why it cannot be run; empty if it can, as far as its header tells.
+    A folder that cannot be read is logged."""
     for folder in folders():
         root = folder / "manifests"
-        for manifest in sorted(root.glob("*/*/*/*")):
-            if not (OLLAMA_PART.fullmatch(manifest.name) and manifest.is_file()):
-                continue  # such as .DS_Store
+        try:  # a tag's name leaves out files such as .DS_Store
+            manifests = sorted(path for path in root.glob("*/*/*/*") if OLLAMA_PART.fullmatch(path.name))
+            manifests = [path for path in manifests if path.is_file()]
+        except OSError as error:
+            logger.warning("⚠️ %s", unreadable(error))
+            continue
+        for manifest in manifests:
             *parts, tag = manifest.relative_to(root).parts
             short = parts[2:] if parts[:2] == [HOST, NAMESPACE] else parts[1:] if parts[0] == HOST else parts
             name = f"{'/'.join(short)}:{tag}"
             try:
                 model = read_manifest(folder, manifest, name)
-            except InputError as error:
-                yield OllamaModel(name, {}), str(error)
+            except (InputError, OSError) as error:
+                yield OllamaModel(name, {}), sentence(error)
                 continue
             yield model, obstacle(model)
 
@@ -146,5 +160,10 @@ def obstacle(model: OllamaModel) -> str:
         model.check()
         architecture = architecture_of(model.files[0])
     except (InputError, OSError) as error:
-        return str(error)
+        return sentence(error)
     return "" if architecture == "mllama" else f"another architecture, {architecture}"
+
+
+def sentence(error: InputError | OSError) -> str:
+    """Return an error's sentence."""
+    return str(unreadable(error) if isinstance(error, OSError) else error)
