@@ -63,14 +63,11 @@ class Backend:
         check_content_type(http)
         return await self.parser.validate(await read_body(http, MAX_SHORT_BODY_BYTES, lambda nbytes: None), body_type)
 
-    async def submit(
-        self, request: ChatCompletionRequest, reservation: Reservation, fit_context: bool = False
-    ) -> PendingRequest:
+    async def submit(self, request: ChatCompletionRequest, reservation: Reservation) -> PendingRequest:
         """Append a request to the queue.
 
         Args:
             reservation: from `receive`.
-            fit_context: see `GenerationRequest`.
         Raises:
             ApiError: if it is invalid, unsupported or too long.
         """
@@ -78,5 +75,4 @@ class Backend:
         generation = await self.parser.convert(
             request, lambda fetched: self.scheduler.resize(reservation, size + fetched)
         )
-        generation.fit_context = fit_context
         return await self.scheduler.submit(generation, reservation)

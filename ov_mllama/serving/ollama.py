@@ -40,10 +40,11 @@ class OllamaApi:
 
     Args:
         model_name: name of the model that is served, which clients may also call `ALIAS`.
+        any_model: answer requests for a model of any name.
     """
 
-    def __init__(self, backend: Backend, model_name: str):
-        self.backend, self.model_name, self.started = backend, model_name, now()
+    def __init__(self, backend: Backend, model_name: str, any_model: bool = False):
+        self.backend, self.model_name, self.any_model, self.started = backend, model_name, any_model, now()
 
     def add_to(self, app: FastAPI, greet: bool) -> None:
         """Add the endpoints to an app.
@@ -80,6 +81,8 @@ class OllamaApi:
         Raises:
             ApiError: if it names another one.
         """
+        if self.any_model:
+            return
         if name.removesuffix(":latest") != self.model_name.removesuffix(":latest") and name.partition(":")[0] != ALIAS:
             raise ApiError(404, f"model '{name[:100]}' not found")  # as Ollama words it, which clients compare
 
@@ -103,7 +106,7 @@ class OllamaApi:
                 reason = "unload" if body.unloads else "load"
                 return JSONResponse({**head(body.model), **wrap(""), "done": True, "done_reason": reason})
             request = body.chat_completion(self.model_name)
-            pending = await self.backend.submit(request, reservation, fit_context=True)
+            pending = await self.backend.submit(request, reservation)
         lines = Lines(pending, body.model, wrap, received_s)
         if body.streams:
             return await stream_response(pending, lines, http)

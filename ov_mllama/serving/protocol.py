@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 logger = logging.getLogger(__name__)
 
-MAX_STOPS, MAX_STOP_CHARS = 4, 200
+MAX_STOPS, MAX_STOP_CHARS = 16, 200
 MAX_SCHEMA_CHARS = 100_000
 # Parameters that would change the answer and are not supported -> values with which they change nothing, beside null
 # and empty ones
@@ -118,14 +118,14 @@ def internal_error(error: BaseException) -> ApiError:
 class StreamOptions(BaseModel):
     """`stream_options` of a request."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class JsonSchema(BaseModel):
     """`json_schema` of a response format."""
 
-    name: str = ""
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class ResponseFormat(BaseModel):
@@ -141,17 +141,17 @@ class ChatCompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
+    model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=-1, lt=2**31)  # -1 and 0: none, as for many clients
+    max_completion_tokens: int | None = Field(None, ge=-1, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)  # this and min_p as in vLLM; 0 or -1: all tokens
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=0)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -160,18 +160,19 @@ class ChatCompletionRequest(BaseModel):
     @property
     def token_limit(self) -> int | None:
         """Maximum number of new tokens; None if the request sets none."""
-        return self.max_completion_tokens or self.max_tokens
+        limits = (self.max_completion_tokens, self.max_tokens)
+        return next((limit for limit in limits if limit and limit > 0), None)
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings.
 
         Raises:
-            ApiError: if there are too many, or one is empty or too long.
+            ApiError: if there are too many, or one is too long.
         """
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-            message = f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters."
+        stops = list(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or []))
+        if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARS for stop in stops):
+            message = f"stop takes up to {MAX_STOPS} strings of at most {MAX_STOP_CHARS} characters."
             raise ApiError(400, message, "invalid_value", "stop")
         return tuple(stops)
 
@@ -189,7 +190,9 @@ class ChatCompletionRequest(BaseModel):
             return parse_schema(self.guided_json, "guided_json")
         if form is None:
             return None
-        schema = form.json_schema.schema_ if form.json_schema else form.schema_
+        schema = form.schema_
+        if form.json_schema:
+            schema = {} if form.json_schema.schema_ is None else form.json_schema.schema_
         if form.type == "text":
             if schema:
                 message = "A schema needs a response_format of type json_schema or json_object."

@@ -122,8 +122,7 @@ class Scheduler:
     def _prompt(self, request: GenerationRequest) -> str:
         """Return a request's messages in the chat template."""
         try:
-            shortest = 1 if request.fit_context else request.max_new_tokens
-            return prompt_text(self.model, self.processor, request.messages, shortest)
+            return prompt_text(self.model, self.processor, request.messages, 1)
         except TemplateError as error:
             raise ApiError(400, str(error), "invalid_value", "messages") from error
         except InputError as error:
