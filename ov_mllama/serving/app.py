@@ -87,8 +87,9 @@ def create_app(
 
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
     add_middleware(app, cors_origins, trusted_hosts)
-    context_length = scheduler.model.config.text_config.max_position_embeddings
-    backend = Backend(scheduler, RequestParser(context_length, max_tokens, allow_image_urls), key, max_bytes)
+    text = scheduler.model.config.text_config
+    parser = RequestParser(text.max_position_embeddings, max_tokens, allow_image_urls, text.vocab_size)
+    backend = Backend(scheduler, parser, key, max_bytes)
     OpenAiApi(backend, model_name, any_model).add_to(app)
     OllamaApi(backend, model_name, any_model).add_to(app, greet=ollama)
 

@@ -1,12 +1,13 @@
 """The model behind the endpoints of both APIs: access to it, and the way of a request into its queue."""
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 
 from starlette.requests import Request as HttpRequest
 
 from ov_mllama.serving.guards import check_key
-from ov_mllama.serving.parsing import Body, RequestParser, check_content_type, read_body
+from ov_mllama.serving.parsing import Body, GenerationRequest, RequestParser, check_content_type, read_body
 from ov_mllama.serving.protocol import ChatCompletionRequest
 from ov_mllama.serving.scheduler import Scheduler
 from ov_mllama.serving.sequences import PendingRequest, Reservation
@@ -71,8 +72,27 @@ class Backend:
         Raises:
             ApiError: if it is invalid, unsupported or too long.
         """
+        return await self.scheduler.submit(await self._convert(request, reservation), reservation)
+
+    async def submit_choices(self, request: ChatCompletionRequest, reservation: Reservation) -> list[PendingRequest]:
+        """Append a request to the queue as often as it has choices (`n`), with seeds one after the other.
+
+        Raises:
+            ApiError: as `submit`, or if the queue does not hold all.
+        """
+        generation = await self._convert(request, reservation)
+        pendings: list[PendingRequest] = []
+        try:
+            for i in range(request.n or 1):
+                seed = None if generation.seed is None else generation.seed + i
+                choice = dataclasses.replace(generation, seed=seed)
+                pendings.append(await self.scheduler.submit(choice, None if i else reservation))
+        except BaseException:
+            for pending in pendings:
+                pending.sequence.cancelled.set()
+            raise
+        return pendings
+
+    async def _convert(self, request: ChatCompletionRequest, reservation: Reservation) -> GenerationRequest:
         size = reservation.nbytes
-        generation = await self.parser.convert(
-            request, lambda fetched: self.scheduler.resize(reservation, size + fetched)
-        )
-        return await self.scheduler.submit(generation, reservation)
+        return await self.parser.convert(request, lambda fetched: self.scheduler.resize(reservation, size + fetched))

@@ -17,7 +17,7 @@ from ov_mllama.serving.backend import Backend
 from ov_mllama.serving.ollama_protocol import DEFAULTS, ChatBody, GenerateBody, GenerationBody, NameBody
 from ov_mllama.serving.protocol import ApiError
 from ov_mllama.serving.sequences import PendingRequest
-from ov_mllama.serving.streaming import complete_text, finish_reason_of, stream_response
+from ov_mllama.serving.streaming import complete_texts, finish_reason_of, stream_response
 
 PORT = 11434  # Ollama's
 VERSION = "0.24.0"  # the last release of Ollama that ran this model; some clients require a minimum
@@ -109,8 +109,8 @@ class OllamaApi:
             pending = await self.backend.submit(request, reservation)
         lines = Lines(pending, body.model, wrap, received_s)
         if body.streams:
-            return await stream_response(pending, lines, http)
-        text = await complete_text(pending, http)
+            return await stream_response([pending], lines, http)
+        [text] = await complete_texts([pending], http)
         return JSONResponse(lines.last(text))
 
     # ---- The model ----
@@ -224,7 +224,7 @@ class Lines:
     def waiting(self) -> str:
         return self.chunk("")
 
-    def chunk(self, text: str) -> str:
+    def chunk(self, text: str, index: int = 0) -> str:
         return as_line({**head(self._model), **self._wrap(text), "done": False})
 
     def end(self) -> str:

@@ -28,7 +28,12 @@ class GenerationRequest:
         images: encoded, in the template's order.
         max_new_tokens: token limit of the answer, which may exceed what the model's context leaves.
         temperature, top_k, top_p, min_p, seed: sampling parameters; a temperature of 0 is greedy.
+        presence_penalty, frequency_penalty, repetition_penalty, logit_bias: see `sampling.adjust_logits`.
+        penalty_window: number of last tokens that the penalties regard; 0 for all.
+        logprobs: number of most probable tokens of which log probabilities are returned; None for none at all.
         stop: strings before which the answer ends.
+        stop_token_ids: tokens after which it ends, beside the model's.
+        prefill: beginning of the answer, which the model continues.
         schema: JSON schema that the answer must match; None for free text.
     """
 
@@ -40,7 +45,15 @@ class GenerationRequest:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    penalty_window: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    prefill: str = ""
     schema: dict | None = None
 
     @property
@@ -56,9 +69,17 @@ class RequestParser:
         context_length: the model's, in tokens; it bounds a request's text.
         max_new_tokens: token limit of requests that set none; None for what the context leaves.
         allow_image_urls: fetch images from public addresses.
+        vocab_size: the model's.
     """
 
-    def __init__(self, context_length: int, max_new_tokens: int | None = None, allow_image_urls: bool = False):
+    def __init__(
+        self,
+        context_length: int,
+        max_new_tokens: int | None = None,
+        allow_image_urls: bool = False,
+        vocab_size: int = 2**31,
+    ):
+        self.vocab_size = vocab_size
         self.max_new_tokens, self.allow_image_urls = max_new_tokens or context_length, allow_image_urls
         self.max_chars = MAX_CHARS_PER_TOKEN * context_length
         self._thread = ThreadPoolExecutor(1, "parsing")  # one at a time, or the peaks of memory add up
@@ -102,9 +123,11 @@ class RequestParser:
         request.check_supported()
         self._check_length(messages)
         images: list[ImageFile] = []
+        converted = [convert_message(message, f"messages[{i}]", images) for i, message in enumerate(messages)]
+        prefill = take_prefill(converted) if request.continue_final_message else ""
         greedy = request.top_p == 0  # the most probable token, as in OpenAI's API
         return GenerationRequest(
-            [convert_message(message, f"messages[{i}]", images) for i, message in enumerate(messages)],
+            converted,
             images,
             request.token_limit or self.max_new_tokens,
             temperature=0.0 if greedy else request.temperature or 0.0,
@@ -112,8 +135,13 @@ class RequestParser:
             top_p=request.top_p or 1.0,
             min_p=request.min_p or 0.0,
             seed=None if request.seed == -1 else request.seed,
+            **request.penalties,
+            logit_bias=request.biases(self.vocab_size),
+            logprobs=request.num_logprobs,
             stop=request.stops,
+            stop_token_ids=tuple(request.stop_token_ids or ()),
             schema=request.schema_of_answer,
+            prefill=prefill,
         )
 
     def _too_long(self) -> ApiError:
@@ -132,6 +160,18 @@ class RequestParser:
                 length += sum(len(text) for text in texts if isinstance(text, str))
             if length > self.max_chars:
                 raise self._too_long()
+
+
+def take_prefill(messages: list[dict]) -> str:
+    """Remove the last message, an assistant's, and return its text.
+
+    Raises:
+        ApiError: if it is not an assistant's.
+    """
+    if messages[-1]["role"] != "assistant":
+        error = "continue_final_message needs an assistant's message at the end."
+        raise ApiError(400, error, "invalid_value", "continue_final_message")
+    return "".join(part["text"] for part in messages.pop()["content"])
 
 
 def check_model_name(name: str | None, served: str) -> str:

@@ -11,6 +11,9 @@ logger = logging.getLogger(__name__)
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 200
 MAX_SCHEMA_CHARS = 100_000
+MAX_CHOICES = 8  # `n`
+MAX_LOGPROBS = 20  # `top_logprobs`
+MAX_TOKEN_IDS = 1024  # in logit_bias and stop_token_ids
 # Parameters that would change the answer and are not supported -> values with which they change nothing, beside null
 # and empty ones
 NEUTRAL: dict[str, tuple] = {
@@ -19,22 +22,15 @@ NEUTRAL: dict[str, tuple] = {
     "tool_choice": ("none", "auto"),
     "functions": (),
     "function_call": ("none", "auto"),
-    "logit_bias": (),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "audio": (),
     "modalities": (["text"],),
     "web_search_options": (),
     # vLLM's, SGLang's and llama.cpp's
-    "add_generation_prompt": (True,),
     "allowed_token_ids": (),
     "bad_words": (),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": (),
-    "continue_final_message": (False,),
     "documents": (),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
@@ -60,13 +56,9 @@ NEUTRAL: dict[str, tuple] = {
     "n_probs": (0,),
     "prompt_logprobs": (0, False),
     "regex": (),
-    "repeat_penalty": (1,),
-    "repetition_penalty": (1,),
     "skip_special_tokens": (True,),
     "stop_regex": (),
-    "stop_token_ids": (),
     "structural_tag": (),
-    "structured_outputs": (),
     "tfs_z": (1,),
     "thinking_token_budget": (),
     "top_a": (0,),
@@ -151,11 +143,23 @@ class ChatCompletionRequest(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
-    n: int | None = Field(None, ge=0)
+    n: int | None = Field(None, ge=0, le=MAX_CHOICES)  # 0: 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None  # a JSON schema, as in earlier versions of vLLM
+    structured_outputs: dict[str, Any] | None = None  # vLLM's present name: {"json": schema}
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)  # vLLM's name
+    repeat_penalty: float | None = Field(None, gt=0, le=10)  # llama.cpp's and Ollama's
+    repeat_last_n: int | None = Field(None, ge=-1, lt=2**31)  # tokens that penalties regard; -1: all, 0: no penalties
+    logit_bias: dict[int, float] | None = Field(None, max_length=MAX_TOKEN_IDS)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_TOKEN_IDS)
+    continue_final_message: bool | None = None  # this and add_generation_prompt as in vLLM
+    add_generation_prompt: bool | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -177,6 +181,48 @@ class ChatCompletionRequest(BaseModel):
         return tuple(stops)
 
     @property
+    def penalties(self) -> dict[str, Any]:
+        """Penalties under their names in `GenerationRequest`.
+
+        Raises:
+            ApiError: if the same one is given twice.
+        """
+        if self.repeat_last_n == 0:
+            return {}
+        if None not in (self.repetition_penalty, self.repeat_penalty):
+            message = "Give repetition_penalty or repeat_penalty, not both."
+            raise ApiError(400, message, "invalid_value", "repeat_penalty")
+        return {
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "repetition_penalty": self.repetition_penalty or self.repeat_penalty or 1.0,
+            "penalty_window": max(0, self.repeat_last_n or 0),
+        }
+
+    def biases(self, vocab_size: int) -> dict[int, float]:
+        """Return `logit_bias`.
+
+        Raises:
+            ApiError: if a token or value is out of range.
+        """
+        biases = self.logit_bias or {}
+        if not all(0 <= token < vocab_size and -100 <= bias <= 100 for token, bias in biases.items()):
+            message = f"logit_bias maps tokens below {vocab_size} to values from -100 to 100."
+            raise ApiError(400, message, "invalid_value", "logit_bias")
+        return biases
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """`top_logprobs` of each token; None for no log probabilities.
+
+        Raises:
+            ApiError: if `top_logprobs` is given without `logprobs`.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true.", "invalid_value", "top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
     def schema_of_answer(self) -> dict | None:
         """JSON schema that the answer must match; None for free text.
 
@@ -184,10 +230,11 @@ class ChatCompletionRequest(BaseModel):
             ApiError: if it is missing, given twice, no JSON object or too long.
         """
         form = self.response_format
-        if self.guided_json is not None:
+        if vllm := self._vllm_schema():
+            schema, param = vllm
             if form is not None and form.type != "text":
-                raise ApiError(400, "Give response_format or guided_json, not both.", "invalid_value", "guided_json")
-            return parse_schema(self.guided_json, "guided_json")
+                raise ApiError(400, f"Give response_format or {param}, not both.", "invalid_value", param)
+            return parse_schema(schema, param)
         if form is None:
             return None
         schema = form.schema_
@@ -203,6 +250,22 @@ class ChatCompletionRequest(BaseModel):
             raise ApiError(400, message, "invalid_value", param)
         return parse_schema({"type": "object"} if schema is None else schema, "response_format.json_schema")
 
+    def _vllm_schema(self) -> tuple[Any, str] | None:
+        """Return a schema of `guided_json` or `structured_outputs`, and the path of its field."""
+        given = {name: value for name, value in (self.structured_outputs or {}).items() if value not in (None, False)}
+        for name in given:
+            if name not in ("json", "json_object"):
+                message = f"structured_outputs.{name} is not supported: describe the answer as a schema in its json."
+                raise ApiError(400, message, "unsupported_parameter", "structured_outputs")
+        if len(given) + (self.guided_json is not None) > 1:
+            message = "Give one of guided_json, structured_outputs.json and structured_outputs.json_object."
+            raise ApiError(400, message, "invalid_value", "structured_outputs")
+        if "json_object" in given:
+            return {"type": "object"}, "structured_outputs"
+        if "json" in given:
+            return given["json"], "structured_outputs"
+        return None if self.guided_json is None else (self.guided_json, "guided_json")
+
     def check_supported(self) -> None:
         """Check that no parameter would change the answer without being supported.
 
@@ -212,8 +275,9 @@ class ChatCompletionRequest(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in NEUTRAL and value is not None and value not in ("", [], {}, *NEUTRAL[name]):
                 raise ApiError(400, f"{name} is not supported: leave it out.", "unsupported_parameter", name)
-        if (self.n or 1) != 1:
-            raise ApiError(400, "n must be 1: send several requests.", "unsupported_value", "n")
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            message = "add_generation_prompt: false needs continue_final_message: true."
+            raise ApiError(400, message, "unsupported_parameter", "add_generation_prompt")
 
 
 def parse_schema(schema: dict | str, param: str) -> dict:

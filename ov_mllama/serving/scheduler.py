@@ -122,7 +122,8 @@ class Scheduler:
     def _prompt(self, request: GenerationRequest) -> str:
         """Return a request's messages in the chat template."""
         try:
-            return prompt_text(self.model, self.processor, request.messages, 1)
+            prefill = self.processor.tokenizer(request.prefill, add_special_tokens=False)["input_ids"]
+            return prompt_text(self.model, self.processor, request.messages, 1 + len(prefill)) + request.prefill
         except TemplateError as error:
             raise ApiError(400, str(error), "invalid_value", "messages") from error
         except InputError as error:
@@ -230,7 +231,7 @@ class Scheduler:
         for pending in batch:
             inputs = self._inputs(pending)
             if inputs and (len(batch) == 1 or encode_images(self.model, pending, inputs)):
-                pending.sequence.start(started_s, inputs["input_ids"].shape[1], context)
+                pending.sequence.start(started_s, inputs["input_ids"][0].tolist(), context)
                 sequences.append(pending.sequence)
                 prompts.append(inputs)
         if not prompts:

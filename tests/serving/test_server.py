@@ -199,11 +199,11 @@ def test_models_and_health(client, server):
         ([{"role": "user", "content": 5}], {}, "messages[0].content"),
         (user(text("?")), {"seed": 2**64}, "seed"),
         ([{"role": "assistant", "content": [picture(SAMPLES[0])]}], {}, "messages[0].content[0]"),
-        (user(text("?")), {"n": 2}, "n"),
+        (user(text("?")), {"n": 9}, "n"),
         (user(text("?")), {"stop": ["a"] * 17}, "stop"),
         (user(text("?")), {"temperature": 3}, "temperature"),
         (user(text("?")), {"max_tokens": -2}, "max_tokens"),
-        (user(text("?")), {"logprobs": True}, "logprobs"),
+        (user(text("?")), {"top_logprobs": 3}, "top_logprobs"),
         (user(text("word " * 5000)), {}, "messages"),
         (
             user(text("?")),
