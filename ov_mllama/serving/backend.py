@@ -75,7 +75,7 @@ class Backend:
         return await self.scheduler.submit(await self._convert(request, reservation), reservation)
 
     async def submit_choices(self, request: ChatCompletionRequest, reservation: Reservation) -> list[PendingRequest]:
-        """Append a request to the queue as often as it has choices (`n`), with seeds one after the other.
+        """Append a request to the queue once for each of its prompts and choices (`n`), with seeds one after the other.
 
         Raises:
             ApiError: as `submit`, or if the queue does not hold all.
@@ -83,9 +83,9 @@ class Backend:
         generation = await self._convert(request, reservation)
         pendings: list[PendingRequest] = []
         try:
-            for i in range(request.n or 1):
+            for i, prompt in enumerate(prompt for prompt in request.prompts for _ in range(request.n or 1)):
                 seed = None if generation.seed is None else generation.seed + i
-                choice = dataclasses.replace(generation, seed=seed)
+                choice = dataclasses.replace(generation, seed=seed, raw_prompt=prompt)
                 pendings.append(await self.scheduler.submit(choice, None if i else reservation))
         except BaseException:
             for pending in pendings:

@@ -33,6 +33,7 @@ class GenerationRequest:
         logprobs: number of most probable tokens of which log probabilities are returned; None for none at all.
         stop: strings before which the answer ends.
         stop_token_ids: tokens after which it ends, beside the model's.
+        raw_prompt: text to continue without the chat template, in place of messages.
         prefill: beginning of the answer, which the model continues.
         schema: JSON schema that the answer must match; None for free text.
     """
@@ -53,6 +54,7 @@ class GenerationRequest:
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    raw_prompt: str | None = None
     prefill: str = ""
     schema: dict | None = None
 
@@ -121,7 +123,7 @@ class RequestParser:
     def _convert(self, request: ChatCompletionRequest) -> GenerationRequest:
         messages, request.messages = request.messages, []
         request.check_supported()
-        self._check_length(messages)
+        self._check_length([*messages, *({"content": prompt} for prompt in request.prompts if prompt)])
         images: list[ImageFile] = []
         converted = [convert_message(message, f"messages[{i}]", images) for i, message in enumerate(messages)]
         prefill = take_prefill(converted) if request.continue_final_message else ""

@@ -162,6 +162,11 @@ class ChatCompletionRequest(BaseModel):
     add_generation_prompt: bool | None = None
 
     @property
+    def prompts(self) -> list[str | None]:
+        """Texts that are continued without the chat template; [None] for `messages`."""
+        return [None]
+
+    @property
     def token_limit(self) -> int | None:
         """Maximum number of new tokens; None if the request sets none."""
         limits = (self.max_completion_tokens, self.max_tokens)
@@ -278,6 +283,31 @@ class ChatCompletionRequest(BaseModel):
         if self.add_generation_prompt is False and not self.continue_final_message:
             message = "add_generation_prompt: false needs continue_final_message: true."
             raise ApiError(400, message, "unsupported_parameter", "add_generation_prompt")
+
+
+class CompletionRequest(ChatCompletionRequest):
+    """Body of POST /v1/completions, with the parameters of a chat completion.
+
+    Attributes:
+        prompt: text to continue, or several.
+    """
+
+    messages: list[dict[str, Any]] = Field(default_factory=list, max_length=0)
+    prompt: str | list[str]
+
+    @property
+    def prompts(self) -> list[str | None]:
+        return [self.prompt] if isinstance(self.prompt, str) else [*self.prompt]
+
+    def check_supported(self) -> None:
+        super().check_supported()
+        if not 0 < len(self.prompts) * (self.n or 1) <= MAX_CHOICES:
+            message = f"A request has 1 to {MAX_CHOICES} prompts and choices in all."
+            raise ApiError(400, message, "invalid_value", "prompt")
+        for name in ("logprobs", "suffix", "continue_final_message"):
+            if getattr(self, name, None):
+                message = f"{name} is not supported by /v1/completions: leave it out."
+                raise ApiError(400, message, "unsupported_parameter", name)
 
 
 def parse_schema(schema: dict | str, param: str) -> dict:
