@@ -1,7 +1,7 @@
 """OpenAI-compatible server, which also speaks Ollama's API.
 
-POST /v1/chat/completions (text and images, streamed or not, JSON schemas), GET /v1/models, GET /health; Ollama's
-POST /api/chat and /api/generate with their neighbours; and with --chat the chat page. By default it listens on this
+POST /v1/chat/completions (text and images, streamed or not, JSON schemas), /v1/responses and /v1/completions, GET
+/v1/models, /health; Ollama's POST /api/chat and /api/generate with their neighbours; and with --chat the chat page. By default it listens on this
 machine only and fetches no image URLs. Requests that wait together run as one batch.
 """
 

@@ -1,4 +1,4 @@
-"""OpenAI's API: models, chat completions and text completions."""
+"""OpenAI's API: models, chat completions, text completions and responses."""
 
 import time
 from typing import Any
@@ -11,7 +11,8 @@ from starlette.responses import Response
 from ov_mllama.serving.backend import Backend
 from ov_mllama.serving.openai_formats import ChatFormat, TextFormat
 from ov_mllama.serving.parsing import check_model_name
-from ov_mllama.serving.protocol import ChatCompletionRequest, CompletionRequest
+from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, CompletionRequest
+from ov_mllama.serving.responses import ResponseFormat, ResponsesRequest, renamed
 from ov_mllama.serving.streaming import stream_response
 
 
@@ -34,6 +35,7 @@ class OpenAiApi:
         router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET", "HEAD"])
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         router.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        router.add_api_route("/v1/responses", self.respond, methods=["POST"])
         app.include_router(router)
 
     async def models(self, http: HttpRequest) -> dict[str, Any]:
@@ -58,6 +60,16 @@ class OpenAiApi:
             pendings = await self.backend.submit_choices(request, reservation)
         form = form_type(pendings, request)
         return await stream_response(pendings, form, http) if request.stream else await form.full_response(http)
+
+    async def respond(self, http: HttpRequest) -> Response:
+        async with self.backend.receive(http, ResponsesRequest) as (request, reservation):
+            model = self._served(request.model)
+            try:
+                pending = await self.backend.submit(request.chat_completion(), reservation)
+            except ApiError as error:
+                raise renamed(error) from None
+        form = ResponseFormat(pending, request, model)
+        return await stream_response([pending], form, http) if request.stream else await form.full_response(http)
 
     def _served(self, name: str | None) -> str:
         """Return the name that a request gives the model.

@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 OPENAI_PATHS = ("chat/completions", "completions", "responses", "models")  # below /v1/
 API_PATH = re.compile(r"/(v1|api)/.+|/(health|metrics)")
 WITHOUT_V1 = re.compile(rf"/({'|'.join(OPENAI_PATHS)})|/models/.+")
-ENDPOINTS = "POST /v1/chat/completions, GET /v1/models and, for Ollama's clients, POST /api/chat"
+ENDPOINTS = "POST /v1/chat/completions, /v1/responses, /v1/completions, GET /v1/models, POST /api/chat (Ollama's)"
 # Pattern of paths of other APIs -> what to do instead
 HINTS = {
     r".*/messages(/.*)?": "Anthropic's API is not spoken here, use POST /v1/chat/completions",

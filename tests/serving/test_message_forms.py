@@ -152,6 +152,14 @@ def test_value_that_means_none_is_taken(client, server, options):
     assert (choice["message"]["content"], choice["finish_reason"]) == (SELF, "stop")
 
 
+def test_top_p_of_zero_is_greedy(client):
+    asked = user(text("Which?"))
+    greedy = complete(client, asked, max_tokens=12).choices[0].message.content
+    for seed in range(3):
+        sampled = complete(client, asked, max_tokens=12, temperature=2, top_p=0, seed=seed)
+        assert sampled.choices[0].message.content == greedy
+
+
 def test_negative_seed_is_none(client, server):
     asked = {**ASKED, "messages": user(text("Which?")), "temperature": 2, "max_tokens": 20, "seed": -1}
     answers = {post(server, asked).json()["choices"][0]["message"]["content"] for _ in range(6)}
