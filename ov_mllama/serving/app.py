@@ -1,8 +1,9 @@
 """OpenAI-compatible server, which also speaks Ollama's API.
 
-POST /v1/chat/completions (text and images, streamed or not, JSON schemas), /v1/responses and /v1/completions, GET
-/v1/models, /health; Ollama's POST /api/chat and /api/generate with their neighbours; and with --chat the chat page. By default it listens on this
-machine only and fetches no image URLs. Requests that wait together run as one batch.
+POST /v1/chat/completions, /v1/responses and /v1/completions (text and images, streamed or not, JSON schemas), GET
+/v1/models, /health and /metrics; Ollama's POST /api/chat and /api/generate with their neighbours; and with --chat the
+chat page. By default it listens on this machine only and fetches no image URLs. Requests that wait together run as one
+batch.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -37,6 +38,7 @@ from ov_mllama.serving.guards import (
     warnings_for,
 )
 from ov_mllama.serving.loading import Gate, bind_socket, serve_in_thread, wait_for
+from ov_mllama.serving.metrics import CONTENT_TYPE, CountResponses, Metrics
 from ov_mllama.serving.ollama import PORT as OLLAMA_PORT
 from ov_mllama.serving.ollama import OllamaApi
 from ov_mllama.serving.openai_api import OpenAiApi
@@ -86,22 +88,27 @@ def create_app(
         await asyncio.to_thread(scheduler.close)  # a process that exits within an inference is aborted
 
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
-    add_middleware(app, cors_origins, trusted_hosts)
     text = scheduler.model.config.text_config
     parser = RequestParser(text.max_position_embeddings, max_tokens, allow_image_urls, text.vocab_size)
     backend = Backend(scheduler, parser, key, max_bytes)
     OpenAiApi(backend, model_name, any_model).add_to(app)
     OllamaApi(backend, model_name, any_model).add_to(app, greet=ollama)
+    add_middleware(app, cors_origins, trusted_hosts, backend.metrics)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def get_health() -> JSONResponse:
         alive = scheduler.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
+    async def get_metrics(http: HttpRequest) -> PlainTextResponse:
+        backend.authorize(http)
+        return PlainTextResponse(backend.metrics.text(scheduler), media_type=CONTENT_TYPE)
+
     return app
 
 
-def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Sequence[str]) -> None:
+def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Sequence[str], metrics: Metrics) -> None:
     """Add checks before the endpoints, and the APIs' formats of errors, unknown paths included."""
 
     @app.exception_handler(ApiError)
@@ -119,6 +126,7 @@ def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Seq
     app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrustedHosts, names=trusted_hosts)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(CountResponses, metrics=metrics)
     app.add_middleware(CanonicalPaths)
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from starlette.requests import Request as HttpRequest
 
 from ov_mllama.serving.guards import check_key
+from ov_mllama.serving.metrics import Metrics
 from ov_mllama.serving.parsing import Body, GenerationRequest, RequestParser, check_content_type, read_body
 from ov_mllama.serving.protocol import ChatCompletionRequest
 from ov_mllama.serving.scheduler import Scheduler
@@ -25,7 +26,7 @@ class Backend:
     """
 
     def __init__(self, scheduler: Scheduler, parser: RequestParser, key: str | None, max_bytes: int):
-        self.scheduler, self.parser, self.key = scheduler, parser, key
+        self.scheduler, self.parser, self.key, self.metrics = scheduler, parser, key, Metrics()
         self.max_bytes = min(max_bytes, scheduler.queue_bytes)
 
     def authorize(self, http: HttpRequest) -> None:
@@ -72,7 +73,9 @@ class Backend:
         Raises:
             ApiError: if it is invalid, unsupported or too long.
         """
-        return await self.scheduler.submit(await self._convert(request, reservation), reservation)
+        pending = await self.scheduler.submit(await self._convert(request, reservation), reservation)
+        self.metrics.watch(pending)
+        return pending
 
     async def submit_choices(self, request: ChatCompletionRequest, reservation: Reservation) -> list[PendingRequest]:
         """Append a request to the queue once for each of its prompts and choices (`n`), with seeds one after the other.
@@ -87,6 +90,7 @@ class Backend:
                 seed = None if generation.seed is None else generation.seed + i
                 choice = dataclasses.replace(generation, seed=seed, raw_prompt=prompt)
                 pendings.append(await self.scheduler.submit(choice, None if i else reservation))
+                self.metrics.watch(pendings[-1])
         except BaseException:
             for pending in pendings:
                 pending.sequence.cancelled.set()

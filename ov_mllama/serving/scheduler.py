@@ -57,6 +57,14 @@ class Scheduler:
 
     # ---- The queue ----
 
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """Number of requests that wait and that run, and bytes that they hold."""
+        with self._changed:
+            waiting = sum(reservation.waiting for reservation in self._reservations)
+            nbytes = sum(reservation.nbytes for reservation in self._reservations)
+            return waiting, len(self._reservations) - waiting, nbytes
+
     def reserve(self) -> Reservation:
         """Reserve a place in the queue, for `submit` or `release`.
 

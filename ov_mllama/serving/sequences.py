@@ -144,6 +144,7 @@ class PendingRequest:
         sequence: the answer.
         exclusive: whether it must run without others, because a batch with it failed.
         finished: whether there will be no more chunks.
+        on_finish: called once there will be no more, in any thread.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class PendingRequest:
         self.sequence = Sequence(request, self._put_chunk, matcher, tokenizer)
         self.reservation, self.image_tiles = reservation, image_tiles
         self.exclusive = self.finished = False
+        self.on_finish: Callable[[], None] = lambda: None
         self.error: Exception | None = None
 
     def _put_chunk(self, chunk: str | None) -> None:
@@ -174,6 +176,7 @@ class PendingRequest:
             self.finished, self.request.images = True, []
             self.error = self.sequence.error or (error if self.sequence.finish_reason is None else None)
             self._put_chunk(None)
+            self.on_finish()
 
     async def chunks(self) -> AsyncGenerator[str]:
         """Yield the answer's text. Closing the generator cancels the request.

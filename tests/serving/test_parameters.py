@@ -98,12 +98,14 @@ def test_log_probabilities_are_those_of_the_answers_tokens(client, processor):
     assert complete(client, SAY, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
 
 
-def test_log_probabilities_do_not_depend_on_sampling(client):
+def test_log_probabilities_do_not_depend_on_sampling(client, processor):
     plain = complete(client, SAY, logprobs=True, max_tokens=1).choices[0].logprobs.content[0]
-    other = complete(
-        client, SAY, logprobs=True, top_logprobs=1, max_tokens=1, temperature=2, presence_penalty=2, seed=3
-    )
-    assert other.choices[0].logprobs.content[0].top_logprobs[0].logprob == pytest.approx(plain.logprob, abs=1e-5)
+    [first] = processor.tokenizer(plain.token, add_special_tokens=False)["input_ids"]
+    options = dict(logprobs=True, top_logprobs=1, max_tokens=1, temperature=2, logit_bias={str(first): -100})
+    other = complete(client, SAY, **options).choices[0].logprobs.content[0]
+    assert other.token != plain.token
+    assert other.top_logprobs[0].token == plain.token
+    assert other.top_logprobs[0].logprob == pytest.approx(plain.logprob, abs=1e-5)
 
 
 def test_streamed_log_probabilities_are_complete(client):
