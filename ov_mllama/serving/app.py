@@ -1,30 +1,23 @@
 """OpenAI-compatible server, which also speaks Ollama's API.
 
-POST /v1/chat/completions (text and images, streamed or not, JSON schemas), GET /v1/models, GET /health; Ollama's
-POST /api/chat and /api/generate with their neighbours; and with --chat the chat page. By default it listens on this
-machine only and fetches no image URLs. Requests that wait together run as one batch.
+POST /v1/chat/completions, /v1/responses and /v1/completions (text and images, streamed or not, JSON schemas), GET
+/v1/models, /health and /metrics; Ollama's POST /api/chat and /api/generate with their neighbours; and with --chat the
+chat page. By default it listens on this machine only and fetches no image URLs. Requests that wait together run as one
+batch.
 """
 
 import argparse
 import asyncio
 import contextlib
-import json
 import logging
-import secrets
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse
-from openai.types import CompletionUsage, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
-from openai.types.chat.chat_completion import Choice
-from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -45,13 +38,14 @@ from ov_mllama.serving.guards import (
     warnings_for,
 )
 from ov_mllama.serving.loading import Gate, bind_socket, serve_in_thread, wait_for
+from ov_mllama.serving.metrics import CONTENT_TYPE, CountResponses, Metrics
 from ov_mllama.serving.ollama import PORT as OLLAMA_PORT
 from ov_mllama.serving.ollama import OllamaApi
-from ov_mllama.serving.parsing import RequestParser, check_model_name
-from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest
+from ov_mllama.serving.openai_api import OpenAiApi
+from ov_mllama.serving.parsing import RequestParser
+from ov_mllama.serving.paths import CanonicalPaths, hint
+from ov_mllama.serving.protocol import ApiError
 from ov_mllama.serving.scheduler import IMAGE_CACHE_BYTES, Scheduler
-from ov_mllama.serving.sequences import PendingRequest
-from ov_mllama.serving.streaming import complete_text, finish_reason_of, stream_response
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +64,8 @@ def create_app(
     max_bytes: int = MAX_BODY_BYTES,
     trusted_hosts: Sequence[str] = (),
     ollama: bool = False,
+    any_model: bool = False,
+    max_tokens: int | None = None,
 ) -> FastAPI:
     """Return the server's app.
 
@@ -82,6 +78,8 @@ def create_app(
         max_bytes: of a request's body.
         trusted_hosts: host names of the server besides localhost and IP addresses; "*" for any.
         ollama: answer "Ollama is running" at /, which some of Ollama's clients request first.
+        any_model: answer requests for a model of any name.
+        max_tokens: token limit of answers whose requests set none; None for what the context leaves.
     """
 
     @contextlib.asynccontextmanager
@@ -90,41 +88,27 @@ def create_app(
         await asyncio.to_thread(scheduler.close)  # a process that exits within an inference is aborted
 
     app = FastAPI(title="Llama 3.2 Vision on OpenVINO", docs_url=None, redoc_url=None, lifespan=lifespan)
-    add_middleware(app, cors_origins, trusted_hosts)
-    context_length = scheduler.model.config.text_config.max_position_embeddings
-    backend = Backend(scheduler, RequestParser(context_length, allow_image_urls=allow_image_urls), key, max_bytes)
-    model = Model(id=model_name, created=int(time.time()), object="model", owned_by="local")
-    OllamaApi(backend, model_name).add_to(app, greet=ollama)
+    text = scheduler.model.config.text_config
+    parser = RequestParser(text.max_position_embeddings, max_tokens, allow_image_urls, text.vocab_size)
+    backend = Backend(scheduler, parser, key, max_bytes)
+    OpenAiApi(backend, model_name, any_model).add_to(app)
+    OllamaApi(backend, model_name, any_model).add_to(app, greet=ollama)
+    add_middleware(app, cors_origins, trusted_hosts, backend.metrics)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def get_health() -> JSONResponse:
         alive = scheduler.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
-    @app.get("/v1/models")
-    async def get_models(http: HttpRequest) -> dict:
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
+    async def get_metrics(http: HttpRequest) -> PlainTextResponse:
         backend.authorize(http)
-        return {"object": "list", "data": [model.model_dump()]}
-
-    @app.get("/v1/models/{name:path}")
-    async def get_model(name: str, http: HttpRequest) -> dict:
-        backend.authorize(http)
-        check_model_name(name, model_name)
-        return model.model_dump()
-
-    @app.post("/v1/chat/completions")
-    async def create_completion(http: HttpRequest):
-        async with backend.receive(http, ChatCompletionRequest) as (request, reservation):
-            check_model_name(request.model, model_name)
-            pending = await backend.submit(request, reservation)
-        if request.stream:
-            return await stream_response(pending, EventStream(pending, request), http)
-        return await full_response(pending, request, http)
+        return PlainTextResponse(backend.metrics.text(scheduler), media_type=CONTENT_TYPE)
 
     return app
 
 
-def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Sequence[str]) -> None:
+def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Sequence[str], metrics: Metrics) -> None:
     """Add checks before the endpoints, and the APIs' formats of errors, unknown paths included."""
 
     @app.exception_handler(ApiError)
@@ -133,7 +117,8 @@ def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Seq
 
     @app.exception_handler(HTTPException)
     async def on_http_error(http: HttpRequest, error: HTTPException) -> JSONResponse:
-        message = f"{http.method} {http.url.path}: {error.detail}."
+        allowed = (error.headers or {}).get("Allow")
+        message = hint(http.method, http.scope["path"], error.status_code, allowed)
         return error_response(ApiError(error.status_code, message, headers=error.headers), http.scope)
 
     # a request meets the last first
@@ -141,68 +126,8 @@ def add_middleware(app: FastAPI, cors_origins: Sequence[str], trusted_hosts: Seq
     app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrustedHosts, names=trusted_hosts)
     app.add_middleware(SecurityHeaders)
-
-
-def usage_of(pending: PendingRequest) -> CompletionUsage:
-    """Return the token counts of an answer."""
-    prompt, answer = pending.sequence.num_prompt_tokens, pending.sequence.num_tokens
-    return CompletionUsage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
-
-
-async def full_response(pending: PendingRequest, request: ChatCompletionRequest, http: HttpRequest) -> JSONResponse:
-    """Return the complete answer."""
-    message = ChatCompletionMessage(role="assistant", content=await complete_text(pending, http))
-    choice = Choice(index=0, finish_reason=finish_reason_of(pending), message=message, logprobs=None)
-    completion = ChatCompletion(
-        id=f"chatcmpl-{secrets.token_hex(12)}",
-        object="chat.completion",
-        created=int(time.time()),
-        model=request.model,
-        choices=[choice],
-        usage=usage_of(pending),
-    )
-    return JSONResponse(completion.model_dump(exclude_unset=True))
-
-
-class EventStream:
-    """Format of a stream of OpenAI's API: server-sent events."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, pending: PendingRequest, request: ChatCompletionRequest):
-        self._pending, self._request = pending, request
-        self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-
-    def _event(self, choices: list[ChunkChoice], usage: CompletionUsage | None = None) -> str:
-        chunk = ChatCompletionChunk(
-            id=self._id,
-            object="chat.completion.chunk",
-            created=self._created,
-            model=self._request.model,
-            choices=choices,
-            usage=usage,
-        )
-        return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
-
-    def _delta(self, finish_reason=None, **fields) -> str:
-        return self._event([ChunkChoice(index=0, delta=ChoiceDelta(**fields), finish_reason=finish_reason)])
-
-    def begin(self) -> str:
-        return self._delta(role="assistant", content="")
-
-    def waiting(self) -> str:
-        return ": waiting\n\n"  # a comment
-
-    def chunk(self, text: str) -> str:
-        return self._delta(content=text)
-
-    def end(self) -> str:
-        options = self._request.stream_options
-        usage = self._event([], usage_of(self._pending)) if options and options.include_usage else ""
-        return f"{self._delta(finish_reason_of(self._pending))}{usage}data: [DONE]\n\n"
-
-    def error(self, error: ApiError) -> str:
-        return f"data: {json.dumps(error.body)}\n\n"
+    app.add_middleware(CountResponses, metrics=metrics)
+    app.add_middleware(CanonicalPaths)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -237,6 +162,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     model.add_argument("--image-encoder", help="its .xml; default likewise")
     model.add_argument("--device", default="CPU", help="OpenVINO device; default: CPU")
     model.add_argument("--name", help="name by which clients request the model; default: the folder's")
+    model.add_argument(
+        "--max-tokens", type=positive, help="of answers whose request sets no limit; default: what the context leaves"
+    )
+    model.add_argument("--any-model", action="store_true", help="answer requests for a model of any name")
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1")
     access.add_argument("--port", type=int, help=f"default: {PORT}, with --ollama {OLLAMA_PORT}")
@@ -290,6 +219,8 @@ def load_app(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str
         options.cors_origins,
         trusted_hosts=hosts,
         ollama=options.ollama,
+        any_model=options.any_model,
+        max_tokens=options.max_tokens,
     )
     if options.chat:
         app = mount_chat(app, model, processor, options.model_dir or options.checkpoint, key)

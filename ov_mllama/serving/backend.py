@@ -1,12 +1,14 @@
 """The model behind the endpoints of both APIs: access to it, and the way of a request into its queue."""
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 
 from starlette.requests import Request as HttpRequest
 
 from ov_mllama.serving.guards import check_key
-from ov_mllama.serving.parsing import Body, RequestParser, check_content_type, read_body
+from ov_mllama.serving.metrics import Metrics
+from ov_mllama.serving.parsing import Body, GenerationRequest, RequestParser, check_content_type, read_body
 from ov_mllama.serving.protocol import ChatCompletionRequest
 from ov_mllama.serving.scheduler import Scheduler
 from ov_mllama.serving.sequences import PendingRequest, Reservation
@@ -24,7 +26,7 @@ class Backend:
     """
 
     def __init__(self, scheduler: Scheduler, parser: RequestParser, key: str | None, max_bytes: int):
-        self.scheduler, self.parser, self.key = scheduler, parser, key
+        self.scheduler, self.parser, self.key, self.metrics = scheduler, parser, key, Metrics()
         self.max_bytes = min(max_bytes, scheduler.queue_bytes)
 
     def authorize(self, http: HttpRequest) -> None:
@@ -63,20 +65,38 @@ class Backend:
         check_content_type(http)
         return await self.parser.validate(await read_body(http, MAX_SHORT_BODY_BYTES, lambda nbytes: None), body_type)
 
-    async def submit(
-        self, request: ChatCompletionRequest, reservation: Reservation, fit_context: bool = False
-    ) -> PendingRequest:
+    async def submit(self, request: ChatCompletionRequest, reservation: Reservation) -> PendingRequest:
         """Append a request to the queue.
 
         Args:
             reservation: from `receive`.
-            fit_context: see `GenerationRequest`.
         Raises:
             ApiError: if it is invalid, unsupported or too long.
         """
+        pending = await self.scheduler.submit(await self._convert(request, reservation), reservation)
+        self.metrics.watch(pending)
+        return pending
+
+    async def submit_choices(self, request: ChatCompletionRequest, reservation: Reservation) -> list[PendingRequest]:
+        """Append a request to the queue once for each of its prompts and choices (`n`), with seeds one after the other.
+
+        Raises:
+            ApiError: as `submit`, or if the queue does not hold all.
+        """
+        generation = await self._convert(request, reservation)
+        pendings: list[PendingRequest] = []
+        try:
+            for i, prompt in enumerate(prompt for prompt in request.prompts for _ in range(request.n or 1)):
+                seed = None if generation.seed is None else generation.seed + i
+                choice = dataclasses.replace(generation, seed=seed, raw_prompt=prompt)
+                pendings.append(await self.scheduler.submit(choice, None if i else reservation))
+                self.metrics.watch(pendings[-1])
+        except BaseException:
+            for pending in pendings:
+                pending.sequence.cancelled.set()
+            raise
+        return pendings
+
+    async def _convert(self, request: ChatCompletionRequest, reservation: Reservation) -> GenerationRequest:
         size = reservation.nbytes
-        generation = await self.parser.convert(
-            request, lambda fetched: self.scheduler.resize(reservation, size + fetched)
-        )
-        generation.fit_context = fit_context
-        return await self.scheduler.submit(generation, reservation)
+        return await self.parser.convert(request, lambda fetched: self.scheduler.resize(reservation, size + fetched))

@@ -10,6 +10,7 @@ import httpx
 from ov_mllama.runtime.errors import ImageError
 from ov_mllama.runtime.images import fetch
 from ov_mllama.serving.images import MAX_REQUEST_IMAGES
+from ov_mllama.serving.messages import is_image, is_web_url, normalize_image
 from ov_mllama.serving.protocol import ApiError
 
 FETCH_TIMEOUT_S = 60.0  # for all images of a request, which occupies the queue meanwhile
@@ -99,11 +100,7 @@ def image_urls(messages: list[dict]) -> Iterator[tuple[dict, str]]:
     for i, message in enumerate(messages):
         parts = message.get("content") if message.get("role") == "user" else None
         for j, part in enumerate(parts if isinstance(parts, list) else []):
-            if not isinstance(part, dict) or part.get("type") != "image_url":
-                continue
-            if isinstance(part.get("image_url"), str):
-                part["image_url"] = {"url": part["image_url"]}
-            image = part.get("image_url")
-            url = image.get("url") if isinstance(image, dict) else None
-            if isinstance(image, dict) and isinstance(url, str) and url.startswith(("http://", "https://")):
-                yield image, f"messages[{i}].content[{j}].image_url"
+            if is_image(part):
+                image, param = normalize_image(part, f"messages[{i}].content[{j}]")
+                if is_web_url(image["url"]):
+                    yield image, param

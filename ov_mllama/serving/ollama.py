@@ -17,7 +17,7 @@ from ov_mllama.serving.backend import Backend
 from ov_mllama.serving.ollama_protocol import DEFAULTS, ChatBody, GenerateBody, GenerationBody, NameBody
 from ov_mllama.serving.protocol import ApiError
 from ov_mllama.serving.sequences import PendingRequest
-from ov_mllama.serving.streaming import complete_text, finish_reason_of, stream_response
+from ov_mllama.serving.streaming import complete_texts, finish_reason_of, stream_response
 
 PORT = 11434  # Ollama's
 VERSION = "0.24.0"  # the last release of Ollama that ran this model; some clients require a minimum
@@ -40,10 +40,11 @@ class OllamaApi:
 
     Args:
         model_name: name of the model that is served, which clients may also call `ALIAS`.
+        any_model: answer requests for a model of any name.
     """
 
-    def __init__(self, backend: Backend, model_name: str):
-        self.backend, self.model_name, self.started = backend, model_name, now()
+    def __init__(self, backend: Backend, model_name: str, any_model: bool = False):
+        self.backend, self.model_name, self.any_model, self.started = backend, model_name, any_model, now()
 
     def add_to(self, app: FastAPI, greet: bool) -> None:
         """Add the endpoints to an app.
@@ -80,6 +81,8 @@ class OllamaApi:
         Raises:
             ApiError: if it names another one.
         """
+        if self.any_model:
+            return
         if name.removesuffix(":latest") != self.model_name.removesuffix(":latest") and name.partition(":")[0] != ALIAS:
             raise ApiError(404, f"model '{name[:100]}' not found")  # as Ollama words it, which clients compare
 
@@ -103,11 +106,11 @@ class OllamaApi:
                 reason = "unload" if body.unloads else "load"
                 return JSONResponse({**head(body.model), **wrap(""), "done": True, "done_reason": reason})
             request = body.chat_completion(self.model_name)
-            pending = await self.backend.submit(request, reservation, fit_context=True)
+            pending = await self.backend.submit(request, reservation)
         lines = Lines(pending, body.model, wrap, received_s)
         if body.streams:
-            return await stream_response(pending, lines, http)
-        text = await complete_text(pending, http)
+            return await stream_response([pending], lines, http)
+        [text] = await complete_texts([pending], http)
         return JSONResponse(lines.last(text))
 
     # ---- The model ----
@@ -222,7 +225,7 @@ class Lines:
     def waiting(self) -> str:
         return self.chunk("")
 
-    def chunk(self, text: str) -> str:
+    def chunk(self, text: str, index: int = 0) -> str:
         return as_line({**head(self._model), **self._wrap(text), "done": False})
 
     def end(self) -> str:

@@ -10,6 +10,7 @@ from ov_mllama.serving.protocol import NEUTRAL, ApiError, ChatCompletionRequest,
 DEFAULTS = {"temperature": 0.6, "top_p": 0.9}  # of the file `params` in Ollama's llama3.2-vision
 TOP_K = 40  # Ollama's default for all models
 NUM_CTX = 4096  # tokens; Ollama's default
+REPEAT_LAST_N = 64  # likewise
 FILL_CONTEXT = -2  # value of num_predict
 NO_DURATION = re.compile(r"0+(\.0+)?\s*[a-zµ]*", re.IGNORECASE)
 # Fields that would change the answer and are not supported -> what to do instead
@@ -37,6 +38,7 @@ class Options(BaseModel):
     Attributes:
         seed: negative for none.
         num_predict: token limit; -2 for what the context leaves, -1 or 0 for that but at most `num_ctx`.
+        repeat_last_n: tokens that the penalties regard; -1 for `num_ctx`, 0 for no penalties.
         num_ctx: see `num_predict`; a prompt may be longer, as the model's whole context is always available.
     """
 
@@ -50,11 +52,18 @@ class Options(BaseModel):
     num_predict: int | None = Field(None, ge=FILL_CONTEXT, lt=2**31)
     num_ctx: int | None = Field(None, ge=0, lt=2**31)
     stop: str | list[str] | None = None
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repeat_last_n: int | None = Field(None, ge=-1, lt=2**31)
 
     def parameters(self) -> dict[str, Any]:
         """Return the equivalent parameters of OpenAI's API and its extensions."""
-        given = self.model_dump(include={*DEFAULTS, "top_k", "min_p"}, exclude_none=True)
-        given = {**DEFAULTS, "top_k": TOP_K, **given}
+        names = {*DEFAULTS, "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"}
+        given = self.model_dump(include={*names, "repeat_last_n"}, exclude_none=True)
+        given = {**DEFAULTS, "top_k": TOP_K, "repeat_last_n": REPEAT_LAST_N, **given}
+        if given["repeat_last_n"] == -1:
+            given["repeat_last_n"] = self.num_ctx or NUM_CTX
         if not given["top_p"]:  # the most probable token
             given |= {"temperature": 0, "top_p": 1}
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []

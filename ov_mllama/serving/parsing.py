@@ -1,26 +1,19 @@
 """An HTTP request -> its pydantic model -> `GenerationRequest`, in bounded time and memory."""
 
 import asyncio
-import base64
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
-from urllib.parse import unquote
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request as HttpRequest
 
-from ov_mllama.runtime.errors import ImageError
-from ov_mllama.runtime.images import DETAILS
-from ov_mllama.runtime.prompts import escape_special_tokens
 from ov_mllama.serving.image_urls import fetch_images
-from ov_mllama.serving.images import MAX_REQUEST_IMAGES, ImageFile
+from ov_mllama.serving.images import ImageFile
+from ov_mllama.serving.messages import convert_message
 from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, brief
 
-DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[^,;]+)*;base64,", re.ASCII | re.IGNORECASE)
-MAX_REQUEST_PIXELS = 100_000_000  # of all images: 0.3 GB while they are decoded
 MAX_CHARS_PER_TOKEN = 16  # far more than any language needs: longer text is rejected before it is tokenized
 BODY_TIMEOUT_S = 120.0  # for a body to arrive: the request occupies the queue meanwhile
 Body = TypeVar("Body", bound=BaseModel)
@@ -33,11 +26,16 @@ class GenerationRequest:
     Attributes:
         messages: for the chat template; their texts are escaped by `escape_special_tokens`.
         images: encoded, in the template's order.
-        max_new_tokens: token limit of the answer.
+        max_new_tokens: token limit of the answer, which may exceed what the model's context leaves.
         temperature, top_k, top_p, min_p, seed: sampling parameters; a temperature of 0 is greedy.
+        presence_penalty, frequency_penalty, repetition_penalty, logit_bias: see `sampling.adjust_logits`.
+        penalty_window: number of last tokens that the penalties regard; 0 for all.
+        logprobs: number of most probable tokens of which log probabilities are returned; None for none at all.
         stop: strings before which the answer ends.
+        stop_token_ids: tokens after which it ends, beside the model's.
+        raw_prompt: text to continue without the chat template, in place of messages.
+        prefill: beginning of the answer, which the model continues.
         schema: JSON schema that the answer must match; None for free text.
-        fit_context: shorten a token limit that exceeds the model's context, instead of rejecting the request.
     """
 
     messages: list[dict]
@@ -48,9 +46,17 @@ class GenerationRequest:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    penalty_window: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    raw_prompt: str | None = None
+    prefill: str = ""
     schema: dict | None = None
-    fit_context: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -63,12 +69,20 @@ class RequestParser:
 
     Args:
         context_length: the model's, in tokens; it bounds a request's text.
-        max_new_tokens: token limit of requests that set none.
+        max_new_tokens: token limit of requests that set none; None for what the context leaves.
         allow_image_urls: fetch images from public addresses.
+        vocab_size: the model's.
     """
 
-    def __init__(self, context_length: int, max_new_tokens: int = 512, allow_image_urls: bool = False):
-        self.max_new_tokens, self.allow_image_urls = max_new_tokens, allow_image_urls
+    def __init__(
+        self,
+        context_length: int,
+        max_new_tokens: int | None = None,
+        allow_image_urls: bool = False,
+        vocab_size: int = 2**31,
+    ):
+        self.vocab_size = vocab_size
+        self.max_new_tokens, self.allow_image_urls = max_new_tokens or context_length, allow_image_urls
         self.max_chars = MAX_CHARS_PER_TOKEN * context_length
         self._thread = ThreadPoolExecutor(1, "parsing")  # one at a time, or the peaks of memory add up
 
@@ -109,19 +123,27 @@ class RequestParser:
     def _convert(self, request: ChatCompletionRequest) -> GenerationRequest:
         messages, request.messages = request.messages, []
         request.check_supported()
-        self._check_length(messages)
+        self._check_length([*messages, *({"content": prompt} for prompt in request.prompts if prompt)])
         images: list[ImageFile] = []
+        converted = [convert_message(message, f"messages[{i}]", images) for i, message in enumerate(messages)]
+        prefill = take_prefill(converted) if request.continue_final_message else ""
+        greedy = request.top_p == 0  # the most probable token, as in OpenAI's API
         return GenerationRequest(
-            [convert_message(message, f"messages[{i}]", images) for i, message in enumerate(messages)],
+            converted,
             images,
             request.token_limit or self.max_new_tokens,
-            temperature=request.temperature or 0.0,
+            temperature=0.0 if greedy else request.temperature or 0.0,
             top_k=request.top_k or 0,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            top_p=request.top_p or 1.0,
             min_p=request.min_p or 0.0,
-            seed=request.seed,
+            seed=None if request.seed == -1 else request.seed,
+            **request.penalties,
+            logit_bias=request.biases(self.vocab_size),
+            logprobs=request.num_logprobs,
             stop=request.stops,
+            stop_token_ids=tuple(request.stop_token_ids or ()),
             schema=request.schema_of_answer,
+            prefill=prefill,
         )
 
     def _too_long(self) -> ApiError:
@@ -136,92 +158,35 @@ class RequestParser:
             parts = content if isinstance(content, list) else [{"text": content}]
             length += MAX_CHARS_PER_TOKEN * (1 + len(parts))
             for part in parts:
-                texts = [part.get(kind) for kind in ("text", "refusal")] if isinstance(part, dict) else []
+                texts = [part.get("text"), part.get("refusal")] if isinstance(part, dict) else [part]
                 length += sum(len(text) for text in texts if isinstance(text, str))
             if length > self.max_chars:
                 raise self._too_long()
 
 
-def convert_message(message: dict, param: str, images: list[ImageFile]) -> dict:
-    """Return a message for the chat template, and append its images to `images`."""
-    role = message.get("role")
-    role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant"):
-        error = f"A role is system, user or assistant, not {brief(role)}."
-        raise ApiError(400, error, "invalid_value", f"{param}.role")
-    content = message.get("content") or ""
-    if not isinstance(content, str | list):
-        raise ApiError(400, "content must be a string or a list of parts.", "invalid_value", f"{param}.content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    converted = []
-    for i, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
-            converted.append({"type": "text", "text": escape_special_tokens(part[kind])})
-        elif kind == "image_url" and role == "user":
-            add_image(part, f"{param}.content[{i}].image_url", images)
-            converted.append({"type": "image"})
-        else:
-            error = f"A part is a text, or in a user's message an image_url, not {brief(kind)}."
-            raise ApiError(400, error, "invalid_value", f"{param}.content[{i}]")
-    return {"role": role, "content": converted}
-
-
-def add_image(part: dict, param: str, images: list[ImageFile]) -> None:
-    """Append a part's image to `images`.
+def take_prefill(messages: list[dict]) -> str:
+    """Remove the last message, an assistant's, and return its text.
 
     Raises:
-        ApiError: if it is invalid, or there are too many images or pixels.
+        ApiError: if it is not an assistant's.
     """
-    if len(images) == MAX_REQUEST_IMAGES:
-        raise ApiError(400, f"A request takes at most {MAX_REQUEST_IMAGES} images.", "too_large", param)
-    images.append(parse_image(part, param))
-    if sum(image.width * image.height for image in images) > MAX_REQUEST_PIXELS:
-        message = f"A request takes at most {MAX_REQUEST_PIXELS // 1_000_000} million pixels in all its images."
-        raise ApiError(400, message, "too_large", param)
+    if messages[-1]["role"] != "assistant":
+        error = "continue_final_message needs an assistant's message at the end."
+        raise ApiError(400, error, "invalid_value", "continue_final_message")
+    return "".join(part["text"] for part in messages.pop()["content"])
 
 
-def parse_image(part: dict, param: str) -> ImageFile:
-    """Return the image of a part, which it is moved out of."""
-    source = part.pop("image_url", None)
-    source = {"url": source} if isinstance(source, str | bytes) else source
-    url, detail = (source.get("url"), source.get("detail")) if isinstance(source, dict) else (None, None)
-    detail = "high" if detail in (None, "auto") else detail
-    if detail not in DETAILS:
-        message = f"detail is auto, {' or '.join(DETAILS)}, not {brief(detail)}."
-        raise ApiError(400, message, "invalid_image", param)
-    try:
-        return ImageFile.from_bytes(image_bytes(url, param), detail, param)
-    except ImageError as error:
-        raise ApiError(400, str(error), "invalid_image", param) from error
-
-
-def image_bytes(url, param: str) -> bytes:
-    """Return the bytes of a data URI; images of other URLs have been replaced by bytes (`image_urls.fetch_images`)."""
-    if isinstance(url, bytes):
-        return url
-    if not isinstance(url, str):
-        raise ApiError(400, "An image_url needs a url.", "invalid_value", param)
-    if match := DATA_URI.match(url):
-        encoded = "".join(unquote(url[match.end() :]).split())
-        try:
-            return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
-        except ValueError as error:  # also for characters beyond ASCII
-            raise ApiError(400, "The image is not valid base64.", "invalid_base64", param) from error
-    if not url.startswith(("http://", "https://")):
-        raise ApiError(400, "An image must be a data URI: data:image/...;base64,...", "invalid_image_url", param)
-    message = "This server does not fetch image URLs: send a data URI, data:image/...;base64,..."
-    raise ApiError(400, message, "invalid_image_url", param)
-
-
-def check_model_name(name: str, served: str) -> None:
-    """Check that a request is for the model that is served.
+def check_model_name(name: str | None, served: str) -> str:
+    """Return the name of the model that a request is for, which must be the one served.
 
     Raises:
-        ApiError: if it names another one.
+        ApiError: if it names another one, or none.
     """
+    if not name:
+        raise ApiError(400, f"model is missing: {served!r} is served.", "invalid_value", "model")
     if name != served:
         raise ApiError(404, f"The model {brief(name)} is not here, {served!r} is.", "model_not_found", "model")
+    return name
 
 
 def check_content_type(http: HttpRequest) -> None:

@@ -9,8 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 logger = logging.getLogger(__name__)
 
-MAX_STOPS, MAX_STOP_CHARS = 4, 200
+MAX_STOPS, MAX_STOP_CHARS = 16, 200
 MAX_SCHEMA_CHARS = 100_000
+MAX_CHOICES = 8  # `n`
+MAX_LOGPROBS = 20  # `top_logprobs`
+MAX_TOKEN_IDS = 1024  # in logit_bias and stop_token_ids
 # Parameters that would change the answer and are not supported -> values with which they change nothing, beside null
 # and empty ones
 NEUTRAL: dict[str, tuple] = {
@@ -19,22 +22,15 @@ NEUTRAL: dict[str, tuple] = {
     "tool_choice": ("none", "auto"),
     "functions": (),
     "function_call": ("none", "auto"),
-    "logit_bias": (),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "audio": (),
     "modalities": (["text"],),
     "web_search_options": (),
     # vLLM's, SGLang's and llama.cpp's
-    "add_generation_prompt": (True,),
     "allowed_token_ids": (),
     "bad_words": (),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": (),
-    "continue_final_message": (False,),
     "documents": (),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
@@ -60,13 +56,9 @@ NEUTRAL: dict[str, tuple] = {
     "n_probs": (0,),
     "prompt_logprobs": (0, False),
     "regex": (),
-    "repeat_penalty": (1,),
-    "repetition_penalty": (1,),
     "skip_special_tokens": (True,),
     "stop_regex": (),
-    "stop_token_ids": (),
     "structural_tag": (),
-    "structured_outputs": (),
     "tfs_z": (1,),
     "thinking_token_budget": (),
     "top_a": (0,),
@@ -118,14 +110,14 @@ def internal_error(error: BaseException) -> ApiError:
 class StreamOptions(BaseModel):
     """`stream_options` of a request."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class JsonSchema(BaseModel):
     """`json_schema` of a response format."""
 
-    name: str = ""
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class ResponseFormat(BaseModel):
@@ -141,39 +133,99 @@ class ChatCompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
+    model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=-1, lt=2**31)  # -1 and 0: none, as for many clients
+    max_completion_tokens: int | None = Field(None, ge=-1, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)  # this and min_p as in vLLM; 0 or -1: all tokens
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=0, le=MAX_CHOICES)  # 0: 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None  # a JSON schema, as in earlier versions of vLLM
+    structured_outputs: dict[str, Any] | None = None  # vLLM's present name: {"json": schema}
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)  # vLLM's name
+    repeat_penalty: float | None = Field(None, gt=0, le=10)  # llama.cpp's and Ollama's
+    repeat_last_n: int | None = Field(None, ge=-1, lt=2**31)  # tokens that penalties regard; -1: all, 0: no penalties
+    logit_bias: dict[int, float] | None = Field(None, max_length=MAX_TOKEN_IDS)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_TOKEN_IDS)
+    continue_final_message: bool | None = None  # this and add_generation_prompt as in vLLM
+    add_generation_prompt: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | None]:
+        """Texts that are continued without the chat template; [None] for `messages`."""
+        return [None]
 
     @property
     def token_limit(self) -> int | None:
         """Maximum number of new tokens; None if the request sets none."""
-        return self.max_completion_tokens or self.max_tokens
+        limits = (self.max_completion_tokens, self.max_tokens)
+        return next((limit for limit in limits if limit and limit > 0), None)
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings.
 
         Raises:
-            ApiError: if there are too many, or one is empty or too long.
+            ApiError: if there are too many, or one is too long.
         """
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-            message = f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters."
+        stops = list(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or []))
+        if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARS for stop in stops):
+            message = f"stop takes up to {MAX_STOPS} strings of at most {MAX_STOP_CHARS} characters."
             raise ApiError(400, message, "invalid_value", "stop")
         return tuple(stops)
+
+    @property
+    def penalties(self) -> dict[str, Any]:
+        """Penalties under their names in `GenerationRequest`.
+
+        Raises:
+            ApiError: if the same one is given twice.
+        """
+        if self.repeat_last_n == 0:
+            return {}
+        if None not in (self.repetition_penalty, self.repeat_penalty):
+            message = "Give repetition_penalty or repeat_penalty, not both."
+            raise ApiError(400, message, "invalid_value", "repeat_penalty")
+        return {
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "repetition_penalty": self.repetition_penalty or self.repeat_penalty or 1.0,
+            "penalty_window": max(0, self.repeat_last_n or 0),
+        }
+
+    def biases(self, vocab_size: int) -> dict[int, float]:
+        """Return `logit_bias`.
+
+        Raises:
+            ApiError: if a token or value is out of range.
+        """
+        biases = self.logit_bias or {}
+        if not all(0 <= token < vocab_size and -100 <= bias <= 100 for token, bias in biases.items()):
+            message = f"logit_bias maps tokens below {vocab_size} to values from -100 to 100."
+            raise ApiError(400, message, "invalid_value", "logit_bias")
+        return biases
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """`top_logprobs` of each token; None for no log probabilities.
+
+        Raises:
+            ApiError: if `top_logprobs` is given without `logprobs`.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true.", "invalid_value", "top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def schema_of_answer(self) -> dict | None:
@@ -183,13 +235,16 @@ class ChatCompletionRequest(BaseModel):
             ApiError: if it is missing, given twice, no JSON object or too long.
         """
         form = self.response_format
-        if self.guided_json is not None:
+        if vllm := self._vllm_schema():
+            schema, param = vllm
             if form is not None and form.type != "text":
-                raise ApiError(400, "Give response_format or guided_json, not both.", "invalid_value", "guided_json")
-            return parse_schema(self.guided_json, "guided_json")
+                raise ApiError(400, f"Give response_format or {param}, not both.", "invalid_value", param)
+            return parse_schema(schema, param)
         if form is None:
             return None
-        schema = form.json_schema.schema_ if form.json_schema else form.schema_
+        schema = form.schema_
+        if form.json_schema:
+            schema = {} if form.json_schema.schema_ is None else form.json_schema.schema_
         if form.type == "text":
             if schema:
                 message = "A schema needs a response_format of type json_schema or json_object."
@@ -200,6 +255,22 @@ class ChatCompletionRequest(BaseModel):
             raise ApiError(400, message, "invalid_value", param)
         return parse_schema({"type": "object"} if schema is None else schema, "response_format.json_schema")
 
+    def _vllm_schema(self) -> tuple[Any, str] | None:
+        """Return a schema of `guided_json` or `structured_outputs`, and the path of its field."""
+        given = {name: value for name, value in (self.structured_outputs or {}).items() if value not in (None, False)}
+        for name in given:
+            if name not in ("json", "json_object"):
+                message = f"structured_outputs.{name} is not supported: describe the answer as a schema in its json."
+                raise ApiError(400, message, "unsupported_parameter", "structured_outputs")
+        if len(given) + (self.guided_json is not None) > 1:
+            message = "Give one of guided_json, structured_outputs.json and structured_outputs.json_object."
+            raise ApiError(400, message, "invalid_value", "structured_outputs")
+        if "json_object" in given:
+            return {"type": "object"}, "structured_outputs"
+        if "json" in given:
+            return given["json"], "structured_outputs"
+        return None if self.guided_json is None else (self.guided_json, "guided_json")
+
     def check_supported(self) -> None:
         """Check that no parameter would change the answer without being supported.
 
@@ -209,8 +280,34 @@ class ChatCompletionRequest(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in NEUTRAL and value is not None and value not in ("", [], {}, *NEUTRAL[name]):
                 raise ApiError(400, f"{name} is not supported: leave it out.", "unsupported_parameter", name)
-        if (self.n or 1) != 1:
-            raise ApiError(400, "n must be 1: send several requests.", "unsupported_value", "n")
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            message = "add_generation_prompt: false needs continue_final_message: true."
+            raise ApiError(400, message, "unsupported_parameter", "add_generation_prompt")
+
+
+class CompletionRequest(ChatCompletionRequest):
+    """Body of POST /v1/completions, with the parameters of a chat completion.
+
+    Attributes:
+        prompt: text to continue, or several.
+    """
+
+    messages: list[dict[str, Any]] = Field(default_factory=list, max_length=0)
+    prompt: str | list[str]
+
+    @property
+    def prompts(self) -> list[str | None]:
+        return [self.prompt] if isinstance(self.prompt, str) else [*self.prompt]
+
+    def check_supported(self) -> None:
+        super().check_supported()
+        if not 0 < len(self.prompts) * (self.n or 1) <= MAX_CHOICES:
+            message = f"A request has 1 to {MAX_CHOICES} prompts and choices in all."
+            raise ApiError(400, message, "invalid_value", "prompt")
+        for name in ("logprobs", "suffix", "continue_final_message"):
+            if getattr(self, name, None):
+                message = f"{name} is not supported by /v1/completions: leave it out."
+                raise ApiError(400, message, "unsupported_parameter", name)
 
 
 def parse_schema(schema: dict | str, param: str) -> dict:

@@ -1,4 +1,4 @@
-"""The next token of a sequence: JSON schemas as grammars (llguidance), temperature, top_k, top_p and min_p."""
+"""The next token of a sequence: JSON schemas as grammars (llguidance), penalties, temperature, top_k, top_p, min_p."""
 
 import llguidance.hf
 import numpy as np
@@ -6,6 +6,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError
 
 MIN_TEMPERATURE = 1e-5  # lower ones are greedy: logits divided by them may be infinite
@@ -62,6 +63,29 @@ def mask_logits(logits: torch.Tensor, matcher: LLMatcher) -> torch.Tensor:
     bits = np.unpackbits(bitmask, bitorder="little")[: len(logits)]
     allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
     return logits.masked_fill(~allowed, -torch.inf)
+
+
+def adjust_logits(
+    logits: torch.Tensor, request: GenerationRequest, prompt: list[int], answer: list[int]
+) -> torch.Tensor:
+    """Return logits f32 [vocabulary] after a request's penalties and `logit_bias`.
+
+    Args:
+        prompt, answer: tokens so far, of which the last `penalty_window` count. The repetition penalty is for both, as
+            in vLLM; the others are for the answer, as in OpenAI's API.
+    """
+    logits, first = logits.clone(), -request.penalty_window
+    if request.repetition_penalty != 1:
+        seen = torch.tensor([*{*(prompt + answer)[first:]}], dtype=torch.long)
+        scores = logits[seen]
+        factor = request.repetition_penalty
+        logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
+    if request.presence_penalty or request.frequency_penalty:
+        tokens, counts = torch.tensor(answer[first:], dtype=torch.long).unique(return_counts=True)
+        logits[tokens] -= request.presence_penalty + request.frequency_penalty * counts
+    for token, bias in request.logit_bias.items():
+        logits[token] += bias
+    return logits
 
 
 def sample(

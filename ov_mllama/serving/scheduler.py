@@ -57,6 +57,14 @@ class Scheduler:
 
     # ---- The queue ----
 
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """Number of requests that wait and that run, and bytes that they hold."""
+        with self._changed:
+            waiting = sum(reservation.waiting for reservation in self._reservations)
+            nbytes = sum(reservation.nbytes for reservation in self._reservations)
+            return waiting, len(self._reservations) - waiting, nbytes
+
     def reserve(self) -> Reservation:
         """Reserve a place in the queue, for `submit` or `release`.
 
@@ -120,14 +128,32 @@ class Scheduler:
             raise
 
     def _prompt(self, request: GenerationRequest) -> str:
-        """Return a request's messages in the chat template."""
+        """Return a request's messages in the chat template, or its text."""
+        if request.raw_prompt is not None:
+            return self._raw_prompt(request.raw_prompt)
         try:
-            shortest = 1 if request.fit_context else request.max_new_tokens
-            return prompt_text(self.model, self.processor, request.messages, shortest)
+            prefill = self.processor.tokenizer(request.prefill, add_special_tokens=False)["input_ids"]
+            return prompt_text(self.model, self.processor, request.messages, 1 + len(prefill)) + request.prefill
         except TemplateError as error:
             raise ApiError(400, str(error), "invalid_value", "messages") from error
         except InputError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
+
+    def _raw_prompt(self, text: str) -> str:
+        """Return a text to continue, with the token that every prompt begins with. Other special tokens may be in it,
+        but no image, as there is none."""
+        tokenizer, image = self.processor.tokenizer, self.processor.image_token
+        begin = tokenizer.bos_token or ""
+        text = begin + text.removeprefix(begin).replace(image, image.replace("|", "\u200b|", 1))
+        length, context = len(tokenizer(text, add_special_tokens=False)["input_ids"]), self._context_length
+        if not 0 < length < context:
+            message = f"The prompt has {length} tokens, the model's context {context}: shorten it."
+            raise ApiError(400, message, "context_length_exceeded", "prompt")
+        return text
+
+    @property
+    def _context_length(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
 
     def _max_tiles(self) -> int:
         """Return the tiles of a batch: more than the image cache holds would evict its first image before the last is
@@ -227,11 +253,11 @@ class Scheduler:
 
     def _generate(self, batch: list[PendingRequest]) -> None:
         sequences, prompts, started_s = [], [], time.perf_counter()
-        context = self.model.config.text_config.max_position_embeddings
+        context = self._context_length
         for pending in batch:
             inputs = self._inputs(pending)
             if inputs and (len(batch) == 1 or encode_images(self.model, pending, inputs)):
-                pending.sequence.start(started_s, inputs["input_ids"].shape[1], context)
+                pending.sequence.start(started_s, inputs["input_ids"][0].tolist(), context)
                 sequences.append(pending.sequence)
                 prompts.append(inputs)
         if not prompts:

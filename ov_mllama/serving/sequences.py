@@ -10,9 +10,10 @@ from llguidance import LLMatcher
 from transformers import LogitsProcessor, StoppingCriteria
 
 from ov_mllama.serving.detokenizer import Detokenizer
+from ov_mllama.serving.logprobs import TokenLogprob, token_logprob
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError
-from ov_mllama.serving.sampling import mask_logits, sample, schema_error
+from ov_mllama.serving.sampling import adjust_logits, mask_logits, sample, schema_error
 
 
 class Reservation:
@@ -39,6 +40,8 @@ class Sequence:
         cancelled: set it to end the answer after the current token.
         finish_reason: OpenAI's, or "cancelled" or "error"; None before the end.
         error: why the sequence failed while others of its batch continue.
+        prompt_tokens: those of the prompt, once the batch has begun.
+        logprobs: of the answer's tokens, if the request has `logprobs`; without the end token's.
         max_new_tokens: the request's, or fewer if the context leaves fewer.
         started_s, first_token_s, ended_s: times (`time.perf_counter`) of its batch's start, its first and last token.
     """
@@ -55,7 +58,10 @@ class Sequence:
         self.cancelled = threading.Event()
         self.finish_reason: str | None = None
         self.error: ApiError | None = None
-        self.num_prompt_tokens, self.max_new_tokens = 0, request.max_new_tokens
+        self.prompt_tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self._logprob: TokenLogprob | None = None  # the next token's
+        self.max_new_tokens = request.max_new_tokens
         self.started_s = self.first_token_s = self.ended_s = 0.0
         self._generator = torch.Generator()
         if request.seed is None:
@@ -68,21 +74,30 @@ class Sequence:
         """Tokens of the answer so far."""
         return len(self.detokenizer.tokens)
 
-    def start(self, started_s: float, num_prompt_tokens: int, context_length: int) -> None:
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt; 0 before the batch has begun."""
+        return len(self.prompt_tokens)
+
+    def start(self, started_s: float, prompt_tokens: list[int], context_length: int) -> None:
         """Set what is known once the batch has begun."""
-        self.started_s, self.num_prompt_tokens = started_s, num_prompt_tokens
-        self.max_new_tokens = min(self.request.max_new_tokens, context_length - num_prompt_tokens)
+        self.started_s, self.prompt_tokens = started_s, prompt_tokens
+        self.max_new_tokens = min(self.request.max_new_tokens, context_length - len(prompt_tokens))
 
     def sample(self, logits: torch.Tensor) -> int:
         """Return the next token for logits f32 [vocabulary]."""
+        options = self.request
+        adjusted = adjust_logits(logits, options, self.prompt_tokens, self.detokenizer.tokens)
         try:
             if self.matcher:
-                logits = mask_logits(logits, self.matcher)
+                adjusted = mask_logits(adjusted, self.matcher)
         except ApiError as error:
             self.error = error
             return 0
-        options = self.request
-        return sample(logits, options.temperature, options.top_k, options.top_p, options.min_p, self._generator)
+        token = sample(adjusted, options.temperature, options.top_k, options.top_p, options.min_p, self._generator)
+        if options.logprobs is not None:
+            self._logprob = token_logprob(logits, token, options.logprobs)
+        return token
 
     def append_token(self, token: int, eos_token_ids: list[int]) -> None:
         """Append a token, and end the sequence where it does."""
@@ -95,10 +110,12 @@ class Sequence:
         if self.error:
             self._finish("error")
             return
-        if token in eos_token_ids:
+        if token in eos_token_ids or token in self.request.stop_token_ids:
             self.detokenizer.tokens.append(token)
             self._finish("stop")
             return
+        if self._logprob:
+            self.logprobs.append(self._logprob)
         if chunk := self.detokenizer.put(token):
             self.put_chunk(chunk)
         if self.detokenizer.stopped or (self.matcher and self.matcher.is_stopped()):
@@ -127,6 +144,7 @@ class PendingRequest:
         sequence: the answer.
         exclusive: whether it must run without others, because a batch with it failed.
         finished: whether there will be no more chunks.
+        on_finish: called once there will be no more, in any thread.
     """
 
     def __init__(
@@ -143,6 +161,7 @@ class PendingRequest:
         self.sequence = Sequence(request, self._put_chunk, matcher, tokenizer)
         self.reservation, self.image_tiles = reservation, image_tiles
         self.exclusive = self.finished = False
+        self.on_finish: Callable[[], None] = lambda: None
         self.error: Exception | None = None
 
     def _put_chunk(self, chunk: str | None) -> None:
@@ -157,6 +176,7 @@ class PendingRequest:
             self.finished, self.request.images = True, []
             self.error = self.sequence.error or (error if self.sequence.finish_reason is None else None)
             self._put_chunk(None)
+            self.on_finish()
 
     async def chunks(self) -> AsyncGenerator[str]:
         """Yield the answer's text. Closing the generator cancels the request.

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Literal, Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -26,8 +26,8 @@ class StreamFormat(Protocol):
     def waiting(self) -> str:
         """Return a keep-alive message, which clients skip."""
 
-    def chunk(self, text: str) -> str:
-        """Return a part of the answer."""
+    def chunk(self, text: str, index: int = 0) -> str:
+        """Return a part of the answer, or of one of several."""
 
     def end(self) -> str:
         """Return what follows the answer."""
@@ -42,13 +42,13 @@ def finish_reason_of(pending: PendingRequest) -> Literal["length", "stop"]:
 
 
 @contextlib.asynccontextmanager
-async def cancel_on_disconnect(pending: PendingRequest, http: HttpRequest) -> AsyncIterator[None]:
-    """Cancel a request when its client disconnects, which nothing else detects before there is a response."""
+async def cancel_on_disconnect(pendings: Sequence[PendingRequest], http: HttpRequest) -> AsyncIterator[None]:
+    """Cancel requests when their client disconnects, which nothing else detects before there is a response."""
 
     async def watch() -> None:
         while not await http.is_disconnected():
             await asyncio.sleep(POLL_S)
-        pending.sequence.cancelled.set()
+        cancel_all(pendings)
 
     watching = asyncio.create_task(watch())
     try:
@@ -57,32 +57,78 @@ async def cancel_on_disconnect(pending: PendingRequest, http: HttpRequest) -> As
         watching.cancel()
 
 
-async def complete_text(pending: PendingRequest, http: HttpRequest) -> str:
-    """Return the complete answer.
+def cancel_all(pendings: Sequence[PendingRequest]) -> None:
+    """Cancel requests."""
+    for pending in pendings:
+        pending.sequence.cancelled.set()
+
+
+async def complete_texts(pendings: Sequence[PendingRequest], http: HttpRequest) -> list[str]:
+    """Return the complete answers.
 
     Raises:
-        ApiError: if the request failed.
+        ApiError: if one of the requests failed.
     """
-    async with cancel_on_disconnect(pending, http), contextlib.aclosing(pending.chunks()) as chunks:
-        return "".join([chunk async for chunk in chunks])
+    texts = [""] * len(pendings)
+    async with cancel_on_disconnect(pendings, http), contextlib.aclosing(merged_chunks(pendings)) as chunks:
+        async for index, chunk in chunks:
+            texts[index] += chunk
+    return texts
 
 
-async def stream_response(pending: PendingRequest, form: StreamFormat, http: HttpRequest) -> StreamingResponse:
-    """Return the answer as a stream. Errors before the first chunk are ordinary responses; if it takes long, the stream
-    begins with keep-alive messages, so that proxies do not close the connection.
+async def merged_chunks(pendings: Sequence[PendingRequest]) -> AsyncGenerator[tuple[int, str]]:
+    """Yield the chunks of several answers, each with its answer's index, in the order of their arrival. Closing the
+    generator cancels the requests.
+
+    Raises:
+        ApiError: if one of the requests failed.
+    """
+    queue: asyncio.Queue[tuple[int, str] | Exception | None] = asyncio.Queue()
+
+    async def forward(index: int, pending: PendingRequest) -> None:
+        try:
+            async with contextlib.aclosing(pending.chunks()) as chunks:
+                async for chunk in chunks:
+                    queue.put_nowait((index, chunk))
+            queue.put_nowait(None)
+        except Exception as error:  # noqa: BLE001 - raised below
+            queue.put_nowait(error)
+
+    forwarding = [asyncio.create_task(forward(index, pending)) for index, pending in enumerate(pendings)]
+    try:
+        running = len(forwarding)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item:
+                yield item
+            else:
+                running -= 1
+    finally:
+        for task in forwarding:
+            task.cancel()
+        cancel_all(pendings)
+
+
+async def stream_response(
+    pendings: Sequence[PendingRequest], form: StreamFormat, http: HttpRequest
+) -> StreamingResponse:
+    """Return the answers as a stream. Errors before the first chunk are ordinary responses; if it takes long, the
+    stream begins with keep-alive messages, so that proxies do not close the connection.
 
     Raises:
         ApiError: if the request fails before that.
     """
-    chunks = pending.chunks()
-    first = asyncio.ensure_future(anext(chunks, ""))
+    chunks = merged_chunks(pendings)
+    first = asyncio.ensure_future(anext(chunks, None))
 
     def cancel() -> None:
         first.cancel()
-        pending.sequence.cancelled.set()
+        cancel_all(pendings)
 
     try:
-        async with cancel_on_disconnect(pending, http):
+        async with cancel_on_disconnect(pendings, http):
             await asyncio.wait([first], timeout=KEEPALIVE_S)
         if first.done():
             first.result()
@@ -96,10 +142,10 @@ async def stream_response(pending: PendingRequest, form: StreamFormat, http: Htt
             while not first.done():
                 yield form.waiting()
                 await asyncio.wait([first], timeout=KEEPALIVE_S)
-            if await first:
-                yield form.chunk(first.result())
-            async for chunk in chunks:
-                yield form.chunk(chunk)
+            if item := await first:
+                yield form.chunk(item[1], item[0])
+            async for index, text in chunks:
+                yield form.chunk(text, index)
             yield form.end()
         except Exception as error:  # noqa: BLE001 - `internal_error` logs it
             yield form.error(error if isinstance(error, ApiError) else internal_error(error))

@@ -10,7 +10,7 @@ from openai_client import ASKED, complete, is_openai_error, post, raises, refusa
 from ov_mllama.serving.protocol import MAX_STOP_CHARS, NEUTRAL
 
 
-@pytest.mark.parametrize("stop", ["x" * 400_000, ["x" * (MAX_STOP_CHARS + 1)], ["a", "b" * 100_000], ["a"] * 5, [""]])
+@pytest.mark.parametrize("stop", ["x" * 400_000, ["x" * (MAX_STOP_CHARS + 1)], ["a", "b" * 100_000], ["a"] * 17])
 def test_long_stop_is_refused(client, stop):
     error = refusal(client, stop=stop)
     assert isinstance(error, openai.BadRequestError)
@@ -37,7 +37,7 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 def test_long_text_is_refused_before_it_is_tokenised(client, kind, monkeypatch):
     monkeypatch.setattr("ov_mllama.serving.scheduler.prompt_text", raises(AssertionError))
-    monkeypatch.setattr("ov_mllama.serving.parsing.escape_special_tokens", raises(AssertionError))
+    monkeypatch.setattr("ov_mllama.serving.messages.escape_special_tokens", raises(AssertionError))
     error = refusal(client, LONG[kind])
     assert isinstance(error, openai.BadRequestError)
     assert error.param == "messages"
@@ -76,25 +76,16 @@ def test_hostile_body_is_refused_briefly(client, server, body):
 
 
 CHANGES = {
-    "repetition_penalty": 1.1,
-    "stop_token_ids": [1],
     "guided_regex": "a+",
     "guided_choice": ["a", "b"],
     "guided_grammar": "root ::= 'a'",
     "best_of": 2,
-    "logit_bias": {"1": 5},
-    "structured_outputs": {"regex": "a"},
     "ignore_eos": True,
     "min_tokens": 5,
-    "frequency_penalty": 0.5,
-    "presence_penalty": -0.5,
     "tools": [{"type": "function"}],
     "tool_choice": "required",
-    "logprobs": True,
-    "top_logprobs": 3,
     "skip_special_tokens": False,
     "include_stop_str_in_output": True,
-    "continue_final_message": True,
     "modalities": ["text", "audio"],
 }
 NOTHING = {

@@ -20,7 +20,7 @@ from openai_client import text as text_part
 from ov_mllama.runtime.errors import OutOfMemoryError
 from ov_mllama.serving.app import create_app, parse_arguments
 from ov_mllama.serving.loading import Gate
-from ov_mllama.serving.ollama_protocol import closed
+from ov_mllama.serving.ollama_protocol import Options, closed
 from ov_mllama.serving.protocol import NEUTRAL
 from ov_mllama.serving.scheduler import Scheduler
 
@@ -246,9 +246,17 @@ def test_options_of_the_machine_and_neutral_ones_are_ignored(llama, server):
     assert post(server, "/api/generate", {**body, **more}).json()["response"] == SELF
 
 
-@pytest.mark.parametrize(
-    "option", ["repeat_penalty", "presence_penalty", "frequency_penalty", "mirostat", "typical_p", "tfs_z"]
-)
+def test_penalties_are_those_of_openais_api(llama):
+    options = {"repeat_penalty": 5.0}
+    assert llama.generate("demo", WHO, options={**GREEDY, **options}).response != SELF
+    assert llama.generate("demo", WHO, options={**GREEDY, **options, "repeat_last_n": 0}).response == SELF
+    given = {"repeat_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    parameters = Options(**given).parameters()
+    assert {**parameters, **given, "repeat_last_n": 64} == parameters
+    assert Options(repeat_last_n=-1, num_ctx=99).parameters()["repeat_last_n"] == 99
+
+
+@pytest.mark.parametrize("option", ["mirostat", "typical_p", "tfs_z"])
 def test_option_that_would_change_the_answer_is_rejected_by_name(llama, option):
     assert option in NEUTRAL
     with pytest.raises(ollama.ResponseError, match=f"^{option} is not supported") as caught:
@@ -395,7 +403,7 @@ def test_errors_have_ollama_s_format(llama, server, slow_demo, monkeypatch):
         sentence = rejection(post(server, "/api/generate", body, **{"Content-Type": kind}), 415)
         assert "'Content-Type: application/json' (curl: -H)" in sentence
     assert "not trusted" in rejection(HTTP.get(f"{server}/api/tags", headers={**BEARER, "Host": "evil.example"}), 403)
-    assert rejection(HTTP.get(f"{server}/api/nothing"), 404) == "GET /api/nothing: Not Found."
+    assert rejection(HTTP.get(f"{server}/api/nothing"), 404).startswith("GET /api/nothing: Not Found")
     assert "Not Allowed" in rejection(HTTP.get(f"{server}/api/chat"), 405)
     assert "2 MB" in rejection(post(server, "/api/generate", b" " * 3_000_000), 413)
     assert "1 MB" in rejection(post(server, "/api/show", b" " * 1_500_000), 413)

@@ -179,8 +179,8 @@ def test_models_and_health(client, server):
     assert client.models.retrieve("demo").id == "demo"
     with pytest.raises(openai.NotFoundError, match="'demo' is"):
         client.models.retrieve("gpt")
-    assert HTTP.get(f"{server}/v1/chat/completions").json()["error"]["message"].endswith("Method Not Allowed.")
-    assert HTTP.get(f"{server}/v1/else").json()["error"]["message"] == "GET /v1/else: Not Found."
+    assert "Method Not Allowed" in HTTP.get(f"{server}/v1/chat/completions").json()["error"]["message"]
+    assert HTTP.get(f"{server}/v1/else").json()["error"]["message"].startswith("GET /v1/else: Not Found")
     with pytest.raises(openai.NotFoundError, match="'demo' is"):
         client.chat.completions.create(model="gpt", messages=user(text("?")))
 
@@ -199,12 +199,11 @@ def test_models_and_health(client, server):
         ([{"role": "user", "content": 5}], {}, "messages[0].content"),
         (user(text("?")), {"seed": 2**64}, "seed"),
         ([{"role": "assistant", "content": [picture(SAMPLES[0])]}], {}, "messages[0].content[0]"),
-        (user(text("?")), {"n": 2}, "n"),
-        (user(text("?")), {"stop": ["a"] * 5}, "stop"),
+        (user(text("?")), {"n": 9}, "n"),
+        (user(text("?")), {"stop": ["a"] * 17}, "stop"),
         (user(text("?")), {"temperature": 3}, "temperature"),
-        (user(text("?")), {"max_tokens": 0}, "max_tokens"),
-        (user(text("?")), {"max_tokens": 10**6}, "messages"),
-        (user(text("?")), {"logprobs": True}, "logprobs"),
+        (user(text("?")), {"max_tokens": -2}, "max_tokens"),
+        (user(text("?")), {"top_logprobs": 3}, "top_logprobs"),
         (user(text("word " * 5000)), {}, "messages"),
         (
             user(text("?")),
@@ -220,7 +219,7 @@ def test_what_is_not_understood_is_refused_and_says_where(client, messages, opti
 
 
 def test_more_pixels_than_memory_is_for(client, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.parsing.MAX_REQUEST_PIXELS", 60_000)
+    monkeypatch.setattr("ov_mllama.serving.messages.MAX_REQUEST_PIXELS", 60_000)
     assert complete(client, about(SAMPLES[0])).choices[0].message.content == SAMPLES[0]["answer"]
     error = refusal(client, user(picture(SAMPLES[0]), picture(SAMPLES[0]), text("?")))
     assert error.param == "messages[0].content[1].image_url"

@@ -30,7 +30,7 @@ SECRET = "sesame of the inside"
 
 
 INSIDE = [
-    "ov_mllama.serving.parsing.escape_special_tokens",
+    "ov_mllama.serving.messages.escape_special_tokens",
     "ov_mllama.serving.scheduler.prompt_text",
     "ov_mllama.serving.scheduler.prompt_inputs",
     "ov_mllama.serving.scheduler.padded",
@@ -68,7 +68,7 @@ def test_text_of_an_error_amid_a_stream_stays_here(client, server, monkeypatch):
 
 
 def test_connection_survives_an_unexpected_error(client, server, monkeypatch):
-    monkeypatch.setattr("ov_mllama.serving.parsing.escape_special_tokens", raises(RuntimeError(SECRET)))
+    monkeypatch.setattr("ov_mllama.serving.messages.escape_special_tokens", raises(RuntimeError(SECRET)))
     with httpx.Client(headers=BEARER) as browser:
         kept = []
         for _ in range(3):

@@ -1,0 +1,171 @@
+"""Messages of requests -> messages for the chat template and their images, in every form that is unambiguous."""
+
+import base64
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from ov_mllama.runtime.errors import ImageError
+from ov_mllama.runtime.images import DETAILS
+from ov_mllama.runtime.prompts import escape_special_tokens
+from ov_mllama.serving.images import MAX_REQUEST_IMAGES, ImageFile
+from ov_mllama.serving.protocol import ApiError, brief
+
+MAX_REQUEST_PIXELS = 100_000_000  # of all images: 0.3 GB while they are decoded
+MIN_BASE64_CHARS = 40  # of an image without "data:"; shorter strings are names of files
+DATA_URI = re.compile(r"data:([\w.+-]+(/[\w.+-]+)?)?(;[^,;]+)*;base64,\s*", re.ASCII | re.IGNORECASE)
+TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
+IMAGE_TYPES = ("image_url", "input_image", "image")
+IMAGE_FIELDS = ("image_url", "image", "source", "url", "data", "base64")  # of an image's part, in which it may be
+URL_FIELDS = ("url", "data", "base64")  # of such a field, if it is an object
+SYNONYMS = {"auto": "high", "original": "high"}  # values of `detail`
+# Fields of messages that would change the answer and are not supported -> what to do instead
+UNSUPPORTED = {
+    "audio": "send text",
+    "function_call": "send it as text",
+    "images": "send them as parts of the content, of type image_url",
+    "tool_calls": "send them as text",
+}
+
+
+def convert_message(message: dict, param: str, images: list[ImageFile]) -> dict:
+    """Return a message for the chat template, and append its images to `images`.
+
+    Raises:
+        ApiError: naming the field that is invalid or not supported.
+    """
+    role = message.get("role")
+    role = "system" if role == "developer" else role
+    if role not in ("system", "user", "assistant"):
+        advice = ", send a tool's result as a user's text" if role in ("tool", "function") else ""
+        error = f"A role is system, user or assistant, not {brief(role)}{advice}."
+        raise ApiError(400, error, "invalid_value", f"{param}.role")
+    for name, advice in UNSUPPORTED.items():
+        if message.get(name):
+            raise ApiError(400, f"{name} is not supported: {advice}.", "unsupported_parameter", f"{param}.{name}")
+    content = message.get("content") or ""
+    if not isinstance(content, str | list):
+        raise ApiError(400, "content must be a string or a list of parts.", "invalid_value", f"{param}.content")
+    parts = [content] if isinstance(content, str) else content
+    converted = []
+    for i, part in enumerate(parts):
+        path = f"{param}.content[{i}]"
+        text = text_of(part)
+        if text is not None:
+            converted.append({"type": "text", "text": escape_special_tokens(text)})
+        elif role == "user" and is_image(part):
+            add_image(part, path, images)
+            converted.append({"type": "image"})
+        else:
+            kind = part.get("type") if isinstance(part, dict) else part
+            error = f"A part is a text, or in a user's message an image_url, not {brief(kind)}."
+            raise ApiError(400, error, "invalid_value", path)
+    return {"role": role, "content": converted}
+
+
+def text_of(part: Any) -> str | None:
+    """Return the text of a part, None if it is another one."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type", "text") not in TEXT_TYPES:
+        return None
+    text = part.get("refusal" if part.get("type") == "refusal" else "text")
+    return "" if text is None and part.get("type") in TEXT_TYPES else text if isinstance(text, str) else None
+
+
+def is_image(part: Any) -> bool:
+    """Return whether a part is an image, or an object without a type that has one."""
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") in IMAGE_TYPES or ("type" not in part and any(part.get(name) for name in IMAGE_FIELDS[:2]))
+
+
+def normalize_image(part: dict, param: str) -> tuple[dict, str]:
+    """Rewrite an image's part as OpenAI has it: {"type": "image_url", "image_url": {"url", "detail"}}.
+
+    Returns:
+        Its `image_url`, and the path of the field that had the image.
+    Raises:
+        ApiError: if there is no image in the part, or several.
+    """
+    fields = [name for name in IMAGE_FIELDS if part.get(name)]
+    if len(fields) != 1:
+        message = f"An image has one of the fields {', '.join(IMAGE_FIELDS)}, not {len(fields)}."
+        raise ApiError(400, message, "invalid_value", param)
+    source = part[fields[0]]
+    image = source if isinstance(source, dict) else {"url": source}
+    given = [image[name] for name in URL_FIELDS if image.get(name)]
+    if len(given) != 1:
+        raise ApiError(400, "An image needs a url.", "invalid_value", f"{param}.{fields[0]}")
+    url = given[0].strip() if isinstance(given[0], str) else given[0]
+    field = image.get("field", fields[0])
+    normalized = {"url": url, "detail": image.get("detail") or part.get("detail"), "field": field}
+    part.clear()
+    part.update(type="image_url", image_url=normalized)
+    return normalized, f"{param}.{field}"
+
+
+def is_web_url(url: Any) -> bool:
+    """Return whether an image is one to fetch."""
+    return isinstance(url, str) and url[:8].lower().startswith(("http://", "https://"))
+
+
+def add_image(part: dict, param: str, images: list[ImageFile]) -> None:
+    """Append a part's image to `images`.
+
+    Raises:
+        ApiError: if it is invalid, or there are too many images or pixels.
+    """
+    source, param = normalize_image(part, param)
+    if len(images) == MAX_REQUEST_IMAGES:
+        raise ApiError(400, f"A request takes at most {MAX_REQUEST_IMAGES} images.", "too_large", param)
+    images.append(parse_image(source, param))
+    if sum(image.width * image.height for image in images) > MAX_REQUEST_PIXELS:
+        message = f"A request takes at most {MAX_REQUEST_PIXELS // 1_000_000} million pixels in all its images."
+        raise ApiError(400, message, "too_large", param)
+
+
+def parse_image(source: dict, param: str) -> ImageFile:
+    """Return an image of `normalize_image`, which it is moved out of."""
+    detail = str(source.get("detail") or "auto").strip().lower()
+    detail = SYNONYMS.get(detail, detail)
+    if detail not in DETAILS:
+        message = f"detail is {', '.join(SYNONYMS)}, {' or '.join(DETAILS)}, not {brief(detail)}."
+        raise ApiError(400, message, "invalid_image", param)
+    try:
+        return ImageFile.from_bytes(image_bytes(source.pop("url"), param), detail, param)
+    except ImageError as error:
+        raise ApiError(400, str(error), "invalid_image", param) from error
+
+
+def image_bytes(url: Any, param: str) -> bytes:
+    """Return the bytes of a data URI or of base64; images of other URLs have been replaced by bytes
+    (`image_urls.fetch_images`)."""
+    if isinstance(url, bytes):
+        return url
+    if not isinstance(url, str):
+        raise ApiError(400, "An image needs a url.", "invalid_value", param)
+    if is_web_url(url):
+        message = "This server does not fetch image URLs: send a data URI, data:image/...;base64,..."
+        raise ApiError(400, message, "invalid_image_url", param)
+    encoded = url[2:-1] if url[:2] in ("b'", 'b"') and url[-1:] == url[1] else url  # printed by Python
+    is_uri = False
+    while match := DATA_URI.match(encoded):  # some programs add it twice
+        encoded, is_uri = encoded[match.end() :], True
+    if not is_uri and (len(encoded) < MIN_BASE64_CHARS or ":" in encoded[:MIN_BASE64_CHARS]):
+        raise ApiError(400, "An image must be a data URI: data:image/...;base64,...", "invalid_image_url", param)
+    try:
+        return decode_base64(encoded)
+    except ValueError as error:  # also for characters beyond ASCII
+        raise ApiError(400, "The image is not valid base64.", "invalid_base64", param) from error
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 of both alphabets, in lines or percent-encoded, with or without its padding.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    text = "".join((unquote(text) if "%" in text else text).split())
+    alphabet = b"-_" if "-" in text or "_" in text else None
+    return base64.b64decode(text + "=" * (-len(text) % 4), alphabet, validate=True)
