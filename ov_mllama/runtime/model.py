@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoConfig, GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -39,13 +38,13 @@ from .golden import check_golden_answer
 from .inference import Progress, acquire, stopping_criterion
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name
 from .kv_cache import OVCache, Prompt
-from .language import OVLanguageModel
+from .language import OVLanguageModel, Session
 from .reference import Reference
 from .sessions import SessionPool, evict_for
 from .shapes import MllamaShapes
 from .speculative import InVocabularyDrafts, InVocabularyProcessor, ModelDrafts, OVDraftModel, in_vocabulary
 from .stats import GenerationStats
-from .vision import ImageInputs, OVImageEncoder, image_keys
+from .vision import Encoded, ImageInputs, OVImageEncoder, image_keys
 
 logger = logging.getLogger(__name__)
 
@@ -237,24 +236,44 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             else:
                 if not use_cache:
                     self.session.reset()
-                logits = self._begin(cache, images, Prompt(ids, mask, positions, logits_to_keep=last), drafts)
+                prompt = self.prompt(ids, images, mask, positions, last)
+                session, encoded = self.begin(cache, prompt, images, drafts=drafts)
+                logits = session.prefill(prompt, encoded, cache, *self._watched)
             cache.stats.drafted_tokens += drafts
         logits = slice_logits_to_keep(torch.from_numpy(logits), logits_to_keep)
         loss = None if labels is None else ForCausalLMLoss(logits, labels, self.shapes.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
-    def _begin(self, cache: OVCache, images: ImageInputs | None, prompt: Prompt, drafts: int) -> np.ndarray:
-        """Compute a prompt, whose last `drafts` tokens are drafts, in the cache's session or one with its prefix."""
+    def prompt(self, ids, images: ImageInputs | None = None, mask=None, positions=None, last: int = 1) -> Prompt:
+        """Return a prompt of arrays (`checks.token_arrays`, `checks.image_arrays`); its `last` tokens get logits."""
+        prompt = Prompt(ids, mask, positions, logits_to_keep=last)
         if images:
-            check_images(images, prompt.input_ids.shape, self.image_encoder.pixels_shape, self.config)
-            prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
-            prompt.image_keys = image_keys(images)
-        rows = self.image_encoder.rows_read(images, prompt.seen, self.language_model.row_mask) if images else 0
-        warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
+            check_images(images, ids.shape, self.image_encoder.pixels_shape, self.config)
+            prompt.seen, prompt.image_keys = tiles_seen(images.cross_attention_mask, ids.shape[1]), image_keys(images)
+        warn_of_double_bos(ids, self.config.text_config.bos_token_id)
+        return prompt
+
+    def begin(
+        self,
+        cache: OVCache,
+        prompt: Prompt,
+        images: ImageInputs | None = None,
+        encoded: Encoded | None = None,
+        drafts: int = 0,
+    ) -> tuple[Session, Encoded | None]:
+        """Return the session for a prompt (the cache's, else the one with its longest prefix) once its memory is free,
+        and its encoded images unless the session holds them. For a thread that holds `turn`.
+
+        Args:
+            encoded: its images, if encoded already.
+            drafts: number of the prompt's last tokens that are drafts.
+        """
+        rows = self.rows_read(prompt, images)
         session = cache.session or self.sessions.acquire(prompt, rows)
-        images = None if session.holds_images(prompt) else images
-        evict_for(prompt, session, self.sessions, self.image_encoder, self.config, rows, images)
-        encoded = self.image_encoder.encode(images, prompt.image_keys, *self._watched) if images else None
+        new = None if session.holds_images(prompt) else images
+        evict_for(prompt, session, self.sessions, self.image_encoder, self.config, rows, None if encoded else new)
+        if new:
+            encoded = encoded or self.image_encoder.encode(new, prompt.image_keys, *self._watched)
         held = len({key for row in prompt.image_keys for key in row})  # in the session, if none is encoded
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
@@ -263,7 +282,11 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             images_cached=encoded.cached if encoded else held,
             prompt_tokens=prompt.input_ids.shape[1] - drafts,
         )
-        return session.prefill(prompt, encoded, cache, *self._watched)
+        return session, encoded if new else None
+
+    def rows_read(self, prompt: Prompt, images: ImageInputs | None) -> int:
+        """Return an upper bound of the K/V rows that a prompt reads of its images."""
+        return self.image_encoder.rows_read(images, prompt.seen, self.language_model.row_mask) if images else 0
 
     @contextlib.contextmanager
     def _in_turn(self, stop=None):

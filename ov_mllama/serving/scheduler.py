@@ -1,4 +1,7 @@
-"""Batched answers: one thread takes the requests that wait, first come, first served, and runs them in batches."""
+"""Continuous batching: one thread prefills newcomers in chunks between the steps that running answers share.
+
+waiting -> preparing (by other threads: images are encoded) -> prefilling -> running
+"""
 
 import asyncio
 import threading
@@ -6,23 +9,27 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import torch
+
+from ov_mllama.runtime.batch import SHARED_PREFILL_TOKENS, Batch, Prefill
 from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, OutOfMemoryError, TemplateError
 from ov_mllama.runtime.generation import end_tokens
-from ov_mllama.runtime.inference import Cancelled
+from ov_mllama.runtime.inference import Cancelled, check_stop
 from ov_mllama.runtime.memory import trim_memory
-from ov_mllama.runtime.prompts import padded, prompt_inputs, prompt_text
+from ov_mllama.runtime.prompts import prompt_inputs, prompt_text
 from ov_mllama.serving.images import ImageFile
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError, internal_error
 from ov_mllama.serving.sampling import GrammarCompiler
-from ov_mllama.serving.sequences import AllCancelled, PendingRequest, Reservation, Sampler, StopCheck
+from ov_mllama.serving.sequences import PendingRequest, Reservation
 
-MAX_BATCH_TILES = 16  # of different images: each request of a batch waits for all of them
-IMAGE_TENSORS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+MAX_BATCH_TILES = 16  # of different images: each running answer reads its own at each step
 IMAGE_CACHE_BYTES = 2_000_000_000  # encoded images: MAX_BATCH_TILES tiles of the 11B
 QUEUE_BYTES = 500_000_000  # of requests that are read, wait or run
-FIRST_BATCH_S = 10.0  # duration that is assumed before there was a batch; it suits the 11B
+FIRST_BATCH_S = 10.0  # duration of an answer that is assumed before there was one; it suits the 11B
 ERROR_PAUSE_S = 0.5  # after an error that no request caused
+TURN_PAUSE_S = 0.0002  # between steps: a lock that is taken again at once is never free for other threads
 MAX_RETRY_AFTER_S = 60  # clients do not wait longer at a time
 
 
@@ -46,7 +53,13 @@ class Scheduler:
         self._waiting: deque[PendingRequest] = deque()
         self._changed = threading.Condition()
         self._open = True
-        self._last_batch_s = FIRST_BATCH_S
+        self._last_batch_s = FIRST_BATCH_S  # duration of the last answer
+        self._preparing: list[PendingRequest] = []
+        self._prefilling: deque[PendingRequest] = deque()  # each gets a chunk in turn
+        self._running: list[PendingRequest] = []  # by row of `_batch`
+        self._batch = Batch(model)
+        # texts do not wait for images, which are encoded one by one
+        self._pools = {True: ThreadPoolExecutor(1, "images"), False: ThreadPoolExecutor(1, "texts")}
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -137,7 +150,7 @@ class Scheduler:
         return min(MAX_BATCH_TILES, encoder.cache.max_bytes // tile_bytes)
 
     def close(self) -> None:
-        """Stop the thread after the current batch."""
+        """Stop the thread after the answers that have begun."""
         with self._changed:
             self._open = False
             self._changed.notify()
@@ -155,114 +168,196 @@ class Scheduler:
         pending.finish(error)
         self.release(pending.reservation)
 
-    # ---- The thread that runs batches ----
+    # ---- The thread that answers ----
+
+    @property
+    def _active(self) -> list[PendingRequest]:
+        return [*self._preparing, *self._prefilling, *self._running]
 
     def _run(self) -> None:
         try:
-            while self._open:
+            while self._open or self._active:
                 self._run_once()
         finally:  # for any reason: no client waits forever
             with self._changed:
                 self._open = False
                 waiting, self._waiting = self._waiting, deque()
-            for pending in waiting:
+            for pending in [*waiting, *self._active]:
                 self._finish(pending, shutting_down())
 
     def _run_once(self) -> None:
-        """Run a batch. No error ends the thread, not even SystemExit: there is no other that answers."""
-        batch: list[PendingRequest] = []
+        """Wait for something to do, and run a step. No error ends the thread, not even SystemExit: there is no other
+        that answers."""
+        concerned: list[PendingRequest] = []
         try:
-            if batch := self._admit():
-                self._run_or_requeue(batch)
+            with self._changed:
+                self._changed.wait_for(lambda: self._admit() or not (self._open or self._preparing))
+            concerned = self._active
+            if concerned:
+                self._step()
         except BaseException as error:  # noqa: BLE001
             with self._changed:  # the first that waits may be the reason
-                batch = batch or [self._waiting.popleft() for _ in range(min(1, len(self._waiting)))]
+                concerned = concerned or [self._waiting.popleft() for _ in range(min(1, len(self._waiting)))]
             internal = internal_error(error)
-            for pending in batch:
+            self._batch.clear()
+            for pending in concerned:
+                self._remove(pending)
                 self._finish(pending, internal)
-            if not batch:
+            if not concerned:
                 time.sleep(ERROR_PAUSE_S)
 
-    def _admit(self) -> list[PendingRequest]:
-        """Wait for a request, and remove it and those that can share its steps from the queue; [] at shutdown."""
+    def _admit(self) -> bool:
+        """Admit requests that wait, and those that are prepared to be prefilled; return whether there is a step to run.
+        For holders of `_changed`."""
+        self._drop_cancelled()
+        for pending in [each for each in self._preparing if each.prefill and each.prefill.done()]:
+            self._preparing.remove(pending)
+            self._prefilling.append(pending)
+        while new := self._admissible():
+            self._waiting.remove(new)
+            new.reservation.waiting = False
+            self._preparing.append(new)
+            new.prefill = self._pools[bool(new.request.images)].submit(self._prepare, new)
+            new.prefill.add_done_callback(self._wake)
+        return bool(self._prefilling or self._running)
+
+    def _wake(self, _) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._drop_cancelled() or not self._open)
-            if not self._open:
-                return []
-            first, batch, tiles = self._waiting[0], [], dict[int, int]()
-            for pending in self._waiting:
-                union = tiles | pending.image_tiles
-                # else the processor pads with blank images, and the model attends to one of them
-                alike = len(pending.request.images) == len(first.request.images) and not pending.exclusive
-                if pending is first or (alike and sum(union.values()) <= self._max_tiles()):
-                    batch.append(pending)
-                    tiles = union
-                if first.exclusive or len(batch) == self.max_batch:
-                    break
-            for pending in batch:
-                self._waiting.remove(pending)
-                pending.reservation.waiting = False
-            return batch
+            self._changed.notify()
 
-    def _run_or_requeue(self, batch: list[PendingRequest]) -> None:
-        started, api_error = time.perf_counter(), None
-        try:
-            self._generate(batch)
-        except Cancelled:
-            pass
-        except Exception as error:  # noqa: BLE001 - `api_error_for` logs it
-            unfinished = [pending for pending in batch if not pending.finished]
-            if len(unfinished) > 1 and not any(pending.sequence.num_tokens for pending in unfinished):
-                # one may have failed the others; what needs too much memory together may fit one by one
-                for pending in unfinished:
-                    pending.exclusive = pending.reservation.waiting = True
-                with self._changed:
-                    self._waiting.extendleft(reversed(unfinished))
-                return
-            api_error = api_error_for(error, len(batch))
-        for pending in batch:
-            self._finish(pending, api_error)
-        self._last_batch_s = time.perf_counter() - started
-        trim_memory()  # or freed memory of batches of many sizes adds up
-
-    def _generate(self, batch: list[PendingRequest]) -> None:
-        sequences, prompts, started_s = [], [], time.perf_counter()
-        context = self.model.config.text_config.max_position_embeddings
-        for pending in batch:
-            inputs = self._inputs(pending)
-            if inputs and (len(batch) == 1 or encode_images(self.model, pending, inputs)):
-                pending.sequence.start(started_s, inputs["input_ids"].shape[1], context)
-                sequences.append(pending.sequence)
-                prompts.append(inputs)
-        if not prompts:
-            return
-        self.model.generate(
-            **padded(prompts, self.processor.tokenizer.pad_token_id),
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            max_new_tokens=max(sequence.max_new_tokens for sequence in sequences),
-            logits_processor=[Sampler(sequences)],
-            stopping_criteria=[StopCheck(sequences, self.eos_token_ids)],
-            stop=AllCancelled(sequences),
-        )
-
-    def _inputs(self, pending: PendingRequest) -> dict | None:
-        """Return a request's tensors, its images decoded one by one. None if it is cancelled, or finished here by an
-        error that concerns no other request of the batch, such as a broken image."""
-        if pending.sequence.cancelled.is_set():
+    def _admissible(self) -> PendingRequest | None:
+        """Return the first request that fits beside the active ones. Images, encoded one by one, are admitted in order;
+        texts may overtake them, but nobody overtakes one that must run alone."""
+        active = self._active
+        if not self._open or len(active) >= self.max_batch or any(pending.exclusive for pending in active):
             return None
-        side = self.model.config.vision_config.image_size
-        try:
-            images = []
-            for image in pending.request.images:
-                images.append(image.decode(side))
-            return prompt_inputs(self.processor, pending.prompt, images)
-        except ImageError as error:
-            self._finish(pending, ApiError(400, str(error), "invalid_image", image.param))
-        except Exception as error:  # noqa: BLE001
-            self._finish(pending, internal_error(error))
+        tiles = dict[int, int]()
+        for pending in active:
+            tiles |= pending.image_tiles
+        full = any(pending.request.images for pending in self._preparing)
+        for pending in self._waiting:
+            if pending.exclusive:
+                return None if active else pending
+            if not pending.image_tiles:
+                return pending
+            full = full or bool(tiles) and sum((tiles | pending.image_tiles).values()) > self._max_tiles()
+            if not full:
+                return pending
+            full = True
         return None
+
+    def _prepare(self, pending: PendingRequest) -> Prefill:
+        """Return a request's prompt, its images encoded, in a thread of `_pools`."""
+        check_stop(pending.sequence.cancelled)
+        inputs = self._inputs(pending)
+        sequence, context = pending.sequence, self.model.config.text_config.max_position_embeddings
+        if sequence.num_tokens:  # it runs again, after a failure of others
+            tokens = torch.tensor([sequence.detokenizer.tokens])
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+        else:
+            sequence.start(time.perf_counter(), inputs["input_ids"].shape[1], context)
+        return Prefill(self.model, inputs, sequence.cancelled)
+
+    def _inputs(self, pending: PendingRequest) -> dict:
+        """Return a request's tensors, its images decoded one by one."""
+        side, images = self.model.config.vision_config.image_size, []
+        for image in pending.request.images:
+            try:
+                images.append(image.decode(side))
+            except ImageError as error:
+                raise ApiError(400, str(error), "invalid_image", image.param) from error
+        return prompt_inputs(self.processor, pending.prompt, images)
+
+    def _step(self) -> None:
+        """Compute a chunk of one newcomer, who joins after its last one, and a token of each running answer."""
+        with self.model.turn:
+            try:
+                self._requeue_lost()
+                self._leave()
+                if self._prefilling:
+                    self._prefill()
+                if self._running:
+                    logits = self._batch.decode([pending.sequence.last_token for pending in self._running])
+                    for pending, row in zip(self._running, logits, strict=True):
+                        self._append_token(pending, row)
+                self._leave()
+            except Exception as error:  # noqa: BLE001 - `api_error_for` logs it
+                self._fail(self._running, error)
+                self._batch.clear()
+        time.sleep(TURN_PAUSE_S)
+
+    def _prefill(self) -> None:
+        """Compute a chunk of the newcomer whose turn it is."""
+        pending = self._prefilling[0]
+        self._prefilling.rotate(-1)
+        try:
+            prefill = pending.prefill.result()
+            logits = prefill.step(SHARED_PREFILL_TOKENS if self._running else 0)
+        except BaseException as error:  # noqa: BLE001 - of this request only
+            self._fail([pending], error, may_be_of_others=isinstance(error, MemoryError))
+            self._requeue_lost()
+            return
+        if logits is not None:
+            self._append_token(pending, logits)
+            if not pending.ended:
+                self._prefilling.remove(pending)
+                self._running.append(pending)
+                self._batch.join(prefill)
+
+    def _append_token(self, pending: PendingRequest, logits: np.ndarray) -> None:
+        """Sample the next token of an answer; an error is of this answer only."""
+        try:
+            token = pending.sequence.sample(torch.from_numpy(logits))
+            pending.sequence.append_token(token, self.eos_token_ids)
+        except BaseException as error:  # noqa: BLE001
+            self._finish(pending, internal_error(error))
+
+    def _leave(self) -> None:
+        """Finish requests that have ended, and free their memory."""
+        if rows := [row for row, pending in enumerate(self._running) if pending.ended]:
+            self._batch.leave(rows)
+        ended = [pending for pending in [*self._prefilling, *self._running] if pending.ended]
+        for pending in ended:
+            if prefill := pending.prefilled:
+                prefill.close()
+            self._remove(pending)
+            self._finish(pending)
+            self._last_batch_s = time.perf_counter() - pending.sequence.started_s
+        if ended:
+            trim_memory()  # or freed memory of many sizes adds up
+
+    def _remove(self, pending: PendingRequest) -> None:
+        """Remove a request from the active ones."""
+        for stage in (self._preparing, self._prefilling, self._running):
+            if pending in stage:
+                stage.remove(pending)
+        pending.prefill = None
+
+    def _fail(self, failed: list[PendingRequest], error: BaseException, may_be_of_others: bool = True) -> None:
+        """Finish requests with an error, or requeue them to run one by one if others may have caused it: what needs too
+        much memory together may fit alone."""
+        if may_be_of_others and len(self._active) > 1:
+            self._requeue(failed, exclusive=True)
+            return
+        for pending in [*failed]:
+            self._remove(pending)
+            self._finish(pending, None if isinstance(error, Cancelled) else api_error_for(error))
+
+    def _requeue(self, failed: list[PendingRequest], exclusive: bool = False) -> None:
+        """Put requests in front of those that wait; their answers are continued."""
+        failed = [*failed]
+        for pending in failed:
+            self._remove(pending)
+            pending.reservation.waiting, pending.exclusive = True, pending.exclusive or exclusive
+        with self._changed:
+            self._waiting.extendleft(reversed(failed))
+
+    def _requeue_lost(self) -> None:
+        """Requeue requests whose KV caches a failed inference of another has reset."""
+        self._requeue([pending for pending in self._prefilling if (each := pending.prefilled) and each.lost])
+        if self._batch.lost:
+            self._requeue(self._running)
+            self._batch.clear()
 
 
 def queue_full(reason: str, last_batch_s: float) -> ApiError:
@@ -279,22 +374,13 @@ def computed_tiles(model, image: ImageFile) -> int:
     return min(image.real_tiles(vision.image_size, limit) + 1, limit) if model.image_encoder.padding_alike else limit
 
 
-def encode_images(model, pending: PendingRequest, inputs: dict) -> bool:
-    """Encode a request's images unless it is cancelled before or meanwhile; return False if it is."""
-    if not pending.request.images:
-        return True
-    try:
-        model.encode_images(**{name: inputs[name] for name in IMAGE_TENSORS}, stop=pending.sequence.cancelled)
-    except Cancelled:
-        return False
-    return True
-
-
-def api_error_for(error: Exception, batch_size: int) -> ApiError:
-    """Return the error for the clients of a batch. Only messages about their input reach them: others name paths."""
+def api_error_for(error: BaseException) -> ApiError:
+    """Return the error for a client. Only messages about its input reach it: others name paths."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, str(error), "out_of_memory", error_type="server_error", headers={"Retry-After": "30"})
-    if isinstance(error, InputError | NumericalError) and batch_size == 1:
+    if isinstance(error, InputError | NumericalError):
         return ApiError(400, str(error), "invalid_value")
     return internal_error(error)
 
