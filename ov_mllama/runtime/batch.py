@@ -15,7 +15,7 @@ from .checks import image_arrays, token_arrays
 from .cross_attention import stack
 from .kv_cache import OVCache
 from .language import Session
-from .model import OVMLlamaForConditionalGeneration
+from .model import OVMLlamaForConditionalGeneration, prompt_of
 from .vision import ImageInputs
 
 # Tokens of a prefill chunk between steps of others: each of them waits for it, three to four steps' time with the 11B
@@ -39,7 +39,7 @@ class Prefill:
         self.session: Any = None
         ids, _, _ = token_arrays(inputs["input_ids"], None, None)
         self.images = image_arrays(*(inputs.get(name) for name in ImageInputs._fields))
-        self.prompt = model.prompt(ids, self.images)
+        self.prompt = prompt_of(model, ids, self.images)
         encoder, keys = model.image_encoder, self.prompt.image_keys
         self._encoded = encoder.encode(self.images, keys, stop) if self.images else None
         self._chunks: Iterator[np.ndarray | None] | None = None
@@ -51,10 +51,9 @@ class Prefill:
             step: tokens of each chunk, as the first call sets it; default `language.prefill_step`.
         """
         if self._chunks is None:
-            rows = self.model.rows_read(self.prompt, self.images)
-            self.session = self.model.sessions.checkout(self.prompt, rows)
-            cache = OVCache(self.session)
-            _, encoded = self.model.begin(cache, self.prompt, self.images, self._encoded)
+            cache = OVCache()
+            self.session, encoded = self.model.begin(cache, self.prompt, self.images, self._encoded)
+            self.model.sessions.detach(self.session)
             self._chunks = self.session.chunks(self.prompt, encoded, cache, step=step)
         logits = next(self._chunks)
         return None if logits is None else logits[0, -1]
@@ -67,7 +66,7 @@ class Prefill:
     def close(self) -> None:
         """Return the session to the model's pool, where its tokens are a prefix for other prompts."""
         if self.session:
-            self.model.sessions.checkin(self.session)
+            self.model.sessions.attach(self.session)
         self.session = self._encoded = None
 
 

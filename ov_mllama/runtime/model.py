@@ -38,13 +38,13 @@ from .golden import check_golden_answer
 from .inference import Progress, acquire, stopping_criterion
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name
 from .kv_cache import OVCache, Prompt
-from .language import OVLanguageModel, Session
+from .language import OVLanguageModel
 from .reference import Reference
 from .sessions import SessionPool, evict_for
 from .shapes import MllamaShapes
 from .speculative import InVocabularyDrafts, InVocabularyProcessor, ModelDrafts, OVDraftModel, in_vocabulary
 from .stats import GenerationStats
-from .vision import Encoded, ImageInputs, OVImageEncoder, image_keys
+from .vision import ImageInputs, OVImageEncoder, image_keys
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,8 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             else:
                 if not use_cache:
                     self.session.reset()
-                prompt = self.prompt(ids, images, mask, positions, last)
+                warn_of_double_bos(ids, self.config.text_config.bos_token_id)
+                prompt = prompt_of(self, ids, images, mask, positions, last)
                 session, encoded = self.begin(cache, prompt, images, drafts=drafts)
                 logits = session.prefill(prompt, encoded, cache, *self._watched)
             cache.stats.drafted_tokens += drafts
@@ -244,36 +245,20 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         loss = None if labels is None else ForCausalLMLoss(logits, labels, self.shapes.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
-    def prompt(self, ids, images: ImageInputs | None = None, mask=None, positions=None, last: int = 1) -> Prompt:
-        """Return a prompt of arrays (`checks.token_arrays`, `checks.image_arrays`); its `last` tokens get logits."""
-        prompt = Prompt(ids, mask, positions, logits_to_keep=last)
-        if images:
-            check_images(images, ids.shape, self.image_encoder.pixels_shape, self.config)
-            prompt.seen, prompt.image_keys = tiles_seen(images.cross_attention_mask, ids.shape[1]), image_keys(images)
-        warn_of_double_bos(ids, self.config.text_config.bos_token_id)
-        return prompt
-
-    def begin(
-        self,
-        cache: OVCache,
-        prompt: Prompt,
-        images: ImageInputs | None = None,
-        encoded: Encoded | None = None,
-        drafts: int = 0,
-    ) -> tuple[Session, Encoded | None]:
+    def begin(self, cache: OVCache, prompt: Prompt, images: ImageInputs | None, encoded=None, drafts: int = 0):
         """Return the session for a prompt (the cache's, else the one with its longest prefix) once its memory is free,
         and its encoded images unless the session holds them. For a thread that holds `turn`.
 
         Args:
-            encoded: its images, if encoded already.
+            images, encoded: of the prompt, as `Encoded` if encoded already.
             drafts: number of the prompt's last tokens that are drafts.
         """
-        rows = self.rows_read(prompt, images)
+        rows = self.image_encoder.rows_read(images, prompt.seen, self.language_model.row_mask) if images else 0
         session = cache.session or self.sessions.acquire(prompt, rows)
-        new = None if session.holds_images(prompt) else images
-        evict_for(prompt, session, self.sessions, self.image_encoder, self.config, rows, None if encoded else new)
-        if new:
-            encoded = encoded or self.image_encoder.encode(new, prompt.image_keys, *self._watched)
+        images = None if session.holds_images(prompt) else images
+        new = None if encoded else images
+        evict_for(prompt, session, self.sessions, self.image_encoder, self.config, rows, new)
+        encoded = self.image_encoder.encode(new, prompt.image_keys, *self._watched) if new else images and encoded
         held = len({key for row in prompt.image_keys for key in row})  # in the session, if none is encoded
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
@@ -282,11 +267,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             images_cached=encoded.cached if encoded else held,
             prompt_tokens=prompt.input_ids.shape[1] - drafts,
         )
-        return session, encoded if new else None
-
-    def rows_read(self, prompt: Prompt, images: ImageInputs | None) -> int:
-        """Return an upper bound of the K/V rows that a prompt reads of its images."""
-        return self.image_encoder.rows_read(images, prompt.seen, self.language_model.row_mask) if images else 0
+        return session, encoded
 
     @contextlib.contextmanager
     def _in_turn(self, stop=None):
@@ -344,3 +325,14 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             if isinstance(processor, RepetitionPenaltyLogitsProcessor):
                 processors[index] = InVocabularyProcessor(processor)
         return processors
+
+
+def prompt_of(
+    model: OVMLlamaForConditionalGeneration, ids, images: ImageInputs | None, mask=None, positions=None, last: int = 1
+) -> Prompt:
+    """Return the prompt of arrays (`checks.token_arrays`, `checks.image_arrays`); its `last` tokens get logits."""
+    prompt = Prompt(ids, mask, positions, logits_to_keep=last)
+    if images:
+        check_images(images, ids.shape, model.image_encoder.pixels_shape, model.config)
+        prompt.seen, prompt.image_keys = tiles_seen(images.cross_attention_mask, ids.shape[1]), image_keys(images)
+    return prompt

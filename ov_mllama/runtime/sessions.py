@@ -45,15 +45,13 @@ class SessionPool:
             self._sessions.append(session)
             self._in_use.add(id(session))
 
-    def checkout(self, prompt: Prompt, rows: int = 0) -> Session:
-        """Return a session as `acquire` does, and remove it from the pool until `checkin`."""
-        session = self.acquire(prompt, rows)
+    def detach(self, session: Session) -> None:
+        """Remove a session from the pool until `attach`."""
         self._sessions.remove(session)
         self._in_use.discard(id(session))
-        return session
 
-    def checkin(self, session: Session) -> None:
-        """Put a session back, as the most recently used one, and evict down to the budget."""
+    def attach(self, session: Session) -> None:
+        """Put a session into the pool, as the most recently used one, and evict down to the budget."""
         if session.cache:
             self._sessions.append(session)
             self.release()
