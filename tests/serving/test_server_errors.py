@@ -33,7 +33,9 @@ INSIDE = [
     "ov_mllama.serving.messages.escape_special_tokens",
     "ov_mllama.serving.scheduler.prompt_text",
     "ov_mllama.serving.scheduler.prompt_inputs",
-    "ov_mllama.serving.scheduler.padded",
+    "ov_mllama.serving.scheduler.Prefill",
+    "ov_mllama.runtime.batch.Batch.join",
+    "ov_mllama.runtime.batch.Batch.decode",
 ]
 
 
@@ -79,7 +81,7 @@ def test_connection_survives_an_unexpected_error(client, server, monkeypatch):
 
 
 def test_too_little_memory_says_when_to_come_again(client, server, slow_demo, monkeypatch):
-    monkeypatch.setattr(slow_demo, "generate", raises(OutOfMemoryError("2 GB too little: close other programs.")))
+    monkeypatch.setattr(slow_demo, "begin", raises(OutOfMemoryError("2 GB too little: close other programs.")))
     answer = post(server, ASKED)
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "30"
@@ -93,8 +95,10 @@ PLACES = [
         "ov_mllama.serving.sequences.Sequence.append_token",
     ),
     *(
-        "ov_mllama.serving.scheduler.padded",
-        "ov_mllama.serving.scheduler.Sampler",
+        "ov_mllama.runtime.batch.Batch.join",
+        "ov_mllama.runtime.batch.Batch.decode",
+        "ov_mllama.runtime.batch.Batch.leave",
+        "ov_mllama.serving.engine.Engine.step",
         "ov_mllama.serving.scheduler.api_error_for",
         "ov_mllama.serving.detokenizer.Detokenizer.put",
     ),
@@ -111,7 +115,7 @@ def test_no_error_ends_the_answering_thread(client, server, slow_demo, where, er
     monkeypatch.setattr("ov_mllama.serving.scheduler.ERROR_PAUSE_S", 0.02)
     with monkeypatch.context() as patched:
         if where.endswith("api_error_for"):
-            patched.setattr(slow_demo, "generate", raises(RuntimeError()))
+            patched.setattr(slow_demo, "begin", raises(RuntimeError()))
         patched.setattr(where, raises(error))
         if where.endswith("_admit"):
             post(server, ASKED)  # whose thread has been within it before
@@ -141,7 +145,7 @@ def test_error_between_batches_is_of_the_first_that_waits_only(client, scheduler
 
 def test_error_of_all_kinds_in_a_batch_ends_its_requests(client, slow_demo, monkeypatch):
     """None of them waits for ever."""
-    monkeypatch.setattr(slow_demo, "generate", raises(SystemExit(3)))
+    monkeypatch.setattr(slow_demo, "begin", raises(SystemExit(3)))
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(complete, client, user(text(WHO)), timeout=20) for _ in range(4)]
         assert all(isinstance(each.exception(), openai.InternalServerError) for each in asked)
