@@ -207,6 +207,11 @@ def test_it_is_stamped_and_needs_no_compression(files, converted, caplog):
     assert (converted / "llm_q4_k_m.bin").stat().st_mtime_ns == before
 
 
+def test_weights_of_another_file_are_not_compressed_into_its_folder(files, converted):
+    with pytest.raises(InputError, match="was converted from another checkpoint"):
+        compress(converted, checkpoint=files.quirks)
+
+
 def test_a_type_that_is_not_taken_over_is_compressed_with_the_rest(files, tmp_path):
     weight = np.random.default_rng(0).normal(size=(512, 256)).astype(np.float16)
     path = write_generation_2(
