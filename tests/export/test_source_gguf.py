@@ -410,6 +410,11 @@ def test_what_this_user_may_not_read_is_named(ollama, monkeypatch, caplog):
     assert "cannot be read (Permission denied): run this as a user who may" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["llama3.2-vision", "llama3.2-vision:latest"])
+def test_ollamas_name_without_its_prefix_is_told(ollama, tmp_path, name):
+    refused(name, tmp_path / "ov", f"is a model of Ollama's here: write ollama:{name}.")
+
+
 def test_a_draft_model_in_gguf_is_refused(files):
     with pytest.raises(InputError, match="a draft model in GGUF is not read"):
         Checkpoint(files.two, "llama")
