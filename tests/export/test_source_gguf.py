@@ -207,6 +207,11 @@ def test_it_is_stamped_and_needs_no_compression(files, converted, caplog):
     assert (converted / "llm_q4_k_m.bin").stat().st_mtime_ns == before
 
 
+def test_weights_of_another_file_are_not_compressed_into_its_folder(files, converted):
+    with pytest.raises(InputError, match="was converted from another checkpoint"):
+        compress(converted, checkpoint=files.quirks)
+
+
 def test_a_type_that_is_not_taken_over_is_compressed_with_the_rest(files, tmp_path):
     weight = np.random.default_rng(0).normal(size=(512, 256)).astype(np.float16)
     path = write_generation_2(
@@ -403,6 +408,11 @@ def test_what_this_user_may_not_read_is_named(ollama, monkeypatch, caplog):
         find_model("ollama:llama3.2-vision")
     assert not [*all_models()]
     assert "cannot be read (Permission denied): run this as a user who may" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama3.2-vision", "llama3.2-vision:latest"])
+def test_ollamas_name_without_its_prefix_is_told(ollama, tmp_path, name):
+    refused(name, tmp_path / "ov", f"is a model of Ollama's here: write ollama:{name}.")
 
 
 def test_a_draft_model_in_gguf_is_refused(files):
