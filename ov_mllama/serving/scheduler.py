@@ -209,7 +209,9 @@ class Scheduler(RequestQueue):
 
     def _end(self, pending: PendingRequest, error: BaseException | None = None) -> None:
         """Finish an active request."""
-        self._finish(pending, None if error is None or isinstance(error, Cancelled) else api_error_for(error))
+        if error is not None and not isinstance(error, ApiError):
+            error = None if isinstance(error, Cancelled) else api_error_for(error)
+        self._finish(pending, error)
         self._last_batch_s = time.perf_counter() - pending.sequence.started_s
 
     def _requeue(self, pendings: list[PendingRequest]) -> None:
@@ -228,8 +230,6 @@ def computed_tiles(model, image: ImageFile) -> int:
 
 def api_error_for(error: BaseException) -> ApiError:
     """Return the error for a client. Only messages about its input reach it: others name paths."""
-    if isinstance(error, ApiError):
-        return error
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, str(error), "out_of_memory", error_type="server_error", headers={"Retry-After": "30"})
     if isinstance(error, InputError | NumericalError):
