@@ -4,7 +4,7 @@ Prefill -> session of one row -> Batch.join -> Batch.decode ... -> Batch.leave
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,28 @@ class Prefill:
     Args:
         inputs: the processor's tensors, without padding.
         stop: once set, encoding is cancelled.
+        answer: tokens that follow the prompt, of an answer that is continued.
 
     Attributes:
         session: taken from the model's pool by the first chunk, until `close`.
     """
 
-    def __init__(self, model: OVMLlamaForConditionalGeneration, inputs: dict, stop: threading.Event | None = None):
+    def __init__(
+        self,
+        model: OVMLlamaForConditionalGeneration,
+        inputs: dict,
+        stop: threading.Event | None = None,
+        answer: Sequence[int] = (),
+    ):
         self.model = model
         self.session: Any = None
         ids, _, _ = token_arrays(inputs["input_ids"], None, None)
-        self.images = image_arrays(*(inputs.get(name) for name in ImageInputs._fields))
+        ids = np.append(ids, np.array([answer], np.int64), 1)
+        self.images = images = image_arrays(*(inputs.get(name) for name in ImageInputs._fields))
+        if images and answer:  # which sees what the prompt's last token does
+            mask = images.cross_attention_mask
+            mask = np.append(mask, mask[:, -1:].repeat(len(answer), 1), 1)
+            self.images = images._replace(cross_attention_mask=mask)
         self.prompt = prompt_of(model, ids, self.images)
         encoder, keys = model.image_encoder, self.prompt.image_keys
         self._encoded = encoder.encode(self.images, keys, stop) if self.images else None

@@ -67,7 +67,9 @@ class Engine:
                 if self.running:
                     self._decode()
                 ended |= self._leave()
-            except Exception as error:  # noqa: BLE001 - handed on
+            except Exception as error:
+                if not self.running:
+                    raise
                 self._fail(self.running, error)
                 self._batch.clear()
         return ended

@@ -6,8 +6,6 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from ov_mllama.runtime.batch import Prefill
 from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, OutOfMemoryError, TemplateError
 from ov_mllama.runtime.generation import end_tokens
@@ -190,12 +188,9 @@ class Scheduler(RequestQueue):
         check_stop(pending.sequence.cancelled)
         inputs = self._inputs(pending)
         sequence, context = pending.sequence, self.model.config.text_config.max_position_embeddings
-        if sequence.num_tokens:  # it runs again, after a failure of others
-            tokens = torch.tensor([sequence.detokenizer.tokens])
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
-        else:
+        if not sequence.num_tokens:  # else it is continued, after a failure of others
             sequence.start(time.perf_counter(), inputs["input_ids"].shape[1], context)
-        return Prefill(self.model, inputs, sequence.cancelled)
+        return Prefill(self.model, inputs, sequence.cancelled, sequence.detokenizer.tokens)
 
     def _inputs(self, pending: PendingRequest) -> dict:
         """Return a request's tensors, its images decoded one by one."""
