@@ -1,6 +1,5 @@
 """Requests that come while others are answered: they join, and each answer stays what it is alone."""
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,7 +87,8 @@ def test_answers_are_those_of_each_request_alone(busy, times, tally):
     answered()
     if exact:
         tally("answers beside those of each request alone", len(tried), wrong)
-    else:  # rounded: 16 bits of the shapes' sums
+    else:  # bf16 rounds differently in batches
+        print(f"\nin bf16 and an INT8 cache {len(wrong)} of {len(tried)} answers differ")  # shown with -s
         assert len(wrong) <= 0.05 * len(tried), wrong
 
 
@@ -136,8 +136,7 @@ def test_follow_up_after_a_batch_reuses_the_prompt(client, scheduler, slow_demo)
 
 def test_failed_inference_continues_the_other_answers(client, scheduler, slow_demo, monkeypatch):
     """A failed step resets all KV caches: running answers are computed again, without repeating what was sent."""
-    step, failed, began = slow_demo.language_model._compiled, [], threading.Event()
-    decode = Batch.decode
+    decode, failed = Batch.decode, []
 
     def fails_once(self, tokens):
         if len(tokens) == 2 and not failed:
@@ -152,8 +151,6 @@ def test_failed_inference_continues_the_other_answers(client, scheduler, slow_de
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(complete, client, messages) for messages in (user(text(WHO)), about(SAMPLES[0]))]
         answers = [each.result().choices[0].message.content for each in asked]
-    assert step is not None
-    assert not began.is_set()
     assert failed
     assert answers == [SELF, SAMPLES[0]["answer"]]
 
