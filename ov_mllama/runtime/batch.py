@@ -156,9 +156,12 @@ def merge(target: Session, sources: list[Session], lengths: np.ndarray) -> None:
         tensors = [part.state for part in parts]
         joined = np.zeros((len(lengths), tensors[0].shape[1], slots, tensors[0].shape[3]), np.float32)
         for tensor, cache, end in zip(tensors, caches, ends, strict=True):
-            visible = cache.positions[-slots:]
-            rows = np.arange(cache.batch) if cache.beam_idx is None else cache.beam_idx
-            joined[end - cache.batch : end, :, slots - len(visible) :] = tensor.data[rows][:, :, visible]
+            visible: Any = cache.positions[-slots:]
+            start = slots - len(visible)
+            if visible[-1] - visible[0] + 1 == len(visible):  # slices are not copied first
+                visible = slice(visible[0], visible[-1] + 1)
+            rows = slice(None) if cache.beam_idx is None else cache.beam_idx
+            joined[end - cache.batch : end, :, start:] = tensor.data[rows][:, :, visible]
         variable.state = ov.Tensor(joined)
     merged, views = OVCache(target), [cache.cross_attention for cache in caches]
     merged.append(np.zeros((len(lengths), slots), np.int64))
