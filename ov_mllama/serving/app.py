@@ -2,7 +2,7 @@
 
 POST /v1/chat/completions (text and images, streamed or not, JSON schemas), GET /v1/models, GET /health; Ollama's
 POST /api/chat and /api/generate with their neighbours; and with --chat the chat page. By default it listens on this
-machine only and fetches no image URLs. Requests that wait together run as one batch.
+machine only and fetches no image URLs. Requests share steps of one batch, which they join and leave.
 """
 
 import argparse
