@@ -4,7 +4,7 @@ Prefill -> session of one row -> Batch.join -> Batch.decode ... -> Batch.leave
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,28 @@ class Prefill:
     Args:
         inputs: the processor's tensors, without padding.
         stop: once set, encoding is cancelled.
+        answer: tokens that follow the prompt, of an answer that is continued.
 
     Attributes:
         session: taken from the model's pool by the first chunk, until `close`.
     """
 
-    def __init__(self, model: OVMLlamaForConditionalGeneration, inputs: dict, stop: threading.Event | None = None):
+    def __init__(
+        self,
+        model: OVMLlamaForConditionalGeneration,
+        inputs: dict,
+        stop: threading.Event | None = None,
+        answer: Sequence[int] = (),
+    ):
         self.model = model
         self.session: Any = None
         ids, _, _ = token_arrays(inputs["input_ids"], None, None)
-        self.images = image_arrays(*(inputs.get(name) for name in ImageInputs._fields))
+        ids = np.append(ids, np.array([answer], np.int64), 1)
+        self.images = images = image_arrays(*(inputs.get(name) for name in ImageInputs._fields))
+        if images and answer:  # which sees what the prompt's last token does
+            mask = images.cross_attention_mask
+            mask = np.append(mask, mask[:, -1:].repeat(len(answer), 1), 1)
+            self.images = images._replace(cross_attention_mask=mask)
         self.prompt = prompt_of(model, ids, self.images)
         encoder, keys = model.image_encoder, self.prompt.image_keys
         self._encoded = encoder.encode(self.images, keys, stop) if self.images else None
@@ -144,9 +156,12 @@ def merge(target: Session, sources: list[Session], lengths: np.ndarray) -> None:
         tensors = [part.state for part in parts]
         joined = np.zeros((len(lengths), tensors[0].shape[1], slots, tensors[0].shape[3]), np.float32)
         for tensor, cache, end in zip(tensors, caches, ends, strict=True):
-            visible = cache.positions[-slots:]
-            rows = np.arange(cache.batch) if cache.beam_idx is None else cache.beam_idx
-            joined[end - cache.batch : end, :, slots - len(visible) :] = tensor.data[rows][:, :, visible]
+            visible: Any = cache.positions[-slots:]
+            start = slots - len(visible)
+            if visible[-1] - visible[0] + 1 == len(visible):  # slices are not copied first
+                visible = slice(visible[0], visible[-1] + 1)
+            rows = slice(None) if cache.beam_idx is None else cache.beam_idx
+            joined[end - cache.batch : end, :, start:] = tensor.data[rows][:, :, visible]
         variable.state = ov.Tensor(joined)
     merged, views = OVCache(target), [cache.cross_attention for cache in caches]
     merged.append(np.zeros((len(lengths), slots), np.int64))

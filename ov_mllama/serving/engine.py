@@ -67,7 +67,9 @@ class Engine:
                 if self.running:
                     self._decode()
                 ended |= self._leave()
-            except Exception as error:  # noqa: BLE001 - handed on
+            except Exception as error:
+                if not self.running:
+                    raise
                 self._fail(self.running, error)
                 self._batch.clear()
         return ended
@@ -127,8 +129,8 @@ class Engine:
         pending.prefill = None
 
     def _finish(self, pending: PendingRequest, error: BaseException | None = None) -> None:
-        self._remove(pending)
         self._finish_request(pending, error)
+        self._remove(pending)
 
     def _fail(self, failed: list[PendingRequest], error: BaseException, may_be_of_others: bool = True) -> None:
         """Finish requests with an error, or requeue them to run one by one if others may have caused it: what needs too

@@ -6,8 +6,6 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from ov_mllama.runtime.batch import Prefill
 from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, OutOfMemoryError, TemplateError
 from ov_mllama.runtime.generation import end_tokens
@@ -208,12 +206,9 @@ class Scheduler(RequestQueue):
         check_stop(pending.sequence.cancelled)
         inputs = self._inputs(pending)
         sequence = pending.sequence
-        if sequence.num_tokens:  # it runs again, after a failure of others
-            tokens = torch.tensor([sequence.detokenizer.tokens])
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
-        else:
+        if not sequence.num_tokens:  # else it is continued, after a failure of others
             sequence.start(time.perf_counter(), inputs["input_ids"][0].tolist(), self._context_length)
-        return Prefill(self.model, inputs, sequence.cancelled)
+        return Prefill(self.model, inputs, sequence.cancelled, sequence.detokenizer.tokens)
 
     def _inputs(self, pending: PendingRequest) -> dict:
         """Return a request's tensors, its images decoded one by one."""
@@ -227,7 +222,9 @@ class Scheduler(RequestQueue):
 
     def _end(self, pending: PendingRequest, error: BaseException | None = None) -> None:
         """Finish an active request."""
-        self._finish(pending, None if error is None or isinstance(error, Cancelled) else api_error_for(error))
+        if error is not None and not isinstance(error, ApiError):
+            error = None if isinstance(error, Cancelled) else api_error_for(error)
+        self._finish(pending, error)
         self._last_batch_s = time.perf_counter() - pending.sequence.started_s
 
     def _requeue(self, pendings: list[PendingRequest]) -> None:
@@ -246,8 +243,6 @@ def computed_tiles(model, image: ImageFile) -> int:
 
 def api_error_for(error: BaseException) -> ApiError:
     """Return the error for a client. Only messages about its input reach it: others name paths."""
-    if isinstance(error, ApiError):
-        return error
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, str(error), "out_of_memory", error_type="server_error", headers={"Retry-After": "30"})
     if isinstance(error, InputError | NumericalError):
