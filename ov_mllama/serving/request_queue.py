@@ -31,13 +31,10 @@ class RequestQueue:
         """True if requests are answered."""
         return self._open
 
-    @property
-    def load(self) -> tuple[int, int, int]:
-        """Number of requests that wait and that run, and bytes that they hold."""
+    def reservations(self) -> list[Reservation]:
+        """Return those of this moment."""
         with self._changed:
-            waiting = sum(reservation.waiting for reservation in self._reservations)
-            nbytes = sum(reservation.nbytes for reservation in self._reservations)
-            return waiting, len(self._reservations) - waiting, nbytes
+            return list(self._reservations)
 
     def reserve(self) -> Reservation:
         """Reserve a place in the queue, for `submit` or `release`.
