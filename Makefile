@@ -30,25 +30,29 @@ DRAFT ?=
 BASE ?=
 REFERENCE ?=
 SETTINGS := MODEL_ID REFERENCE CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
+# values reach commands by the environment, where a shell does not read them: any character but $ may be in them
+export $(SETTINGS) MODEL_DIR BASE DRAFT QUESTION PICTURES OUT HOST PORT KEY_FILE
+option = $(if $($(2)),--$(1) "$$$(2)")
+model = $(call option,checkpoint,MODEL_ID) $(call option,base,BASE) $(call option,model-dir,MODEL_DIR) $(call option,reference,REFERENCE)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: notebook test quick torture lab chat serve caption bench lint clean
 
 notebook: .venv/.run
-	$(BIN)/python -c "import sys, notebook_utils as nb; nb.execute('mllama-3.2.ipynb', 'build', **dict(a.split('=', 1) for a in sys.argv[1:]))" $(foreach name,$(SETTINGS),$(if $($(name)),'$(name)=$($(name))'))
+	$(BIN)/python -c "import sys, notebook_utils as nb; nb.execute('mllama-3.2.ipynb', 'build', **dict(a.split('=', 1) for a in sys.argv[1:]))" $(foreach name,$(SETTINGS),$(if $($(name)),"$(name)=$$$(name)"))
 
 lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
 
 chat: .venv/.run
-	$(BIN)/python -m ov_mllama chat $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(DRAFT),--draft '$(DRAFT)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama chat $(model) $(call option,draft,DRAFT)
 
 serve: .venv/.scale
-	$(BIN)/python -m ov_mllama serve $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(if $(KEY_FILE),--key-file '$(KEY_FILE)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama serve $(model) $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(call option,host,HOST) $(call option,port,PORT) $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(call option,key-file,KEY_FILE)
 
 caption: .venv/.scale
-	$(BIN)/python -m ov_mllama caption '$(PICTURES)' --question '$(QUESTION)' --out '$(OUT)' $(if $(MODEL_ID),--checkpoint '$(MODEL_ID)') $(if $(BASE),--base '$(BASE)') $(if $(MODEL_DIR),--model-dir '$(MODEL_DIR)') $(if $(REFERENCE),--reference '$(REFERENCE)')
+	$(BIN)/python -m ov_mllama caption "$$PICTURES" --question "$$QUESTION" --out "$$OUT" $(model)
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json

@@ -11,24 +11,21 @@ from transformers import AutoConfig
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.cli import YES, confirm, exit_on_user_error, user_path
-from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import markdown
 from ov_mllama.export.prepare import (
     DRAFT_FOLDER,
     default_folder,
     files_to_load,
+    list_models,
     plan_here,
     prepare,
     print_load_estimate,
 )
 from ov_mllama.export.samples import calibration_samples
-from ov_mllama.export.sources.gguf import read_gguf
-from ov_mllama.export.sources.model_id import is_gguf, short_name
-from ov_mllama.export.sources.ollama import all_models, folders
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.devices import check_device
-from ov_mllama.runtime.errors import InputError, NotFoundError
+from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.prompts import load_processor
@@ -37,7 +34,7 @@ from ov_mllama.runtime.speculative import OVDraftModel
 
 DEMO = "demo_model"
 SERVING = {
-    "serve": ("ov_mllama.serving.app", "serve an OpenAI-compatible API"),
+    "serve": ("ov_mllama.serving.app", "serve OpenAI's and Ollama's APIs"),
     "caption": ("ov_mllama.serving.caption", "ask one question about every image of a folder"),
 }
 REFERENCE: dict = {
@@ -58,36 +55,19 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def run_models(options: argparse.Namespace) -> None:
     """Print the models in Ollama's folder, and which of them can be run."""
-    rows = [
-        (model.name, gigabytes(model.size) if model.size else "", f"no: {why}" if why else f"ollama:{model.name}")
-        for model, why in all_models()
-    ]
-    if not rows:
-        raise NotFoundError(
-            f"No models of Ollama's in {' or '.join(map(str, folders()))}: run `ollama pull llama3.2-vision`, or set "
-            "OLLAMA_MODELS to its folder."
-        )
-    print(markdown(("model", "size", "can be run"), rows))
+    print(markdown(("model", "size", "can be run"), list_models()))
 
 
 def run_check(options: argparse.Namespace) -> None:
     """Compare a model in GGUF with what is known of Ollama's, and both orders of rows that its converter may have."""
     from ov_mllama.export.check_gguf import compare_header, compare_orders
 
-    if not is_gguf(options.checkpoint):
-        raise InputError(f"{options.checkpoint} is no model in GGUF: give ollama:NAME or the path of a .gguf file.")
-    checkpoint = Checkpoint(options.checkpoint)
-    rows = list(compare_header([read_gguf(path) for path in checkpoint.source.weights]))
-    print(markdown(("what", "known", "found", ""), rows), flush=True)
-    folder = options.out or default_folder(options.checkpoint).with_name(f"{short_name(options.checkpoint)}-check")
-    samples = calibration_samples()[: options.captions]
-    pairs = compare_orders(options.checkpoint, folder, samples)
-    cells = [
-        (sample["caption"][:40], *(f"{value:.4f}" for value in pair))
-        for sample, pair in zip(samples, pairs, strict=True)
-    ]
+    print(markdown(("what", "known", "found", ""), compare_header(options.checkpoint)), flush=True)
+    models = default_folder(options.checkpoint)
+    folder = options.out or models.with_name(f"{models.name}-check")
+    rows = compare_orders(options.checkpoint, folder, calibration_samples()[: options.captions])
     print("\nMean log-probability of a token of the right caption, in nats; the right order's is higher:\n")
-    print(markdown(("caption", "rows put back, as the program does", "rows as stored"), cells))
+    print(markdown(("caption", "rows put back, as the program does", "rows as stored"), rows))
     print(f"\nBoth conversions are left in {folder}.")
 
 
@@ -138,7 +118,8 @@ def run_compare(options: argparse.Namespace) -> None:
     from ov_mllama.export.calibration import questions_about
     from ov_mllama.export.quality import compare_references, verdict
 
-    folder = options.out or default_folder(options.checkpoint).with_name(f"{Path(options.checkpoint).name}-references")
+    models = default_folder(options.checkpoint)
+    folder = options.out or models.with_name(f"{models.name}-references")
     questions = questions_about(options.checkpoint)
     answered = "answer" in questions[0]  # the checkpoint's own
     samples = [{**sample, "caption": sample["answer"]} for sample in questions] if answered else calibration_samples()

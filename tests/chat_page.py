@@ -173,12 +173,14 @@ class Tab:
         self.context.close()
 
     def to_front(self) -> None:
-        """Show the tab before others of its profile: behind them, clicks wait for frames that come once a second."""
+        """Show the tab before others: behind them, each click waits for frames, which come once a second there."""
         self.tab.bring_to_front()
 
     def attach(self, *files) -> None:
         """Adds pictures to the question."""
-        self.tab.locator("input[type=file]").first.set_input_files([str(file) for file in files])
+        chosen = self.tab.locator("input[type=file]").first
+        chosen.evaluate("input => input.value = ''")  # or the same file again is no change
+        chosen.set_input_files([str(file) for file in files])
         expect(self.tab.locator(".thumbnail-item")).to_have_count(len(files), timeout=20_000)
 
     def ask(self, question: str, *files) -> None:

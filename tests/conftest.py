@@ -140,10 +140,10 @@ def pytest_collection_finish():
     gc.enable()
 
 
-# Files that take a worker 15 s or more, the slowest first: begun late, one would let the other worker wait at the end
+# Files that take a worker 10 s or more, the slowest first: begun late, one would let the other worker wait at the end
 SLOW = (
-    "scale notebook faults compression history checkpoints page proxies reference plan pieces draft_model house "
-    "preview source_lora ending waiting convert meta ahead quality chat source_gptq"
+    "scale notebook compression faults history checkpoints page proxies reference ending waiting source_lora "
+    "draft_model plan chat parity meta pieces reuse demo_model convert preview source_gptq house quality chunks"
 )
 SLOW = [f"test_{name}.py" for name in SLOW.split()]
 

@@ -2,11 +2,13 @@
 machine of 16 GB would run the 11B; and read as it is committed."""
 
 import ast
+import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -335,16 +337,32 @@ def test_settings_have_the_types_of_their_defaults(committed):
             notebook_utils.settings(source, {name: value})
 
 
-def test_make_notebook_passes_every_setting(committed):
+def made(folder: Path, target: str, *words: str) -> list[str]:
+    """The arguments of the program that a target of make runs."""
+    program = folder / "python"
+    program.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    program.chmod(0o755)
+    old = [argument for name in (".venv/.run", ".venv/.scale") for argument in ("-o", name)]
+    make = ["make", "--no-print-directory", "-s", *old, target, f"BIN={folder}", *words]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    done = subprocess.run(make, cwd=ROOT, env=outside, capture_output=True, text=True, check=True)  # noqa: S603
+    return json.loads(done.stdout)
+
+
+def test_make_passes_any_character(tmp_path):
+    question, folder, out = 'What\'s "this" `id`; & (é) \\ *?', "my pictures' folder", "my -o.parquet"
+    given = made(tmp_path, "caption", f"QUESTION={question}", f"PICTURES={folder}", f"OUT={out}", "MODEL_ID=ollama:x'y")
+    assert given[2:] == ["caption", folder, "--question", question, "--out", out, "--checkpoint", "ollama:x'y"]
+    assert made(tmp_path, "chat", "DRAFT=it's")[2:] == ["chat", "--draft", "it's"]
+    assert made(tmp_path, "serve", "OLLAMA=1", "KEY_FILE=a b")[2:] == ["serve", "--ollama", "--key-file", "a b"]
+
+
+def test_make_notebook_passes_every_setting(committed, tmp_path):
     source = cell_with(committed, "MODEL_ID = ").source
     defaults = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
     given = defaults | {"CALIBRATION_DATA": "some pictures", "DRAFT_MODEL": "a draft"}
     words = [f"{name}={value}" for name, value in given.items()]
-    make = ["make", "--no-print-directory", "-n", "-o", ".venv/.run", "notebook", *words]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
-    done = subprocess.run(make, cwd=ROOT, env=outside, capture_output=True, text=True, check=True)  # noqa: S603
-    shown = done.stdout
-    assert shlex.split(shown)[-len(words) :] == words
+    assert made(tmp_path, "notebook", *words)[-len(words) :] == words
 
 
 def test_table_of_contents_leads_somewhere(committed):

@@ -14,6 +14,7 @@ from ov_mllama.export.quality import caption_log_probs
 from ov_mllama.export.settings import own_name
 from ov_mllama.export.sources.gguf import GgufFile, read_gguf
 from ov_mllama.export.sources.gguf_names import tensors_of
+from ov_mllama.export.sources.model_id import is_gguf
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME
 from ov_mllama.runtime.memory import trim_memory
@@ -26,12 +27,21 @@ GATES = {"blk.3.cross_attn_attn_gate": 0.000545501708984375, "blk.3.cross_attn_m
 Row = tuple[str, str, str, str]  # what is compared, the expected value, the found one, "equal" or "different"
 
 
-def compare_header(files: list[GgufFile]) -> Iterator[Row]:
-    """Yield what the headers and the first gates of the 11B's files are, beside what is known.
+def compare_header(name: str) -> list[Row]:
+    """Return what the headers and the first gates of a model's files are, beside what is known of the 11B's.
 
+    Args:
+        name: as for `Checkpoint`.
     Raises:
-        InputError: if a gate is missing.
+        InputError: if it is no model in GGUF, or not the 11B.
     """
+    if not is_gguf(name):
+        raise InputError(f"{name} is no model in GGUF: give ollama:NAME or the path of a .gguf file.")
+    return list(rows_of([read_gguf(path) for path in Checkpoint(name).source.weights]))
+
+
+def rows_of(files: list[GgufFile]) -> Iterator[Row]:
+    """Yield the rows of `compare_header`."""
     count = sum(len(file.tensors) for file in files)
     yield "tensors", str(TENSORS), str(count), verdict(count == TENSORS)
     for number, file in enumerate(files, 1):
@@ -52,8 +62,8 @@ def verdict(equal: bool) -> str:
     return "equal" if equal else "different"
 
 
-def compare_orders(name: str, folder: Path, samples: list[dict]) -> list[tuple[float, float]]:
-    """Return the mean log-probabilities of a token of each caption, in nats: with the rows of the cross-attention's
+def compare_orders(name: str, folder: Path, samples: list[dict]) -> list[tuple[str, ...]]:
+    """Return each caption and the mean log-probabilities of its tokens, in nats: with the rows of the cross-attention's
     projections put back from llama.cpp's order, as the program does, and with these rows as they are stored.
 
     Args:
@@ -71,4 +81,5 @@ def compare_orders(name: str, folder: Path, samples: list[dict]) -> list[tuple[f
         form = checkpoint.own_form
         results.append(caption_log_probs(model_dir, own_name(form) if form else LANGUAGE_MODEL_NAME, samples))
         trim_memory()
-    return list(zip(*results, strict=True))
+    captions = [sample["caption"][:40] for sample in samples]
+    return [(caption, *(f"{value:.4f}" for value in pair)) for caption, *pair in zip(captions, *results, strict=True)]

@@ -184,6 +184,8 @@ class Checkpoint:
     @cached_property
     def own_form(self) -> str:
         """The format, such as "q4_k_m", of a checkpoint whose language model is taken over completely; else empty."""
+        if not self.source.form:
+            return ""
         matrices = {
             name: tensor for name, tensor in self.tensors().items() if len(tensor.shape) > 1 and TAKEN.match(name)
         }

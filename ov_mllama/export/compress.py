@@ -32,6 +32,7 @@ from ov_mllama.runtime.ir import (
     LANGUAGE_MODEL_NAME,
     VISION_ENCODER_NAME,
     check_model_dir,
+    ir_stamp,
     provenance,
 )
 from ov_mllama.runtime.reference import Reference
@@ -84,7 +85,8 @@ def compress_language_model(
     model_dir = Path(model_dir)
     original = model_dir / LANGUAGE_MODEL_NAME
     own = None if original.is_file() else own_ir(model_dir)
-    if own:
+    source = Checkpoint.of(checkpoint) if checkpoint else None
+    if own and not (source and source.fingerprint != ir_stamp(own)["checkpoint"]):
         logger.info("✅ %s holds the checkpoint's own quantised weights: there is nothing to compress", own)
         return own
     if not original.is_file() and not checkpoint and (model_dir / VISION_ENCODER_NAME).is_file():
@@ -97,7 +99,6 @@ def compress_language_model(
     config = AutoConfig.from_pretrained(model_dir)
     settings.check(config)
     reference = Reference.of(encoder)
-    source = Checkpoint.of(checkpoint) if checkpoint else None
     stamp = source.stamp(reference) if source else provenance(original)
     if stamp.get("checkpoint") != encoder["checkpoint"]:
         raise InputError(

@@ -232,11 +232,7 @@ def plan(
     smaller = vision_cost(DEFAULT_VISION_OPTION, config)
     drafting = compression_cost(Settings(), draft) if draft else Cost()
     files = files or Files(0 if downloaded else original)
-    small, small_name = compression_cost(settings, config), settings.file_name
-    to_compress = f"compress the language model, {settings.algo} in groups of {settings.group_size}"
-    if files.own_form:
-        small, small_name = taking_over_cost(files.own_bytes), own_name(files.own_form)
-        to_compress = f"take over the language model, {files.own_form.upper()} as it is stored"
+    to_compress, small_name, small = smaller_language_model(config, settings, files)
     draft_files = draft_files or Files(2 * weights(draft).language if draft and not draft_downloaded else 0)
     download = files.download + draft_files.download
     loaded = small.disk + smaller.disk + drafting.disk
@@ -278,6 +274,15 @@ def plan(
     }
     compare = write_16_bit and answering_memory(config, 2 * original) <= machine.memory
     return Plan(machine, write_16_bit, compare, {name: step.on(machine.cores) for name, step in steps.items()})
+
+
+def smaller_language_model(config: MllamaConfig, settings: Settings, files: Files) -> tuple[str, str, Cost]:
+    """Return how the smaller language model is made, its file name, and the cost."""
+    if files.own_form:
+        what = f"take over the language model, {files.own_form.upper()} as it is stored"
+        return what, own_name(files.own_form), taking_over_cost(files.own_bytes)
+    what = f"compress the language model, {settings.algo} in groups of {settings.group_size}"
+    return what, settings.file_name, compression_cost(settings, config)
 
 
 def written(steps: dict[str, Step]) -> float:

@@ -18,12 +18,13 @@ from ov_mllama.export.convert import convert_mllama, of_vision_encoder, remains
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import Files, Machine, Plan, Step, loading, plan
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
-from ov_mllama.export.sources.model_id import local_path, origin_of, short_name
+from ov_mllama.export.sources.model_id import OLLAMA, local_path, origin_of, short_name
+from ov_mllama.export.sources.ollama import all_models, folders
 from ov_mllama.export.takeover import packed_bytes, packed_weights
 from ov_mllama.runtime.checks import check_vocabulary
 from ov_mllama.runtime.companions import stamp_of
 from ov_mllama.runtime.devices import has_own_memory
-from ov_mllama.runtime.errors import UserError
+from ov_mllama.runtime.errors import NotFoundError, UserError
 from ov_mllama.runtime.ir import (
     CONVERTER_VERSION,
     DRAFT_FOLDER,
@@ -69,6 +70,24 @@ def is_anothers(folder: Path, checkpoint: str | Path) -> bool:
         return Checkpoint(checkpoint, with_weights=False).fingerprint != stamp.get("checkpoint")
     except UserError:  # said where the checkpoint is used
         return bool(stamp.get("origin"))
+
+
+def list_models() -> list[tuple[str, str, str]]:
+    """Return the models in Ollama's folder: name, size, and the name to run it by, or why it cannot be run.
+
+    Raises:
+        NotFoundError: if there are none.
+    """
+    rows = [
+        (model.name, gigabytes(model.size) if model.size else "", f"no: {why}" if why else f"{OLLAMA}{model.name}")
+        for model, why in all_models()
+    ]
+    if not rows:
+        raise NotFoundError(
+            f"No models of Ollama's in {' or '.join(map(str, folders()))}: run `ollama pull llama3.2-vision`, or set "
+            "OLLAMA_MODELS to its folder."
+        )
+    return rows
 
 
 def is_writable(folder: Path) -> bool:

@@ -18,8 +18,9 @@ from openvino import opset13 as ops
 from torch import nn
 from tqdm.auto import tqdm
 
+from ov_mllama.export.sources.files import AGAIN
 from ov_mllama.export.sources.tensors import ALIGNMENT_BYTES, Packed, Tensor
-from ov_mllama.runtime.errors import DiskError
+from ov_mllama.runtime.errors import DiskError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def take_over(ov_model: ov.Model, model: nn.Module, packed: PackedWeights, folde
         the mapped file, u8 [bytes]: hold it as long as `ov_model` is used, whose constants do not.
     Raises:
         RuntimeError: if a matrix is no constant of the graph, where zeros would be left.
+        InputError: as `finite`.
         DiskError: if the folder's disk is full.
     """
     if not packed:
@@ -84,13 +86,13 @@ Parts = dict[str, Place]  # of a matrix, by the names of `Packed`
 
 
 def written(packed: PackedWeights, folder: Path) -> tuple[np.ndarray, dict[str, Parts]]:
-    """Return matrices in a mapped temporary file, and where they are in it; DiskError as `take_over`."""
+    """Return matrices in a mapped temporary file, and where they are in it; errors as `take_over`."""
     places: dict[str, Parts] = {}
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for name, pack in tqdm(packed.items(), desc="Reading weights", unit="matrix", leave=False):
-                parts = vars(pack())
-                places[name] = {part: write(file, array) for part, array in parts.items() if array is not None}
+                parts = finite(name, vars(pack()))
+                places[name] = {part: write(file, array) for part, array in parts.items()}
             file.flush()
             return np.memmap(file, np.uint8, "c"), places
     except OSError as error:
@@ -99,6 +101,14 @@ def written(packed: PackedWeights, folder: Path) -> tuple[np.ndarray, dict[str, 
             f"{folder} cannot hold a copy of the quantised weights while they are converted ({error.strerror}): free "
             "disk space, or choose a folder on another disk",
         ) from error
+
+
+def finite(name: str, parts: dict[str, np.ndarray | None]) -> dict[str, np.ndarray]:
+    """Return the parts of a matrix that there are; InputError unless its scales and zero points are finite."""
+    given = {part: array for part, array in parts.items() if array is not None}
+    if not all(np.isfinite(array).all() for part, array in given.items() if part != "values"):
+        raise InputError(f"{name} has NaN or infinity among its scales: {AGAIN}")
+    return given
 
 
 def write(file: BinaryIO, array: np.ndarray) -> Place:

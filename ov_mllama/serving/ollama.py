@@ -163,8 +163,9 @@ class OllamaApi:
     async def pull(self, http: HttpRequest) -> Response:
         """Succeed at once for the model that is served: many clients pull before they request anything."""
         body = await self.backend.receive_short(http, NameBody)
+        name = body.model_name
         try:
-            self._check_name(body.model_name)
+            self._check_name(name)
         except ApiError as error:
             advice = "this server downloads none, start it with `ov-mllama serve --checkpoint NAME`"
             raise ApiError(error.status, f"{error}: {advice}.") from None

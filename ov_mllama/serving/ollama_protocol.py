@@ -228,7 +228,7 @@ def closed(schema: Any) -> Any:
 def parts(text: str | None, images: list[str] | None) -> list[dict[str, Any]]:
     """Return the content of a message in OpenAI's format, its images first as in Ollama's prompts."""
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": data_uri(image)} for image in images or []]
-    return [*content, {"type": "text", "text": text}] if text or not content else content
+    return [*content, {"type": "text", "text": text or ""}] if text or not content else content
 
 
 def data_uri(image: str) -> str:

@@ -102,7 +102,7 @@ def ask(chat, question, *pictures, **wishes) -> Turn:
 
 
 def test_conversation_longer_than_the_context_is_refused_first(chat):
-    turn = ask(chat, "word " * 200_000)
+    turn = ask(chat, "word " * 20_000)
     assert turn.state == FAILED
     assert "exceed the model's context" in turn.note
 

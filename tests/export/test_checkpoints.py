@@ -386,15 +386,15 @@ def killed_at(monkeypatch, step: int) -> list[str]:
 @pytest.mark.parametrize("draft", [False, True])
 def test_conversion_killed_at_any_step_leaves_one_checkpoint_whole(two, tmp_path, monkeypatch, draft):
     first, second, first_dir, second_dir = two
-    irs = {path: ov.Core().read_model(second_dir / path) for path in IRS}
-    monkeypatch.setattr(convert, "convert_vision_encoder", lambda *_: irs[VISION_ENCODER_NAME].clone())
-    monkeypatch.setattr(convert, "convert_language_model", lambda *_: irs[LANGUAGE_MODEL_NAME].clone())
     whole, step, outcomes = {checkpoint_fingerprint(first): files_of(first_dir)}, 0, []
     whole[checkpoint_fingerprint(second)] = files_of(second_dir)
     start = shutil.copytree(first_dir, tmp_path / "start")
     if draft:
         make_draft_model(DRAFT, start / DRAFT_FOLDER)
         whole[checkpoint_fingerprint(first)] = files_of(start)
+    irs = {path: ov.Core().read_model(second_dir / path) for path in IRS}
+    monkeypatch.setattr(convert, "convert_vision_encoder", lambda *_: irs[VISION_ENCODER_NAME].clone())
+    monkeypatch.setattr(convert, "convert_language_model", lambda *_: irs[LANGUAGE_MODEL_NAME].clone())
     model = Checkpoint(second).load()
     monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: model)
     monkeypatch.setattr(Checkpoint, "scratch_bytes", lambda *_, **__: 0)
@@ -430,7 +430,7 @@ def test_draft_model_killed_at_any_step_is_no_mixture(tmp_path, monkeypatch):
         shutil.copy(path, other)
     start, expected = make_draft_model(DRAFT, tmp_path / "start"), make_draft_model(other, tmp_path / "expected")
     ir = ov.Core().read_model(expected / DRAFT_MODEL_NAME)
-    monkeypatch.setattr(compressing, "convert_language_model", lambda *_: ir.clone())
+    monkeypatch.setattr(convert, "convert_language_model", lambda *_: ir.clone())
     monkeypatch.setattr(compressing, "compress_weights", lambda model, _: model)
     model = load_checkpoint(other, LlamaForCausalLM)
     monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: model)

@@ -3,11 +3,13 @@
 `gguf_files.py` writes them, from the same tables as the reader but without its code; `gguf` dequantises.
 """
 
+import json
 import logging
 import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,13 +38,15 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration
 from conftest import F32
 from notebook_utils import follow
 from ov_mllama.__main__ import argument_parser
-from ov_mllama.export.check_gguf import GATES, compare_header
+from ov_mllama.export.check_gguf import GATES, rows_of
 from ov_mllama.export.checkpoint import Checkpoint
-from ov_mllama.export.convert import convert_mllama
+from ov_mllama.export.convert import convert_language_model, convert_mllama, of_both
 from ov_mllama.export.prepare import default_folder, plan_here, prepare
 from ov_mllama.export.sources.gguf import read_gguf
 from ov_mllama.export.sources.gguf_names import tensors_of
-from ov_mllama.runtime.errors import InputError, NotFoundError
+from ov_mllama.export.sources.ollama import all_models, find_model
+from ov_mllama.export.takeover import packed_bytes, packed_weights, take_over
+from ov_mllama.runtime.errors import DiskError, InputError, NotFoundError
 from ov_mllama.runtime.ir import display_name, ir_stamp
 from ov_mllama.runtime.reference import META
 from ov_mllama_compression import compress
@@ -176,6 +180,20 @@ def test_every_matrix_is_computed_as_it_is_stored(files, converted):
     assert Counter(unpacked(op).tobytes() for op in values) <= Counter(each.values.tobytes() for each in packed)
 
 
+def test_integers_and_scales_are_mapped_from_an_unnamed_file(files, tmp_path):
+    checkpoint = Checkpoint(files.two)
+    packed = packed_weights(checkpoint.tensors())
+    model = checkpoint.load(scratch=tmp_path, needed=partial(of_both, packed))
+    ir = convert_language_model(model, META)
+    data = take_over(ir, model, packed, tmp_path)
+    assert isinstance(data, np.memmap)
+    assert not [*tmp_path.iterdir()]
+    constants = [op for op in ir.get_ops() if op.get_type_name() == "Constant"]
+    inside = [op for op in constants if 0 <= op.data.ctypes.data - data.ctypes.data < len(data)]
+    assert sum(op.get_byte_size() for op in inside) == packed_bytes(checkpoint.tensors())
+    assert sum(op.get_byte_size() for op in constants if op not in inside) < 0.02 * len(data)
+
+
 def test_it_is_stamped_and_needs_no_compression(files, converted, caplog):
     stamp = ir_stamp(converted / "llm_q4_k_m.xml")
     assert (stamp["format"], stamp["taken_over"], stamp["row_mask"]) == ("q4_k_m", "all", "on")
@@ -187,6 +205,11 @@ def test_it_is_stamped_and_needs_no_compression(files, converted, caplog):
     before = (converted / "llm_q4_k_m.bin").stat().st_mtime_ns
     convert_mllama(files.two, converted)
     assert (converted / "llm_q4_k_m.bin").stat().st_mtime_ns == before
+
+
+def test_weights_of_another_file_are_not_compressed_into_its_folder(files, converted):
+    with pytest.raises(InputError, match="was converted from another checkpoint"):
+        compress(converted, checkpoint=files.quirks)
 
 
 def test_a_type_that_is_not_taken_over_is_compressed_with_the_rest(files, tmp_path):
@@ -211,6 +234,8 @@ def test_prepare_by_ollamas_name(ollama, tmp_path, monkeypatch, caplog):
     folder = default_folder(name)
     assert folder.as_posix() == "models/llama3.2-vision"
     assert default_folder(f"{name}:latest") == folder
+    for longer in ("library/llama3.2-vision", "registry.ollama.ai/library/llama3.2-vision:latest"):
+        assert default_folder(f"ollama:{longer}") == folder
     assert default_folder(f"{name}:90b").name == "llama3.2-vision-90b"
     steps = str(plan_here(name, folder, for_chat=True))
     assert "take over the language model, Q4_K_M as it is stored" in steps
@@ -236,10 +261,14 @@ def test_models_are_listed(ollama, files, tmp_path, capsys):
     write_ollama(ollama, "someone/llama3.2-vision", [*files.one], tag="old")
     manifest_path(ollama, "broken").parent.mkdir(parents=True)
     manifest_path(ollama, "broken").write_text("{")
+    huge = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{64 * 'a'}", "size": 10**400}
+    manifest_path(ollama, "broken", "huge").write_text(json.dumps({"layers": [huge]}))
+    manifest_path(ollama, "broken", ".DS_Store").write_text("of a file manager")
     options = argument_parser().parse_args(["models"])
     options.run(options)
     rows = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines()[2:]}
-    assert "no: " in rows.pop("broken:latest")
+    for broken in ("broken:latest", "broken:huge"):
+        assert "is no manifest of Ollama's" in rows.pop(broken)
     assert "no: another architecture, phi3" in rows.pop("phi4:14b")
     assert rows.pop("llama3.2-vision:latest").endswith("ollama:llama3.2-vision:latest |")
     assert rows.pop("someone/llama3.2-vision:old").endswith("ollama:someone/llama3.2-vision:old |")
@@ -250,6 +279,32 @@ def test_models_are_listed(ollama, files, tmp_path, capsys):
 def test_the_other_half_beside_a_file_is_found(files):
     for path in files.one:
         assert Checkpoint(path).own_form == "q4_k_m"
+
+
+def test_the_other_half_is_found_among_other_files(files, tmp_path):
+    text, projector = (shutil.copy(path, tmp_path / path.name.upper()) for path in files.one)
+    write_text_model(tmp_path / "phi.gguf", "phi3")
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
+    (tmp_path / "folder.gguf").mkdir()
+    shutil.copy(files.two, tmp_path)
+    for path in (text, projector):
+        assert len(Checkpoint(path).source.weights) == 2
+    shutil.copy(projector, tmp_path / "old.gguf")
+    refused(text, tmp_path / "ov", "several other halves", "MMPROJ.GGUF, old.gguf", "MODEL.gguf,PROJECTOR.gguf")
+
+
+@pytest.mark.parametrize("name", ["a, b.gguf", "c,d/e.gguf", "f.GGUF"])
+def test_any_path_may_be_given(files, tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(files.two, path)
+    assert Checkpoint(path).origin == str(path)
+    assert default_folder(path).name == path.stem
+
+
+def test_a_folder_is_no_file_whatever_its_name(files, tmp_path):
+    shutil.copytree(files.source, tmp_path / "model.gguf")
+    assert Checkpoint(tmp_path / "model.gguf").source.kind == "16-bit safetensors"
 
 
 def test_check_compares_with_the_real_file_and_both_orders(files, tmp_path, capsys):
@@ -266,7 +321,7 @@ def test_check_compares_with_the_real_file_and_both_orders(files, tmp_path, caps
         name: replace(file.tensors[name], data=np.float32([value]).view(np.uint8)[None])
         for name, value in GATES.items()
     }
-    rows = compare_header([replace(file, tensors=file.tensors | gate)])
+    rows = rows_of([replace(file, tensors=file.tensors | gate)])
     assert [row[-1] for row in rows] == ["different", "different", "equal", "equal"]
     assert config.text_config.num_hidden_layers == 5
 
@@ -295,6 +350,8 @@ def test_halves_are_refused(files, tmp_path):
         alone = shutil.copy(path, tmp_path / path.stem / "alone.gguf")
         refused(alone, tmp_path / "ov", said, "MODEL.gguf,PROJECTOR.gguf")
     refused(f"{files.two},{files.two}", tmp_path / "ov", "as the other file does")
+    phi = write_text_model(tmp_path / "phi.gguf", "phi3")
+    refused(f"{files.two},{phi}", tmp_path / "ov", f"{phi} is no part of Llama 3.2 Vision (phi3)")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "clip", "qwen2vl"])
@@ -317,6 +374,45 @@ def test_what_ollamas_folder_lacks_is_said(ollama, files, tmp_path):
     refused("ollama:llama3.2-vision", out, "is missing", "ollama pull llama3.2-vision:latest")
     manifest_path(ollama, "llama3.2-vision").write_text('{"layers": [{"digest": "sha256:../../x", "size": 1}]}')
     refused("ollama:llama3.2-vision", out, "is no manifest of Ollama's")
+
+
+def test_layers_of_other_models(ollama, tmp_path, caplog):
+    path = manifest_path(ollama, "llama3.2-vision")
+    manifest = json.loads(path.read_text())
+    for layer in ("system", "messages", "tensor"):
+        manifest["layers"].append(add_blob(ollama, f"application/vnd.ollama.image.{layer}", layer.encode()))
+        path.write_text(json.dumps(manifest))
+        if layer != "tensor":
+            caplog.clear()
+            Checkpoint("ollama:llama3.2-vision")
+    assert caplog.text.count("of its own, which") == 2
+    refused("ollama:llama3.2-vision", tmp_path / "ov", "stored as MLX tensors")
+
+
+def test_a_registry_with_a_port_is_a_host(ollama, files):
+    write_ollama(ollama, "localhost:5000/me/llama3.2-vision", [files.two], tag="1")
+    assert Checkpoint("ollama:localhost:5000/me/llama3.2-vision:1").own_form == "q4_k_m"
+
+
+def test_ollamas_folder_of_an_unknown_user_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("OLLAMA_MODELS", "~no-such-user/models")
+    refused("ollama:llama3.2-vision", tmp_path / "ov", "unknown user")
+
+
+def test_what_this_user_may_not_read_is_named(ollama, monkeypatch, caplog):
+    def deny(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.is_file", deny)
+    with pytest.raises(DiskError, match="vision.latest cannot be read .Permission denied.: run this as a user who may"):
+        find_model("ollama:llama3.2-vision")
+    assert not [*all_models()]
+    assert "cannot be read (Permission denied): run this as a user who may" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama3.2-vision", "llama3.2-vision:latest"])
+def test_ollamas_name_without_its_prefix_is_told(ollama, tmp_path, name):
+    refused(name, tmp_path / "ov", f"is a model of Ollama's here: write ollama:{name}.")
 
 
 def test_a_draft_model_in_gguf_is_refused(files):
@@ -346,6 +442,20 @@ def test_a_draft_model_in_gguf_is_refused(files):
 )
 def test_other_tensors_are_refused(files, tmp_path, changes, said):
     refused(write_generation_2(files.source, tmp_path / "x.gguf", tensors=changes), tmp_path / "ov", said)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("blk.0.ffn_up.weight", 0), ("blk.0.ffn_up.weight", 2), ("output.weight", 208)]
+)
+@pytest.mark.parametrize("factor", [np.nan, np.inf])
+def test_factors_that_are_no_numbers_are_refused(files, tmp_path, name, place, factor):
+    stored = read_gguf(files.two).tensors[name]
+    blocks = stored.data.copy()
+    blocks[0, place : place + 2] = np.array([factor], np.float16).view(np.uint8)
+    path = write_generation_2(files.source, tmp_path / "x.gguf", tensors={name: (blocks, stored.kind)})
+    with pytest.raises(InputError, match="has NaN or infinity among its scales"):
+        convert_mllama(path, tmp_path / "ov")
+    assert not [*tmp_path.glob("ov/llm_*")]
 
 
 def test_files_of_another_kind_are_refused(files, tmp_path):

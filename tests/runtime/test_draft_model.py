@@ -208,15 +208,17 @@ def test_reading_the_prompt_counts_to_the_first_token(pair, draft_dir, monkeypat
     assert len(took) > 2
 
 
-def test_drafts_change_no_chance_of_a_sampled_answer(pair, draft_dir):
-    """400 answers of two tokens, beside what transformers finds each pair's chance to be. The likeliest are guessed."""
+@pytest.mark.torture
+def test_drafts_change_no_chance_of_a_sampled_answer(pair, draft_dir, times):
+    """Answers of two tokens, beside what transformers finds each pair's chance to be. The likeliest are guessed."""
+    count = times(200, 400)
     inputs, asked = pair.inputs("text only"), pair.inputs("text only")["input_ids"].shape[1]
     helper = Knowing(draft_dir).knows(pair.hf.generate(**inputs, **GREEDY))
     helper.drafts = 2
     sampling = {"do_sample": True, "top_k": 3, "temperature": 2.0, "max_new_tokens": 2, "eos_token_id": None}
     torch.manual_seed(0)
     answers = Counter(
-        tuple(pair.ov.generate(**inputs, **sampling, assistant_model=helper)[0, asked:].tolist()) for _ in range(400)
+        tuple(pair.ov.generate(**inputs, **sampling, assistant_model=helper)[0, asked:].tolist()) for _ in range(count)
     )
 
     def chances(*after: int):
@@ -227,7 +229,7 @@ def test_drafts_change_no_chance_of_a_sampled_answer(pair, draft_dir):
     expected = {(first, second): p * q for first, p in chances() for second, q in chances(first)}
     assert answers.keys() <= expected.keys()
     for answer, chance in expected.items():
-        assert abs(answers[answer] / 400 - chance) < 4 * (chance * (1 - chance) / 400) ** 0.5
+        assert abs(answers[answer] / count - chance) < 4 * (chance * (1 - chance) / count) ** 0.5
     guessed = tuple(helper.answer[asked:][:2].tolist())
     assert 0.02 < expected[guessed] < 0.9
 

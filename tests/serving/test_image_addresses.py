@@ -69,7 +69,7 @@ def web():
             self.wfile.write(path_of(SAMPLES[0]).read_bytes())
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server.server_port, asked
     server.shutdown()
 
@@ -197,7 +197,7 @@ def test_certificate_is_checked_for_the_name(fetching, web, public, tmp_path):
     names = []
     context.sni_callback = lambda connection, name, _: names.append(name)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     public["a.example"] = ["127.0.0.1"]
     error = refusal(fetching, at(f"https://a.example:{server.server_port}/x.png"))
     server.shutdown()

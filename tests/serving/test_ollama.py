@@ -23,6 +23,7 @@ from ov_mllama.serving.loading import Gate
 from ov_mllama.serving.ollama_protocol import Options, closed
 from ov_mllama.serving.protocol import NEUTRAL
 from ov_mllama.serving.scheduler import Scheduler
+from ov_mllama.serving.sequences import Sequence
 
 SAMPLES = demo_samples()
 IMAGE = path_of(SAMPLES[0])
@@ -208,9 +209,12 @@ def test_options_apply(llama):
     assert (short.eval_count, short.done_reason) == (3, "length")
     assert SELF.startswith(short.response)
     assert ask(stop="count").response == ask(stop=["count", ""]).response == SELF[: SELF.index("count")]
-    for option in ({"top_k": 1}, {"top_p": 0}, {"top_p": 1e-6}, {"min_p": 1.0, "top_k": 0, "top_p": 1.0}):
+    for option in ({"top_k": 1, "top_p": 1.0}, {"top_p": 0}, {"top_p": 1e-6}, {"min_p": 1.0, "top_k": 0, "top_p": 1.0}):
         assert ask(temperature=2.0, **option).response == SELF
-    hot = {"temperature": 2.0, "num_predict": 20, "top_k": -1}
+    hot = {"temperature": 2.0, "num_predict": 20, "top_k": -1, "top_p": 1.0}
+    greedy = llama.generate("demo", "Which?", options={**hot, "temperature": 0}).response
+    for option in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 0}):
+        assert {llama.generate("demo", "Which?", options={**hot, **option}).response for _ in range(3)} == {greedy}
     assert len({llama.generate("demo", "Which?", options={**hot, "seed": 7}).response for _ in range(3)}) == 1
     assert len({llama.generate("demo", "Which?", options={**hot, "seed": -1}).response for _ in range(8)}) > 1
 
@@ -225,12 +229,12 @@ def test_options_apply(llama):
     ],
 )
 def test_token_limit_fits_the_context(llama, slow_demo, monkeypatch, options, limit):
-    seen, generate = [], slow_demo.generate
-    monkeypatch.setattr(slow_demo, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs))
+    seen, start = [], Sequence.start
+    monkeypatch.setattr(Sequence, "start", lambda self, *given: seen.append(self) or start(self, *given))
     answer = llama.generate("demo", WHO, options={**GREEDY, **options})
     assert answer.response == SELF
     left = slow_demo.config.text_config.max_position_embeddings - answer.prompt_eval_count
-    assert seen[0]["max_new_tokens"] == min(limit or left, left)
+    assert seen[0].max_new_tokens == min(limit or left, left)
 
 
 def test_options_of_the_machine_and_neutral_ones_are_ignored(llama, server):
@@ -322,6 +326,19 @@ def test_other_names_are_not_found(llama, scheduler, name):
     assert not scheduler._reservations
 
 
+def test_a_request_without_a_name_gets_one_sentence(server):
+    for path in ("/api/pull", "/api/show"):
+        assert rejection(post(server, path, {})) == "model is required: give a name that GET /api/tags lists."
+
+
+def test_a_message_without_content_is_an_empty_one(llama, server):
+    answers = [
+        post(server, "/api/chat", {"model": "demo", "messages": [message], "stream": False, "options": GREEDY}).json()
+        for message in ({"role": "user", "content": ""}, {"role": "user", "content": None}, {"role": "user"})
+    ]
+    assert answers[0]["message"] == answers[1]["message"] == answers[2]["message"]
+
+
 def test_empty_requests_are_acknowledged(llama, scheduler, server):
     assert llama.generate("demo").done_reason == llama.chat("demo").done_reason == "load"
     for zero in (0, 0.0, "0", "0s"):
@@ -391,9 +408,9 @@ def test_errors_have_ollama_s_format(llama, server, slow_demo, monkeypatch):
     assert "Not Allowed" in rejection(HTTP.get(f"{server}/api/chat"), 405)
     assert "2 MB" in rejection(post(server, "/api/generate", b" " * 3_000_000), 413)
     assert "1 MB" in rejection(post(server, "/api/show", b" " * 1_500_000), 413)
-    monkeypatch.setattr(slow_demo, "generate", raises(OutOfMemoryError("2 GB too little: close other programs.")))
+    monkeypatch.setattr(slow_demo, "begin", raises(OutOfMemoryError("2 GB too little: close other programs.")))
     assert "2 GB too little" in rejection(post(server, "/api/generate", body), 503)
-    monkeypatch.setattr(slow_demo, "generate", raises(RuntimeError("sesame")))
+    monkeypatch.setattr(slow_demo, "begin", raises(RuntimeError("sesame")))
     assert "sesame" not in rejection(post(server, "/api/generate", body), 500)
 
 

@@ -2,7 +2,7 @@
 
 Q4_K: 256 values share two float16 factors, and 32 of them 6 bits of scale and of minimum; value = scale * q - minimum.
 Q6_K: 256 values share a float16 factor, and 16 of them 8 bits of scale; value = scale * q, q from -32 to 31.
-Q8_0: 32 values share a float16 scale. (llama.cpp's ggml-common.h, and `gguf.quants` 0.19.0, which tests compare with.)
+Q8_0: 32 values share a float16 scale. (llama.cpp's ggml-common.h, and gguf 0.19.0, which tests compare with.)
 """
 
 import math
@@ -11,11 +11,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from ov_mllama.export.sources.files import FIX
 from ov_mllama.export.sources.gguf import Stored
 from ov_mllama.export.sources.tensors import Packed, Tensor
+from ov_mllama.runtime.errors import InputError
 
 Q4_K, Q6_K, Q8_0 = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.Q8_0
 PLAIN = {
@@ -30,12 +32,26 @@ MAX_ZERO_POINT = 1e8  # beyond, 15 steps are less than float32 resolves beside t
 Rows = np.ndarray  # i64, the stored row of each row
 
 
-def tensor_of(stored: Stored, rows: Rows | None = None) -> Tensor:
+def can_dequantize(kind: GGMLQuantizationType) -> bool:
+    """Return whether the package `gguf` dequantises a type."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def tensor_of(name: str, stored: Stored, rows: Rows | None = None) -> Tensor:
     """Return a matrix or vector as a `Tensor`: mapped if its type is torch's and its rows stay in order.
 
     Args:
+        name: for the error.
         rows: the stored row of each row, for another order.
+    Raises:
+        InputError: for a type that is not read.
     """
+    if stored.kind not in PLAIN and not can_dequantize(stored.kind):
+        raise InputError(f"{name} is stored as {stored.kind.name}, which is not read: {FIX}")
     if stored.kind in PLAIN:
         dtype = PLAIN[stored.kind]
         return Tensor(stored.shape, dtype, partial(read_plain, stored, dtype, rows), mapped=rows is None)

@@ -87,7 +87,7 @@ def tensors_of(files: Iterable[GgufFile], config: MllamaConfig, reordered_cross:
         heads = heads_of(place, config) if reordered_cross or ".cross_attn." not in place else 0
         rows = rows_in_halves(tensor.shape[0], heads) if heads and tensor.shape else None
         gate = Tensor(tensor.shape, torch.float32, partial(opened, tensor))
-        found[place] = gate if GATES.match(name) else tensor_of(tensor, rows)
+        found[place] = gate if GATES.match(name) else tensor_of(name, tensor, rows)
     return found
 
 

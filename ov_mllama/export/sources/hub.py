@@ -17,6 +17,8 @@ from huggingface_hub.file_download import DryRunFileInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx, tqdm
 
 from ov_mllama.export.sources.files import HEADER_MAX_BYTES, INDEX, WEIGHTS, read_header
+from ov_mllama.export.sources.model_id import OLLAMA
+from ov_mllama.export.sources.ollama import find_model
 from ov_mllama.runtime.errors import AccessError, DiskError, InputError, NotFoundError, UserError
 
 DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "golden.*"]
@@ -37,7 +39,7 @@ def hub_errors(model_id: str) -> Iterator[None]:
 
     Raises:
         AccessError: a gated repository, without access for the token at hand.
-        NotFoundError: no such repository, or no network to fetch it.
+        NotFoundError: no such repository, or no network to fetch it; as `check_not_ollamas`.
         DiskError: if the cache cannot be written.
     """
     try:
@@ -50,6 +52,7 @@ def hub_errors(model_id: str) -> Iterator[None]:
             "`huggingface_hub.login()` or set HF_TOKEN."
         ) from error
     except (RepositoryNotFoundError, ValueError) as error:  # ValueError: not of the form "owner/name"
+        check_not_ollamas(model_id)
         raise NotFoundError(
             f"'{model_id}' is neither a folder here nor a repository on the Hugging Face hub; check the spelling, and "
             "for a private repository log in with `huggingface_hub.login()`."
@@ -62,10 +65,20 @@ def hub_errors(model_id: str) -> Iterator[None]:
                 f"{model_id} could not be written to {HF_HUB_CACHE} ({error.strerror}): free disk space, or set "
                 "HF_HOME to a folder on another disk",
             ) from error
+        check_not_ollamas(model_id)
         raise NotFoundError(
             f"{model_id} could not be fetched from the Hugging Face hub ({type(error).__name__}) and is not in the "
             "local cache; check the network, or give the folder of a checkpoint on this disk."
         ) from error
+
+
+def check_not_ollamas(model_id: str) -> None:
+    """Raise a NotFoundError if a name that the hub does not know is one of Ollama's models on this disk."""
+    try:
+        find_model(f"{OLLAMA}{model_id}")
+    except UserError:
+        return
+    raise NotFoundError(f"'{model_id}' is a model of Ollama's here: write {OLLAMA}{model_id}.")
 
 
 def download(model_id: str) -> Path:

@@ -8,6 +8,9 @@ from ov_mllama.runtime.errors import InputError, NotFoundError
 
 OLLAMA = "ollama:"
 OLLAMA_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # of a name of Ollama's; it becomes part of a path
+PORT = re.compile(r":\d+$")  # of a host, the first of three parts
+BETWEEN_FILES = re.compile(r"(?<=\.gguf)\s*,", re.IGNORECASE)  # another comma is part of a path
+HOST, NAMESPACE = "registry.ollama.ai", "library"  # which Ollama leaves out of names
 LATEST = "latest"  # tag of a name without one
 
 
@@ -24,13 +27,15 @@ def local_path(name: str | Path) -> Path:
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Return whether a name is one of a model in GGUF."""
-    return str(name).startswith(OLLAMA) or str(name).lower().endswith(".gguf")
+    """Return whether a name is one of a model in GGUF; a folder's is not, whatever it ends with."""
+    if str(name).startswith(OLLAMA):
+        return True
+    return str(name).lower().endswith(".gguf") and not local_path(name).is_dir()
 
 
 def gguf_paths(name: str | Path) -> list[Path]:
     """Return the paths of .gguf files, with commas between."""
-    return [local_path(part.strip()) for part in str(name).split(",")]
+    return [local_path(part.strip()) for part in BETWEEN_FILES.split(str(name))]
 
 
 def ollama_name(name: str | Path) -> str:
@@ -39,12 +44,14 @@ def ollama_name(name: str | Path) -> str:
     Raises:
         InputError: if it is none of Ollama's.
     """
-    path, _, tag = str(name).removeprefix(OLLAMA).partition(":")
-    parts = path.split("/")
-    if not (len(parts) <= 3 and all(map(OLLAMA_PART.fullmatch, [*parts, tag or LATEST]))):
+    *above, last = str(name).removeprefix(OLLAMA).split("/")
+    model, _, tag = last.partition(":")
+    host = [PORT.sub("", above[0]), *above[1:]] if len(above) == 2 else above  # noqa: PLR2004 - host, namespace
+    if not (len(above) < 3 and all(map(OLLAMA_PART.fullmatch, [*host, model, tag or LATEST]))):
         raise InputError(
             f"'{name}' is no name of Ollama's: write {OLLAMA}NAME or {OLLAMA}NAME:TAG, as `ollama list` prints it."
         )
+    path = "/".join([*above, model]).removeprefix(f"{HOST}/").removeprefix(f"{NAMESPACE}/")
     return f"{path}:{tag or LATEST}"
 
 

@@ -4,6 +4,7 @@ Layout: manifests/<host>/<namespace>/<model>/<tag> is JSON that names the layers
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -12,14 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ov_mllama.export.sources.gguf import architecture_of
-from ov_mllama.export.sources.model_id import OLLAMA, ollama_name
+from ov_mllama.export.sources.model_id import HOST, NAMESPACE, OLLAMA, OLLAMA_PART, local_path, ollama_name
 from ov_mllama.runtime.errors import DiskError, InputError, NotFoundError
 
-HOST, NAMESPACE = "registry.ollama.ai", "library"
+logger = logging.getLogger(__name__)
+
 SERVICE_FOLDER = Path("/usr/share/ollama/.ollama/models")  # of the service that Ollama's installer for Linux makes
 LAYER = "application/vnd.ollama.image."
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-MANIFEST_MAX_BYTES = 1 << 20
+MANIFEST_MAX_BYTES, MAX_BYTES = 1 << 20, 1 << 50  # of a manifest, and of a layer
 PULL = "run `ollama pull {}` again."
 
 
@@ -55,6 +57,8 @@ class OllamaModel:
     def check(self) -> None:
         """Raise an InputError unless the files that are needed are here, completely, and all are read."""
         again = PULL.format(self.name)
+        if self.layers.get("tensor"):
+            raise InputError(f"{OLLAMA}{self.name} is stored as MLX tensors, which are not read: take llama3.2-vision.")
         if not self.layers.get("model"):
             raise InputError(f"{OLLAMA}{self.name} has no layer with a model in GGUF: {again}")
         if self.layers.get("adapter"):
@@ -72,7 +76,7 @@ class OllamaModel:
 def folders() -> list[Path]:
     """Return the folders in which Ollama may have its models: OLLAMA_MODELS, else the user's and the service's."""
     given = os.environ.get("OLLAMA_MODELS")
-    return [Path(given).expanduser()] if given else [Path.home() / ".ollama" / "models", SERVICE_FOLDER]
+    return [local_path(given)] if given else [Path.home() / ".ollama" / "models", SERVICE_FOLDER]
 
 
 def find_model(name: str) -> OllamaModel:
@@ -84,7 +88,7 @@ def find_model(name: str) -> OllamaModel:
         DiskError: if the folder cannot be read.
     """
     complete = ollama_name(name)
-    path, _, tag = complete.partition(":")
+    path, _, tag = complete.rpartition(":")
     parts = path.split("/")
     inner = Path(*[HOST, NAMESPACE][: 3 - len(parts)], *parts, tag)
     for folder in folders():
@@ -95,10 +99,7 @@ def find_model(name: str) -> OllamaModel:
                 model.check()
                 return model
         except OSError as error:
-            raise DiskError(
-                error.errno,
-                f"{error.filename} cannot be read ({error.strerror}): copy Ollama's folder, or its owner may",
-            ) from error
+            raise unreadable(error) from error
     raise NotFoundError(
         f"{OLLAMA}{complete} is not in {' or '.join(map(str, folders()))}: run `ollama pull {complete}`, or set "
         "OLLAMA_MODELS to Ollama's folder; `ov-mllama models` lists what is there."
@@ -112,7 +113,7 @@ def read_manifest(folder: Path, manifest: Path, name: str) -> OllamaModel:
         layers: dict[str, list[Layer]] = {}
         for layer in json.loads(text)["layers"]:
             digest = DIGEST.fullmatch(layer["digest"])
-            if not (digest and isinstance(layer["size"], int)):
+            if not (digest and isinstance(layer["size"], int) and 0 <= layer["size"] < MAX_BYTES):
                 raise ValueError("a layer without its digest or size")
             kind = str(layer["mediaType"]).removeprefix(LAYER)
             layers.setdefault(kind, []).append(Layer(folder / "blobs" / f"sha256-{digest[1]}", layer["size"]))
@@ -121,18 +122,34 @@ def read_manifest(folder: Path, manifest: Path, name: str) -> OllamaModel:
     return OllamaModel(name, layers)
 
 
+def unreadable(error: OSError) -> DiskError:
+    """Return the error for a file of Ollama's that this user may not read."""
+    return DiskError(
+        error.errno,
+        f"{error.filename} cannot be read ({error.strerror}): run this as a user who may read it, or set OLLAMA_MODELS "
+        "to a copy of Ollama's folder",
+    )
+
+
 def all_models() -> Iterator[tuple[OllamaModel, str]]:
-    """Yield each model in Ollama's folders, and why it cannot be run; empty if it can, as far as its header tells."""
+    """Yield each model in Ollama's folders, and why it cannot be run; empty if it can, as far as its header tells.
+    A folder that cannot be read is logged."""
     for folder in folders():
         root = folder / "manifests"
-        for manifest in sorted(path for path in root.glob("*/*/*/*") if path.is_file()):
+        try:  # a tag's name leaves out files such as .DS_Store
+            manifests = sorted(path for path in root.glob("*/*/*/*") if OLLAMA_PART.fullmatch(path.name))
+            manifests = [path for path in manifests if path.is_file()]
+        except OSError as error:
+            logger.warning("⚠️ %s", unreadable(error))
+            continue
+        for manifest in manifests:
             *parts, tag = manifest.relative_to(root).parts
             short = parts[2:] if parts[:2] == [HOST, NAMESPACE] else parts[1:] if parts[0] == HOST else parts
             name = f"{'/'.join(short)}:{tag}"
             try:
                 model = read_manifest(folder, manifest, name)
-            except InputError as error:
-                yield OllamaModel(name, {}), str(error)
+            except (InputError, OSError) as error:
+                yield OllamaModel(name, {}), sentence(error)
                 continue
             yield model, obstacle(model)
 
@@ -143,5 +160,10 @@ def obstacle(model: OllamaModel) -> str:
         model.check()
         architecture = architecture_of(model.files[0])
     except (InputError, OSError) as error:
-        return str(error)
+        return sentence(error)
     return "" if architecture == "mllama" else f"another architecture, {architecture}"
+
+
+def sentence(error: InputError | OSError) -> str:
+    """Return an error's sentence."""
+    return str(unreadable(error) if isinstance(error, OSError) else error)
