@@ -36,10 +36,6 @@ class RequestQueue:
         with self._changed:
             return list(self._reservations)
 
-    def reservations(self) -> list[Reservation]:
-        """Return those of this moment."""
-        return list(self._reservations)
-
     def reserve(self) -> Reservation:
         """Reserve a place in the queue, for `submit` or `release`.
 
