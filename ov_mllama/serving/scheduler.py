@@ -174,6 +174,7 @@ class Scheduler(RequestQueue):
             engine.preparing.append(pending)
             pending.prefill = self._pools[bool(pending.request.images)].submit(self._prepare, pending)
             pending.prefill.add_done_callback(self._wake)
+        engine.collect()  # what was prepared before its callback was added, which then notified nobody
         return bool(engine.prefilling or engine.running)
 
     def _wake(self, _) -> None:
