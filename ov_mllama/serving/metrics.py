@@ -85,9 +85,10 @@ class Metrics:
 
 def gauges(scheduler: Scheduler) -> Iterator[str]:
     """Yield the lines of metrics that describe this moment."""
-    waiting, running, nbytes = scheduler.load
+    reservations = scheduler.reservations()
+    waiting, nbytes = (sum(getattr(each, name) for each in reservations) for name in ("waiting", "nbytes"))
     yield from metric("requests_waiting", "gauge", "Requests that are read or wait", waiting)
-    yield from metric("requests_running", "gauge", "Requests that are answered", running)
+    yield from metric("requests_running", "gauge", "Requests that are answered", len(reservations) - waiting)
     yield from metric("queue_bytes", "gauge", "Memory of the requests that wait or run", nbytes)
     cache = scheduler.model.image_encoder.cache
     yield from metric("image_cache_bytes", "gauge", "Memory of the encoded images", cache.nbytes)

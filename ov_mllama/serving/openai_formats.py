@@ -14,6 +14,8 @@ from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest
 from ov_mllama.serving.sequences import PendingRequest
 from ov_mllama.serving.streaming import complete_texts, finish_reason_of
 
+COMPACT = (",", ":")  # separators of JSON, as OpenAI sends it
+
 
 def usage_of(pendings: Sequence[PendingRequest], n: int | None) -> dict[str, int]:
     """Return the token counts of a request, which has `n` choices for each prompt."""
@@ -32,7 +34,7 @@ def logprobs_of(pending: PendingRequest, first: int = 0) -> dict[str, Any] | Non
 
 def event(data: dict[str, Any]) -> str:
     """Return a server-sent event."""
-    return f"data: {json.dumps(data)}\n\n"
+    return f"data: {json.dumps(data, separators=COMPACT)}\n\n"
 
 
 class ChatFormat:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
-from ov_mllama.serving.openai_formats import usage_of
+from ov_mllama.serving.openai_formats import COMPACT, usage_of
 from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, brief
 from ov_mllama.serving.sequences import PendingRequest
 from ov_mllama.serving.streaming import complete_texts, finish_reason_of
@@ -189,7 +189,7 @@ class ResponseFormat:
     def _event(self, kind: str, **fields) -> str:
         data = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+        return f"event: {kind}\ndata: {json.dumps(data, separators=COMPACT)}\n\n"
 
     def _part_event(self, kind: str, **fields) -> str:
         return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)

@@ -45,8 +45,7 @@ class Scheduler:
         self._reservations: set[Reservation] = set()
         self._waiting: deque[PendingRequest] = deque()
         self._changed = threading.Condition()
-        self._open = True
-        self._last_batch_s = FIRST_BATCH_S
+        self._open, self._last_batch_s = True, FIRST_BATCH_S
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -57,13 +56,9 @@ class Scheduler:
 
     # ---- The queue ----
 
-    @property
-    def load(self) -> tuple[int, int, int]:
-        """Number of requests that wait and that run, and bytes that they hold."""
-        with self._changed:
-            waiting = sum(reservation.waiting for reservation in self._reservations)
-            nbytes = sum(reservation.nbytes for reservation in self._reservations)
-            return waiting, len(self._reservations) - waiting, nbytes
+    def reservations(self) -> list[Reservation]:
+        """Return those of this moment."""
+        return list(self._reservations)
 
     def reserve(self) -> Reservation:
         """Reserve a place in the queue, for `submit` or `release`.
@@ -113,8 +108,7 @@ class Scheduler:
             prompt = await asyncio.to_thread(self._prompt, request)  # a second for each megabyte
             matcher, tiles = None, {image.key: computed_tiles(self.model, image) for image in request.images}
             if request.schema is not None:
-                loop = asyncio.get_running_loop()
-                matcher = await loop.run_in_executor(self._compiling, self.grammars.compile, request.schema)
+                matcher = await asyncio.wrap_future(self._compiling.submit(self.grammars.compile, request.schema))
             pending = PendingRequest(request, prompt, matcher, self.processor.tokenizer, reservation, tiles)
             with self._changed:
                 if not (self._open and self.alive):
@@ -129,31 +123,12 @@ class Scheduler:
 
     def _prompt(self, request: GenerationRequest) -> str:
         """Return a request's messages in the chat template, or its text."""
-        if request.raw_prompt is not None:
-            return self._raw_prompt(request.raw_prompt)
         try:
-            prefill = self.processor.tokenizer(request.prefill, add_special_tokens=False)["input_ids"]
-            return prompt_text(self.model, self.processor, request.messages, 1 + len(prefill)) + request.prefill
+            return request_prompt(self.model, self.processor, request)
         except TemplateError as error:
             raise ApiError(400, str(error), "invalid_value", "messages") from error
         except InputError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
-
-    def _raw_prompt(self, text: str) -> str:
-        """Return a text to continue, with the token that every prompt begins with. Other special tokens may be in it,
-        but no image, as there is none."""
-        tokenizer, image = self.processor.tokenizer, self.processor.image_token
-        begin = tokenizer.bos_token or ""
-        text = begin + text.removeprefix(begin).replace(image, image.replace("|", "\u200b|", 1))
-        length, context = len(tokenizer(text, add_special_tokens=False)["input_ids"]), self._context_length
-        if not 0 < length < context:
-            message = f"The prompt has {length} tokens, the model's context {context}: shorten it."
-            raise ApiError(400, message, "context_length_exceeded", "prompt")
-        return text
-
-    @property
-    def _context_length(self) -> int:
-        return self.model.config.text_config.max_position_embeddings
 
     def _max_tiles(self) -> int:
         """Return the tiles of a batch: more than the image cache holds would evict its first image before the last is
@@ -253,7 +228,7 @@ class Scheduler:
 
     def _generate(self, batch: list[PendingRequest]) -> None:
         sequences, prompts, started_s = [], [], time.perf_counter()
-        context = self._context_length
+        context = self.model.config.text_config.max_position_embeddings
         for pending in batch:
             inputs = self._inputs(pending)
             if inputs and (len(batch) == 1 or encode_images(self.model, pending, inputs)):
@@ -289,6 +264,40 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001
             self._finish(pending, internal_error(error))
         return None
+
+
+def request_prompt(model, processor, request: GenerationRequest) -> str:
+    """Return a request's text: its messages in the chat template and the beginning of the answer, or its raw prompt.
+
+    Raises:
+        TemplateError, InputError: as `prompt_text`.
+        ApiError: if a raw prompt exceeds the model's context.
+    """
+    if request.raw_prompt is not None:
+        return raw_prompt(model, processor, request.raw_prompt)
+    prefill = num_tokens(processor, request.prefill)
+    return prompt_text(model, processor, request.messages, 1 + prefill) + request.prefill
+
+
+def num_tokens(processor, text: str) -> int:
+    """Return the number of tokens of a text."""
+    return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def raw_prompt(model, processor, text: str) -> str:
+    """Return a text to continue, with the token that every prompt begins with. Other special tokens may be in it, but
+    no image, as there is none.
+
+    Raises:
+        ApiError: if it exceeds the model's context.
+    """
+    begin, image = processor.tokenizer.bos_token or "", processor.image_token
+    text = begin + text.removeprefix(begin).replace(image, image.replace("|", "\u200b|", 1))
+    length, context = num_tokens(processor, text), model.config.text_config.max_position_embeddings
+    if not 0 < length < context:
+        message = f"The prompt has {length} tokens, the model's context {context}: shorten it."
+        raise ApiError(400, message, "context_length_exceeded", "prompt")
+    return text
 
 
 def queue_full(reason: str, last_batch_s: float) -> ApiError:

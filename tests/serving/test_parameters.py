@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from chat_page import SELF, WHO, wait_until
 from conftest import demo_samples
-from openai_client import ASKED, about, complete, post, refusal, text, user
+from openai_client import ASKED, about, complete, is_busy, post, refusal, text, user
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ChatCompletionRequest
 from ov_mllama.serving.sampling import adjust_logits
@@ -143,10 +144,14 @@ def test_choices_about_an_image_encode_it_once(client, slow_demo):
     assert len(slow_demo.looks) == 1
 
 
-def test_choices_beyond_the_queue_are_refused_and_leave_it_empty(client, scheduler):
-    slow = refusal(client, SAY, n=8)
-    assert isinstance(slow, openai.RateLimitError)
-    assert complete(client, SAY).choices[0].message.content == SELF
+def test_choices_beyond_the_queue_are_refused_and_leave_it_empty(client, scheduler, slow_demo):
+    slow_demo.step_s = 60
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(complete, client, SAY)
+        wait_until(lambda: is_busy(slow_demo))
+        assert isinstance(refusal(client, SAY, n=8), openai.RateLimitError)
+        slow_demo.step_s = 0
+        assert first.result().choices[0].message.content == SELF
     wait_until(lambda: not scheduler._reservations)
 
 
