@@ -23,8 +23,8 @@ def without_config(folder: Path) -> InputError:
     if "model_index.json" in names:
         return InputError(f"{folder} is a pipeline of diffusers, which makes images; {MODEL_TYPES['mllama']}.")
     other = made_for_others(names)
-    if gguf := [name for name in names if name.endswith(".gguf")]:
-        return InputError(f"{folder} holds a model in GGUF, {gguf[0]}: give the file itself.")
+    if error := holding_gguf(folder, names):
+        return error
     if other:
         return InputError(f"{folder} holds {other}: {SIXTEEN_BIT}.")
     if inner:
@@ -45,6 +45,12 @@ def made_for_others(names: list[str]) -> str:
     return f"{found[0][1]} ({found[0][0]}), which is not read" if found else ""
 
 
+def holding_gguf(folder: Path, names: list[str]) -> InputError | None:
+    """Return the error for a folder that holds a model in GGUF, if it does."""
+    found = [name for name in names if name.lower().endswith(".gguf")]
+    return InputError(f"{folder} holds a model in GGUF, {found[0]}: give the file itself.") if found else None
+
+
 def without_weights(folder: Path) -> InputError:
     """Return the error for a folder with config.json, but without weights that are read."""
     names = sorted(path.name for path in folder.iterdir())
@@ -55,6 +61,8 @@ def without_weights(folder: Path) -> InputError:
             f"{folder} is a converted model: give it as model_dir (make chat MODEL_DIR={folder}), or the "
             "checkpoint it was made of."
         )
+    if error := holding_gguf(folder, names):
+        return error
     other = made_for_others(names)
     if other:
         return InputError(f"{folder} holds {other}: {SIXTEEN_BIT}.")
