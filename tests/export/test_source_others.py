@@ -21,7 +21,7 @@ def of(model_type: str, **settings) -> dict[str, str]:
 FIX = r"give the checkpoint that it was made of \(config.json and \*.safetensors\)\."
 FOLDERS = {  # files and their texts, and the sentence
     "GGUF": ({"model-Q4_K_M.gguf": ""}, "holds a model in GGUF, model-Q4_K_M.gguf: give the file itself"),
-    "GGUF with a config": ({"config.json": CONFIG, "mmproj.gguf": ""}, "holds a model in GGUF, mmproj.gguf: give the file itself"),
+    "GGUF with a config": ({"config.json": CONFIG, "mmproj.gguf": ""}, "in GGUF, mmproj.gguf: give the file itself"),
     "ONNX": (
         {"config.json": CONFIG, "decoder.onnx": "", "decoder.onnx_data": ""},
         rf"an ONNX model .*decoder.onnx.*{FIX}",
