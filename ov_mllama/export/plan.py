@@ -149,7 +149,7 @@ class Plan:
 
     @property
     def makes(self) -> bool:
-        """Whether anything is to be downloaded or made."""
+        """True if anything is to be downloaded or made."""
         return any(step.cost.disk for step in self.steps.values())
 
     @property
