@@ -19,8 +19,9 @@ from openai_client import BEARER, HTTP, about, complete, is_busy, raises, served
 from openai_client import text as text_part
 from ov_mllama.runtime.errors import OutOfMemoryError
 from ov_mllama.serving.app import create_app, parse_arguments
+from ov_mllama.serving.grammars import closed
 from ov_mllama.serving.loading import Gate
-from ov_mllama.serving.ollama_protocol import Options, closed
+from ov_mllama.serving.ollama_protocol import Options
 from ov_mllama.serving.protocol import NEUTRAL
 from ov_mllama.serving.scheduler import Scheduler
 from ov_mllama.serving.sequences import Sequence
