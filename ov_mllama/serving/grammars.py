@@ -43,7 +43,7 @@ def json_grammar(schema: dict | str, param: str) -> Grammar:
     if not isinstance(schema, dict) or length > MAX_SCHEMA_CHARS:
         message = f"A schema is a JSON object of at most {MAX_SCHEMA_CHARS} characters."
         raise ApiError(400, message, "invalid_json_schema", param)
-    return Grammar("json", schema, param)
+    return Grammar("json", closed(schema), param)
 
 
 def choice_grammar(choices: Any, param: str) -> Grammar:
@@ -122,7 +122,7 @@ def vllm_grammar(request: ChatCompletionRequest) -> Grammar | None:
 def closed(schema: Any) -> Any:
     """Return a JSON schema whose objects have only the properties that it names, unless it says otherwise. Ollama reads
     schemas so, and pydantic's rely on it; by the standard other properties are allowed, which some models add without
-    end."""
+    end. What matches the result matches the schema."""
     if not isinstance(schema, dict) or "allOf" in schema:  # whose parts would exclude each other's properties
         return schema
     result: dict[str, Any] = {}
@@ -133,4 +133,7 @@ def closed(schema: Any) -> Any:
             result[keyword] = [closed(each) for each in value]
         else:
             result[keyword] = closed(value) if keyword == "items" else value
-    return {"additionalProperties": False, **result} if "properties" in result else result
+    named, required = result.get("properties"), result.get("required", [])
+    if not isinstance(named, dict) or not isinstance(required, list) or any(each not in [*named] for each in required):
+        return result
+    return {"additionalProperties": False, **result}

@@ -5,7 +5,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ov_mllama.serving.grammars import closed
 from ov_mllama.serving.protocol import NEUTRAL, ApiError, ChatCompletionRequest, brief
 
 DEFAULTS = {"temperature": 0.6, "top_p": 0.9}  # of the file `params` in Ollama's llama3.2-vision
@@ -148,7 +147,7 @@ class GenerationBody(BaseModel):
             return {"type": "json_object"}
         if not isinstance(self.format, dict):
             raise ApiError(400, f'format is "json" or a JSON schema, not {brief(self.format)}.')
-        return {"type": "json_schema", "json_schema": {"schema": closed(self.format)}}
+        return {"type": "json_schema", "json_schema": {"schema": self.format}}
 
 
 class GenerateBody(GenerationBody):

@@ -99,8 +99,8 @@ class ChatFormat:
         return choice
 
     def begin(self) -> str:
-        indices = range(len(self.pendings))
-        return "".join(self._event([self._delta(index, role="assistant", content="")]) for index in indices)
+        indices, content = range(len(self.pendings)), None if self.pendings[0].request.tools else ""
+        return "".join(self._event([self._delta(index, role="assistant", content=content)]) for index in indices)
 
     def waiting(self) -> str:
         return ": waiting\n\n"  # a comment

@@ -200,13 +200,16 @@ def check_model_name(name: str | None, served: str) -> str:
 
 
 def check_content_type(http: HttpRequest) -> None:
-    """Check that a request is declared to be JSON.
+    """Check that a request is declared to be JSON, or that it has no type and is not of a web page (litellm's).
 
     Raises:
         ApiError: if it is not.
     """
-    # any web page can make its reader's browser send other types, here too; for this one the browser asks first (CORS)
-    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    # any web page can make its reader's browser send other types, here too, but not without its origin; for this one
+    # the browser asks first (CORS)
+    declared = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    from_page = "origin" in http.headers or "sec-fetch-site" in http.headers
+    if declared != "application/json" and (declared or from_page):
         raise ApiError(415, "A request must be JSON: send the header 'Content-Type: application/json' (curl: -H).")
 
 

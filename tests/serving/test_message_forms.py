@@ -92,8 +92,13 @@ def test_detail_is_taken_in_any_case(given, expected):
         ({"content": [{"type": "document", "source": {"data": B64}}]}, "content[0]"),
         ({"content": [{"type": "text", "text": 5}]}, "content[0]"),
         ({"content": "?", "images": [B64]}, "images"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"),
-        ({"role": "tool", "content": "?"}, "role"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}, "tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": 5, "arguments": "{}"}}]}, "tool_calls[0]"),
+        ({"role": "tool", "content": [{"type": "image_url", "image_url": URI}]}, "content[0]"),
+        ({"role": "function", "content": "?"}, "role"),
+        ({"role": ["tool"], "content": "?"}, "role"),
     ],
 )
 def test_ambiguous_or_unsupported_message_is_refused_by_its_field(message, param):

@@ -258,3 +258,23 @@ def test_ollamas_api_returns_calls(tool_server, answers, stream):
     assert "".join(json.loads(line)["message"]["content"] for line in answer.text.splitlines()) == "It is fine."
     shown = HTTP.post(f"{tool_server}/api/show", json={"model": "demo"}, headers=BEARER).json()
     assert "tools" in shown["capabilities"]
+
+
+def test_responses_api_returns_calls(tool_client, answers):
+    tool = {"type": "function", "strict": True, **WEATHER["function"]}
+    answers(CALL)
+    [item] = tool_client.responses.create(model="demo", input="?", tools=[tool]).output
+    assert (item.type, item.name, json.loads(item.arguments)) == ("function_call", "weather", ARGUMENTS)
+    events = list(tool_client.responses.create(model="demo", input="?", tools=[tool], stream=True))
+    assert [event.type.removeprefix("response.") for event in events] == [
+        *("created", "in_progress", "output_item.added"),
+        *("function_call_arguments.delta", "function_call_arguments.done", "output_item.done", "completed"),
+    ]
+    assert json.loads(events[-1].response.output[0].arguments) == ARGUMENTS
+    answers("It is fine.")
+    again = [{"role": "user", "content": "?"}, {**item.model_dump(), "call_id": "2"}, item.model_dump()]
+    outputs = [{"type": "function_call_output", "call_id": each["call_id"], "output": "sun"} for each in again[1:]]
+    options = dict(model="demo", input=[*again, *outputs], tools=[tool])
+    assert tool_client.responses.create(**options).output_text == "It is fine."
+    *_, last = tool_client.responses.create(stream=True, **options)
+    assert last.response.output[0].content[0].text == "It is fine."
