@@ -209,7 +209,7 @@ def check_content_type(http: HttpRequest) -> None:
     # the browser asks first (CORS)
     declared = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     from_page = "origin" in http.headers or "sec-fetch-site" in http.headers
-    if declared != "application/json" and (declared or from_page):
+    if declared != "application/json" and ("content-type" in http.headers or from_page):
         raise ApiError(415, "A request must be JSON: send the header 'Content-Type: application/json' (curl: -H).")
 
 

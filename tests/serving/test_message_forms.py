@@ -193,3 +193,11 @@ def test_option_sets_another_limit_of_answers_without_one(slow_demo, processor):
     with served(create_app(Scheduler(slow_demo, processor), "demo", "secret", max_tokens=7)) as url:
         for options, expected in (({}, 7), ({"max_tokens": 0}, 7), ({"max_tokens": 9}, 9)):
             assert post(url, {**ASKED, **options}).json()["usage"]["completion_tokens"] == expected
+
+
+def test_system_message_is_a_text_as_metas_template_writes_it():
+    """A list of parts would be written as Python prints it."""
+    for content in ("Be brief.", [{"type": "text", "text": "Be "}, "brief."]):
+        for role in ("system", "developer"):
+            converted = convert_message({"role": role, "content": content}, "messages[0]", [])
+            assert converted == {"role": "system", "content": "Be brief."}

@@ -286,6 +286,7 @@ def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(clien
 def test_request_without_a_type_is_taken_unless_a_web_page_sends_it(client, server):
     """As litellm sends it to Ollama's API; pages can too, but browsers name them."""
     body, path = json.dumps({"model": "demo", "prompt": WHO, "max_tokens": 2}).encode(), f"{server}/v1/completions"
-    assert HTTP.post(path, content=body, headers=BEARER).is_success
+    bearer = {"Authorization": f"Bearer {KEY}"}
+    assert HTTP.post(path, content=body, headers=bearer).is_success
     for header in ({"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
-        assert HTTP.post(path, content=body, headers={**BEARER, **header}).status_code == 415
+        assert HTTP.post(path, content=body, headers={**bearer, **header}).status_code == 415

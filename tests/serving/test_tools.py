@@ -102,7 +102,7 @@ def test_call_is_returned_complete_and_streamed(tool_client, tool_processor, ans
         CALL,
         CALL.replace("parameters", "arguments"),
         f'{{"type": "function", {CALL[1:]}',
-        CALL.replace('{"city"', '"{\\"city').replace('": "Rome", "days": 2}', '\\": \\"Rome\\", \\"days\\": 2}"'),
+        json.dumps({"name": "weather", "parameters": json.dumps(ARGUMENTS)}),
         f"\n{CALL}",
         f"[{CALL}]",
         "weather(city='Rome', days=2)",
