@@ -137,6 +137,12 @@ def test_other_answer_is_text(answer):
     assert parse_calls(answer, {"weather"}) == []
 
 
+def test_several_calls_are_returned_unless_one_is_requested(tool_client, answers):
+    answers(f"{CALL}; {CALL}")
+    for options, count in (({}, 2), ({"parallel_tool_calls": True}, 2), ({"parallel_tool_calls": False}, 1)):
+        assert len(complete(tool_client, ASK, tools=[WEATHER], **options).choices[0].message.tool_calls) == count
+
+
 def test_text_is_streamed_as_without_tools(tool_client, answers):
     answers("It is fine, and warm.")
     chunks = [chunk.choices[0] for chunk in complete(tool_client, ASK, tools=[WEATHER], stream=True)]
