@@ -18,12 +18,12 @@ class Grammar:
     """What an answer must match.
 
     Attributes:
-        kind: language of the source; "grammar" is Lark or llama.cpp's GBNF.
+        kind: language of the source; "lark" may be llama.cpp's GBNF too.
         source: a JSON schema as an object, the others as text.
         param: path of the request's field, for errors.
     """
 
-    kind: Literal["json", "regex", "lark", "grammar"]
+    kind: Literal["json", "regex", "lark"]
     source: Any
     param: str
 
@@ -116,7 +116,7 @@ def vllm_grammar(request: ChatCompletionRequest) -> Grammar | None:
         return json_grammar({"type": "object"} if name == "json_object" else value, param)
     if name == "choice":
         return choice_grammar(value, param)
-    return bounded(Grammar("regex" if name == "regex" else "grammar", value, param))
+    return bounded(Grammar("regex" if name == "regex" else "lark", value, param))
 
 
 def closed(schema: Any) -> Any:

@@ -52,7 +52,7 @@ def source_of(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_flexible": False})
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.source)
-    return LLMatcher.grammar_from_lark(grammar.source if grammar.kind == "lark" else any_to_lark(grammar.source))
+    return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
 
 
 def grammar_error(reason: str, grammar: Grammar | None = None) -> ApiError:
