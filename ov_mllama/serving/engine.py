@@ -113,9 +113,9 @@ class Engine:
 
     def _leave(self) -> bool:
         """Finish requests that have ended, free their memory, and return whether there were any."""
-        if rows := [row for row, pending in enumerate(self.running) if pending.ended]:
+        ended = [pending for pending in [*self.prefilling, *self.running] if pending.ended]  # once: clients cancel any time
+        if rows := [row for row, pending in enumerate(self.running) if pending in ended]:
             self._batch.leave(rows)
-        ended = [pending for pending in [*self.prefilling, *self.running] if pending.ended]
         for pending in ended:
             if prefill := pending.prefilled:
                 prefill.close()

@@ -163,3 +163,21 @@ def test_client_that_leaves_does_not_disturb_others(client, slow_demo, scheduler
             complete(client, user(text(WHO)), timeout=0.15)
         assert stays.result().choices[0].message.content == SAMPLES[0]["answer"]
     wait_until(lambda: not scheduler._reservations)
+
+
+def test_client_that_leaves_while_another_one_is_removed(client, slow_demo, scheduler, monkeypatch):
+    leave, cancelled = Batch.leave, []
+
+    def leaves_too(self, rows):
+        leave(self, rows)
+        if running := [each for each in scheduler._engine.running if not (each.ended or each.request.images or cancelled)]:
+            cancelled.append(running[0])
+            running[0].sequence.cancelled.set()
+
+    monkeypatch.setattr(Batch, "leave", leaves_too)
+    slow_demo.step_s = 0.01
+    asked = [(user(text(WHO)), 3), (user(text("Which?")), 60), (about(SAMPLES[0]), 60)]
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda each: complete(client, each[0], max_tokens=each[1]), asked))
+    assert cancelled
+    assert SAMPLES[0]["answer"] in [answer.choices[0].message.content for answer in answers]
