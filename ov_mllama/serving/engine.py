@@ -113,7 +113,8 @@ class Engine:
 
     def _leave(self) -> bool:
         """Finish requests that have ended, free their memory, and return whether there were any."""
-        ended = [pending for pending in [*self.prefilling, *self.running] if pending.ended]  # once: clients cancel any time
+        # once, as clients cancel at any time
+        ended = [pending for pending in [*self.prefilling, *self.running] if pending.ended]
         if rows := [row for row, pending in enumerate(self.running) if pending in ended]:
             self._batch.leave(rows)
         for pending in ended:
