@@ -123,15 +123,20 @@ def test_text_overtakes_an_image_that_is_being_encoded(client, slow_demo):
         assert image.result().choices[0].message.content == SAMPLES[0]["answer"]
 
 
-def test_follow_up_after_a_batch_reuses_the_prompt(client, scheduler, slow_demo):
+@pytest.mark.parametrize("asked", [about(SAMPLES[0]), user(text(WHO))], ids=["image", "text"])
+def test_follow_up_after_a_batch_continues_its_answer(client, scheduler, slow_demo, asked):
     slow_demo.as_new(step_s=0.02)
-    first = about(SAMPLES[0])
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda asked: complete(client, asked), [first, about(SAMPLES[2])]))
+        answers = list(pool.map(lambda messages: complete(client, messages), [asked, about(SAMPLES[2])]))
     slow_demo.step_s = 0
     answer = {"role": "assistant", "content": answers[0].choices[0].message.content}
-    complete(client, [*first, answer, *user(text("How many shapes are there?"))])
-    assert slow_demo.stats.reused_tokens >= 10
+    follow_up = [*asked, answer, *user(text("How many shapes are there?"))]
+    continued = complete(client, follow_up).choices[0].message.content
+    # all but the answer's end token
+    assert slow_demo.stats.reused_tokens >= answers[0].usage.total_tokens - 1
+    assert slow_demo.stats.images == slow_demo.stats.images_cached
+    slow_demo.forget()
+    assert complete(client, follow_up).choices[0].message.content == continued
 
 
 def test_failed_inference_continues_the_other_answers(client, scheduler, slow_demo, monkeypatch):
