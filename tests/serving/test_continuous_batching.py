@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -12,6 +13,7 @@ from chat_page import SELF, WHO, wait_until
 from conftest import F32, demo_samples
 from openai_client import about, complete, openai_client, small_server, text, user
 from ov_mllama.runtime.batch import Batch
+from ov_mllama.serving.scheduler import Scheduler
 
 SAMPLES = demo_samples()
 QUESTIONS = [about(SAMPLES[i]) for i in (0, 1, 3, 5)] + [
@@ -187,3 +189,26 @@ def test_client_that_leaves_while_another_one_is_removed(client, slow_demo, sche
         assert complete(client, about(SAMPLES[0])).choices[0].message.content == SAMPLES[0]["answer"]
         assert long.result().usage.completion_tokens < 2000
     assert cancelled
+
+
+def test_a_large_image_is_not_starved_by_small_ones():
+    def request(tiles: int = 0, exclusive: bool = False):
+        images = [object()] if tiles else []
+        request = SimpleNamespace(images=images)
+        return SimpleNamespace(request=request, image_tiles={id(images): tiles} if tiles else {}, exclusive=exclusive)
+
+    def admissible(active, waiting, is_open=True):
+        engine = SimpleNamespace(active=active, preparing=[])
+        scheduler = SimpleNamespace(_engine=engine, _waiting=waiting, _open=is_open, max_batch=4, _max_tiles=lambda: 16)
+        return Scheduler._admissible(scheduler)
+
+    running, large, small, text, alone = request(12), request(8), request(2), request(), request(exclusive=True)
+    assert admissible([running], [large, small]) is None
+    assert admissible([running], [small, large]) is small
+    assert admissible([running], [large, small, text]) is text
+    assert admissible([], [large, small]) is large
+    assert admissible([running], [alone, text]) is None
+    assert admissible([], [alone, text]) is alone
+    assert admissible([alone], [text]) is None
+    assert admissible([running] * 4, [text]) is None
+    assert admissible([], [text], is_open=False) is None
