@@ -3,6 +3,7 @@
 Prefill -> session of one row -> Batch.join -> Batch.decode ... -> Batch.leave
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from .checks import image_arrays, token_arrays
 from .cross_attention import stack
-from .kv_cache import OVCache
+from .kv_cache import OVCache, Prompt
 from .language import Session
 from .model import OVMLlamaForConditionalGeneration, prompt_of
 from .vision import ImageInputs
@@ -97,7 +98,13 @@ class Batch:
         """Remove all rows, and what they hold."""
         self._single: Prefill | None = None
         self._session: Any = None
-        self._lengths = np.zeros(0, np.int64)
+        self._prompts: list[Prompt] = []
+        self._tokens: list[list[int]] = []
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        """Tokens of each row, the visible slots at its end."""
+        return np.array([len(tokens) for tokens in self._tokens], np.int64)
 
     @property
     def lost(self) -> bool:
@@ -107,29 +114,50 @@ class Batch:
     def join(self, prefill: Prefill) -> None:
         """Append the sequence of a complete prompt as the last row."""
         session = prefill.session
-        lengths = np.append(self._lengths, len(session.cache.positions))
-        if not len(self._lengths):
+        if not self._tokens:
             self._single, self._session = prefill, session
         else:
             sources = [self._session, session]
             target = self.model.language_model.session() if self._single else self._session
-            merge(target, sources, lengths)
+            merge(target, sources, np.append(self._lengths, len(session.cache.positions)))
             if self._single:
                 self._single.close()
             prefill.close()
             self._single, self._session = None, target
-        self._lengths = lengths
+        self._prompts.append(prefill.prompt)
+        self._tokens.append(prefill.prompt.input_ids[0].tolist())
 
     def leave(self, rows: list[int]) -> None:
-        """Remove rows."""
-        stay = np.setdiff1d(np.arange(len(self._lengths)), rows)
-        if not len(stay):
-            if self._single:
+        """Remove rows. Their sessions are put into the model's pool, prefixes of follow-ups."""
+        stay = np.setdiff1d(np.arange(len(self._tokens)), rows)
+        if self._single:
+            if not len(stay):
                 self._single.close()
+                self.clear()
+            return
+        for row in rows:
+            with contextlib.suppress(MemoryError, RuntimeError):  # which cost a prefix, and no answer
+                self.model.sessions.attach(self._extract(row))
+        if not len(stay):
             self.clear()
-        elif len(stay) < len(self._lengths):
+        elif rows:
             self._session.cache.batch_select_indices(torch.from_numpy(stay))
-            self._lengths = self._lengths[stay]
+            self._prompts = [self._prompts[row] for row in stay]
+            self._tokens = [self._tokens[row] for row in stay]
+
+    def _extract(self, row: int) -> Session:
+        """Return a session of its own for a row."""
+        session, prompt = self.model.language_model.session(), self._prompts[row]
+        cache, tokens = OVCache(session), self._tokens[row]
+        copy_rows(session, [(self._session, np.array([row]))], np.array([len(tokens)]))
+        cache.append(np.array([tokens], np.int64))
+        cache.batch, cache.seen, cache.last_seen = 1, prompt.seen[0], prompt.seen[:, -1:]
+        cache.image_keys, view = prompt.image_keys, self._session.cache.cross_attention
+        if view:
+            has_images = prompt.seen.shape[-1] > 0
+            cache.cross_attention = view.rows(np.array([row])) if has_images else session.view(None, prompt.seen)
+        session.cache = cache
+        return session
 
     def decode(self, tokens: list[int]) -> np.ndarray:
         """Append a token to each row, and return the logits after it, f32 [rows, vocab]."""
@@ -137,7 +165,8 @@ class Batch:
         mask = np.arange(past + 1) >= past - self._lengths[:, None]
         ids = np.array(tokens, np.int64)[:, None]
         logits = self._session.decode(ids, mask.astype(np.int64), self._lengths[:, None])
-        self._lengths = self._lengths + 1
+        for row, token in zip(self._tokens, tokens, strict=True):
+            row.append(token)
         return logits[:, -1]
 
 
@@ -148,21 +177,8 @@ def merge(target: Session, sources: list[Session], lengths: np.ndarray) -> None:
         lengths: of all rows, the visible slots at the end of each.
     """
     caches: list[Any] = [source.cache for source in sources]
-    states = [source.request.query_state() for source in sources if source.request]
-    request, slots = target.request or target.model.compiled.create_infer_request(), int(lengths.max())
-    ends = np.cumsum([cache.batch for cache in caches])
-    for variable, *parts in zip(request.query_state(), *states, strict=True):
-        # one at a time, as OpenVINO returns f32: 4 MB per row and 1000 tokens of the 11B, which has 64 of them
-        tensors = [part.state for part in parts]
-        joined = np.zeros((len(lengths), tensors[0].shape[1], slots, tensors[0].shape[3]), np.float32)
-        for tensor, cache, end in zip(tensors, caches, ends, strict=True):
-            visible: Any = cache.positions[-slots:]
-            start = slots - len(visible)
-            if visible[-1] - visible[0] + 1 == len(visible):  # slices are not copied first
-                visible = slice(visible[0], visible[-1] + 1)
-            rows = slice(None) if cache.beam_idx is None else cache.beam_idx
-            joined[end - cache.batch : end, :, start:] = tensor.data[rows][:, :, visible]
-        variable.state = ov.Tensor(joined)
+    slots = int(lengths.max())
+    copy_rows(target, [(source, np.arange(source.cache.batch)) for source in sources if source.cache], lengths)
     merged, views = OVCache(target), [cache.cross_attention for cache in caches]
     merged.append(np.zeros((len(lengths), slots), np.int64))
     merged.batch, merged.last_seen = len(lengths), np.zeros((len(lengths), 1, 0), bool)
@@ -171,7 +187,32 @@ def merge(target: Session, sources: list[Session], lengths: np.ndarray) -> None:
         merged.cross_attention = views[0]  # one row for all
     else:
         merged.cross_attention = stack(views, [cache.batch for cache in caches])
-    target.request, target.cache = request, merged
+    target.cache = merged
+
+
+def copy_rows(target: Session, sources: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> None:
+    """Put rows of sessions below each other into the state of another one, or of the first of them.
+
+    Args:
+        sources: sessions, and the indices of their rows.
+        lengths: of all rows, the visible slots at the end of each.
+    """
+    target.request = target.request or target.model.compiled.create_infer_request()
+    slots, ends = int(lengths.max()), np.cumsum([len(rows) for _, rows in sources])
+    states = [source.request.query_state() for source, _ in sources if source.request]
+    for variable, *parts in zip(target.request.query_state(), *states, strict=True):
+        # one at a time, as OpenVINO returns f32: 4 MB per row and 1000 tokens of the 11B, which has 64 of them
+        tensors = [part.state for part in parts]
+        joined = np.zeros((len(lengths), tensors[0].shape[1], slots, tensors[0].shape[3]), np.float32)
+        for tensor, (source, rows), end in zip(tensors, sources, ends, strict=True):
+            cache: Any = source.cache
+            visible = cache.positions[-slots:]
+            start = slots - len(visible)
+            if visible[-1] - visible[0] + 1 == len(visible):  # slices are not copied first
+                visible = slice(visible[0], visible[-1] + 1)
+            rows = rows if cache.beam_idx is None else cache.beam_idx[rows]
+            joined[end - len(rows) : end, :, start:] = tensor.data[rows][:, :, visible]
+        variable.state = ov.Tensor(joined)
 
 
 def row_keys(cache: OVCache) -> list[tuple[bytes, ...]]:

@@ -227,10 +227,10 @@ class Session:
         else:
             if previous:
                 previous.cross_attention = None  # 0.1 GB per tile of the 11B: not both at once
-            view = self._view(encoded, cache.last_seen)
+            view = self.view(encoded, cache.last_seen)
         cache.cross_attention = view
         if not (rest == cache.last_seen).all():
-            view = self._view(encoded, rest)
+            view = self.view(encoded, rest)
         length, seconds, progress = prompt.input_ids.shape[1], 0.0, progress or Progress()
         step = step or prefill_step(cache.batch)
         for start in range(reused, length, step):
@@ -309,7 +309,9 @@ class Session:
         """Drop the sequence and the request, which holds the memory of its last inputs."""
         self.cache = self.request = None
 
-    def _view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
+    def view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
+        """Return the image K/V for tokens that see so many tiles, bool [batch, query, images * tiles]; None for a plain
+        Llama."""
         shapes = self.model.shapes
         if not shapes.cross_layers:
             return None

@@ -51,8 +51,12 @@ class SessionPool:
         self._in_use.discard(id(session))
 
     def attach(self, session: Session) -> None:
-        """Put a session into the pool, as the most recently used one, and evict down to the budget."""
+        """Put a session into the pool, as the most recently used one, in place of those with a prefix of its tokens;
+        evict down to the budget."""
         if session.cache:
+            for prefix in [each for each in self._sessions if each.cache and session.cache.continues(each.cache)]:
+                self._sessions.remove(prefix)
+                prefix.reset()
             self._sessions.append(session)
             self.release()
 

@@ -113,9 +113,10 @@ class Engine:
 
     def _leave(self) -> bool:
         """Finish requests that have ended, free their memory, and return whether there were any."""
-        if rows := [row for row, pending in enumerate(self.running) if pending.ended]:
-            self._batch.leave(rows)
+        # once, as clients cancel at any time
         ended = [pending for pending in [*self.prefilling, *self.running] if pending.ended]
+        if rows := [row for row, pending in enumerate(self.running) if pending in ended]:
+            self._batch.leave(rows)
         for pending in ended:
             if prefill := pending.prefilled:
                 prefill.close()

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -12,6 +13,7 @@ from chat_page import SELF, WHO, wait_until
 from conftest import F32, demo_samples
 from openai_client import about, complete, openai_client, small_server, text, user
 from ov_mllama.runtime.batch import Batch
+from ov_mllama.serving.scheduler import Scheduler
 
 SAMPLES = demo_samples()
 QUESTIONS = [about(SAMPLES[i]) for i in (0, 1, 3, 5)] + [
@@ -24,6 +26,7 @@ SCHEMA = {
     "type": "json_schema",
     "json_schema": {"name": "x", "schema": {"type": "array", "items": {"type": "integer"}}},
 }
+LONG_TEXT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string", "minLength": 9999}}}
 REQUESTS = st.fixed_dictionaries(
     {
         "question": st.integers(0, len(QUESTIONS) - 1),
@@ -103,9 +106,8 @@ def test_newcomer_joins_a_running_answer_within_three_steps(client, scheduler, s
         return decode(self, tokens)
 
     monkeypatch.setattr(Batch, "decode", counted)
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string", "minLength": 999}}}
     with ThreadPoolExecutor(2) as pool:
-        long = pool.submit(complete, client, user(text("Which?")), max_tokens=100, response_format=form)
+        long = pool.submit(complete, client, user(text("Which?")), max_tokens=100, response_format=LONG_TEXT)
         assert long.result().usage.completion_tokens == 100
         assert came[0].result().choices[0].message.content == SELF
     assert max(steps) == 2
@@ -123,15 +125,20 @@ def test_text_overtakes_an_image_that_is_being_encoded(client, slow_demo):
         assert image.result().choices[0].message.content == SAMPLES[0]["answer"]
 
 
-def test_follow_up_after_a_batch_reuses_the_prompt(client, scheduler, slow_demo):
+@pytest.mark.parametrize("asked", [about(SAMPLES[0]), user(text(WHO))], ids=["image", "text"])
+def test_follow_up_after_a_batch_continues_its_answer(client, scheduler, slow_demo, asked):
     slow_demo.as_new(step_s=0.02)
-    first = about(SAMPLES[0])
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda asked: complete(client, asked), [first, about(SAMPLES[2])]))
+        answers = list(pool.map(lambda messages: complete(client, messages), [asked, about(SAMPLES[2])]))
     slow_demo.step_s = 0
     answer = {"role": "assistant", "content": answers[0].choices[0].message.content}
-    complete(client, [*first, answer, *user(text("How many shapes are there?"))])
-    assert slow_demo.stats.reused_tokens >= 10
+    follow_up = [*asked, answer, *user(text("How many shapes are there?"))]
+    continued = complete(client, follow_up).choices[0].message.content
+    # all but the answer's end token
+    assert slow_demo.stats.reused_tokens >= answers[0].usage.total_tokens - 1
+    assert slow_demo.stats.images == slow_demo.stats.images_cached
+    slow_demo.forget()
+    assert complete(client, follow_up).choices[0].message.content == continued
 
 
 def test_failed_inference_continues_the_other_answers(client, scheduler, slow_demo, monkeypatch):
@@ -163,3 +170,45 @@ def test_client_that_leaves_does_not_disturb_others(client, slow_demo, scheduler
             complete(client, user(text(WHO)), timeout=0.15)
         assert stays.result().choices[0].message.content == SAMPLES[0]["answer"]
     wait_until(lambda: not scheduler._reservations)
+
+
+def test_client_that_leaves_while_another_one_is_removed(client, slow_demo, scheduler, monkeypatch):
+    leave, cancelled = Batch.leave, []
+
+    def leaves_too(self, rows):
+        leave(self, rows)
+        if not cancelled:
+            cancelled.append(scheduler._engine.running[0])
+            cancelled[0].sequence.cancelled.set()
+
+    monkeypatch.setattr(Batch, "leave", leaves_too)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(complete, client, user(text("Which?")), max_tokens=2000, response_format=LONG_TEXT)
+        wait_until(lambda: scheduler._engine.running)
+        complete(client, user(text(WHO)), max_tokens=3)
+        assert complete(client, about(SAMPLES[0])).choices[0].message.content == SAMPLES[0]["answer"]
+        assert long.result().usage.completion_tokens < 2000
+    assert cancelled
+
+
+def test_a_large_image_is_not_starved_by_small_ones():
+    def request(tiles: int = 0, exclusive: bool = False):
+        images = [object()] if tiles else []
+        request = SimpleNamespace(images=images)
+        return SimpleNamespace(request=request, image_tiles={id(images): tiles} if tiles else {}, exclusive=exclusive)
+
+    def admissible(active, waiting, is_open=True):
+        engine = SimpleNamespace(active=active, preparing=[])
+        scheduler = SimpleNamespace(_engine=engine, _waiting=waiting, _open=is_open, max_batch=4, _max_tiles=lambda: 16)
+        return Scheduler._admissible(scheduler)
+
+    running, large, small, text, alone = request(12), request(8), request(2), request(), request(exclusive=True)
+    assert admissible([running], [large, small]) is None
+    assert admissible([running], [small, large]) is small
+    assert admissible([running], [large, small, text]) is text
+    assert admissible([], [large, small]) is large
+    assert admissible([running], [alone, text]) is None
+    assert admissible([], [alone, text]) is alone
+    assert admissible([alone], [text]) is None
+    assert admissible([running] * 4, [text]) is None
+    assert admissible([], [text], is_open=False) is None
