@@ -8,7 +8,8 @@ import pytest
 from chat_page import SELF, WHO
 from conftest import demo_samples
 from openai_client import BEARER, HTTP, about, complete, openai_client, post, refusal, small_server, text, user
-from ov_mllama.serving.tools import parse_calls
+from ov_mllama.serving.messages import convert_message
+from ov_mllama.serving.tools import one_call_each, parse_calls
 
 SAMPLES = demo_samples()
 TEMPLATE = """{{- bos_token }}
@@ -210,6 +211,9 @@ def test_history_of_tools_is_understood(tool_client, tool_processor):
         {"role": "tool", "content": "noon"},
         {"role": "user", "content": "And?"},
     ]
+    turns = one_call_each([convert_message(message, "messages", []) for message in messages])
+    assert [turn["role"] for turn in turns] == [message["role"] for message in expected]
+    assert [turn["content"] for turn in turns if turn["role"] == "tool"] == ["sun", "noon"]
     for tools in (None, [WEATHER]):
         options = {"tools": tools} if tools else {}
         usage = complete(tool_client, messages, max_tokens=1, **options).usage
