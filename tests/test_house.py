@@ -241,8 +241,8 @@ from {package}.model import OVMLlamaForConditionalGeneration
 model_dir, picture = sys.argv[1:]
 model = OVMLlamaForConditionalGeneration(model_dir, check_golden=False)
 processor = AutoProcessor.from_pretrained(model_dir)
-from {package}.images import open_picture
-inputs = processor(text="<|image|>What?", images=[open_picture(picture)], return_tensors="pt")
+from {package}.images import load_image
+inputs = processor(text="<|image|>What?", images=[load_image(picture)], return_tensors="pt")
 print(model.generate(**inputs, do_sample=False, max_new_tokens=4, eos_token_id=None).tolist())
 loaded = {{name.split(".")[0] for name in sys.modules}} & {{"nncf", "gradio", "datasets", "ipywidgets", "IPython"}}
 assert not loaded, loaded

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image
 from transformers.models.mllama.image_processing_mllama import get_optimal_tiled_canvas
 
-from ov_mllama.runtime.images import MAX_PIXELS, at_detail, open_picture, readable_formats, too_large, unreadable
+from ov_mllama.runtime.errors import ImageError
+from ov_mllama.runtime.image_files import open_error, open_image, reduction
+from ov_mllama.runtime.image_sources import is_pdf
+from ov_mllama.runtime.images import at_detail, load_image
 
 MAX_REQUEST_IMAGES = 16  # the smallest takes as many pixels of the processor as four tiles
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
@@ -18,7 +21,7 @@ class ImageFile:
 
     Attributes:
         data: the file's bytes.
-        width, height: in pixels, upright (EXIF).
+        width, height: in pixels, as decoded.
         detail: see `ov_mllama.runtime.images.at_detail`.
         param: path of the request's field, for errors.
     """
@@ -34,18 +37,16 @@ class ImageFile:
         """Read the header of a file.
 
         Raises:
-            ImageError: if it is not an image of a known format, or has more than
-                `ov_mllama.runtime.images.MAX_PIXELS`.
+            ImageError: if it is not an image of a known format, or too large.
         """
-        try:
-            with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
-                width, height = upright_size(image)
-        except Image.DecompressionBombError as error:
-            raise too_large("The image") from error
-        except Exception as error:  # broken files make decoders raise anything
-            raise unreadable("The image") from error
-        if width * height > MAX_PIXELS:
-            raise too_large("The image", f"{width} × {height}")
+        file = io.BytesIO(data)
+        if is_pdf(file):
+            raise ImageError("The image is a PDF: send images of its pages.")
+        with open_image(file, "The image") as image:
+            try:
+                width, height = decoded_size(image)
+            except Exception as error:  # broken files make decoders raise anything
+                raise open_error("The image", error) from error
         return cls(data, width, height, detail, param)
 
     @property
@@ -66,12 +67,14 @@ class ImageFile:
         Raises:
             ImageError: if it is broken after its header.
         """
-        return at_detail(open_picture(self.data), self.detail, side)
+        return at_detail(load_image(self.data), self.detail, side)
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height after EXIF's orientation, of an image that is opened but not decoded."""
+def decoded_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height that an image, opened but not decoded, will have: upright (EXIF), a large one smaller."""
+    factor = reduction(*image.size)
+    width, height = (-(-side // factor) for side in image.size)
     # getexif() decodes a PNG without EXIF in its header; TIFF's size is upright already
     has_exif = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
     swapped = has_exif and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-    return image.size[::-1] if swapped else image.size
+    return (height, width) if swapped else (width, height)
