@@ -189,9 +189,9 @@ def decode(image: Image.Image, name: str, remarks: list[str]) -> Image.Image:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         result = to_rgb(image, name, remarks, reduction(*image.size))
-        result.getexif()[ExifTags.Base.Orientation] = orientation
-        ImageOps.exif_transpose(result, in_place=True)  # the smaller of the two
         result.info = {}
+        result.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(result, in_place=True)  # after it was made smaller
         return result
     except ImageError:
         raise

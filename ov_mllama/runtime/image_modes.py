@@ -14,6 +14,7 @@ GREY_DEEP = ("I", "F")  # first letters of the modes with more than 8 bits
 MIN_8_BIT_FLOAT = 128  # greatest value from which floats beyond 1 are taken for 0 to 255
 LIGHT, DARK = 200, 55  # luminance that cannot be told from white, from black
 VISIBLE_ALPHA = 32
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 PROFILE_SPACES = {"RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK", "L": "GRAY"}  # mode -> colour space of an ICC profile
 
 
@@ -96,7 +97,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
         if space != PROFILE_SPACES.get(mode) or "sRGB" in (source.profile.profile_description or ""):
             return image
         target = "RGBA" if mode == "RGBA" else "RGB"
-        transform = ImageCms.ImageCmsTransform(source, ImageCms.createProfile("sRGB"), mode, target, 0)
+        transform = ImageCms.ImageCmsTransform(source, SRGB, mode, target, 0)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
     return assemble(image.size, 1, target, lambda box: transform.apply(image.crop(box).convert(mode)))

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from conftest import DEMO
-from ov_mllama.runtime import images
+from ov_mllama.runtime import downloads, image_files
 from ov_mllama.runtime.images import PictureError, load_image
 
 pytestmark = pytest.mark.torture
@@ -99,10 +99,11 @@ def test_pictures_are_turned_upright(tmp_path):
 def test_of_several_frames_the_first(form):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     data = contents(frames[0], form, save_all=True, append_images=frames[1:])
-    with pytest.warns(UserWarning, match="several frames"):
+    parts = "pages" if form == "TIFF" else "frames"
+    with pytest.warns(UserWarning, match=f"several {parts}"):
         image = load_image(data)
     assert np.abs(np.asarray(image).astype(int) - RED).max() <= 2
-    assert "several frames" in image.info["remark"]
+    assert f"several {parts}" in image.info["remark"]
 
 
 def test_a_photograph_with_its_preview_is_one_picture():
@@ -167,17 +168,16 @@ def test_where_both_could_be_meant_channels_are_last_in_arrays_and_first_in_tens
 
 PNG = SAMPLE.read_bytes()
 REFUSED = {
-    "no bytes": (b"", "not an image that can be read"),
+    "no bytes": (b"", "is empty"),
     "half a PNG": (PNG[: len(PNG) // 2], "not an image that can be read"),
     "half a JPEG": (contents(Image.open(SAMPLE).convert("RGB"), "JPEG")[:500], "not an image that can be read"),
-    "a page": (b"<!DOCTYPE html><html></html>", "not an image that can be read"),
-    "a drawing in text": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
-    "PostScript, which would be run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-    "a zip": (b"PK\x03\x04" + bytes(100), "not an image that can be read"),
-    "8000 x 8000": (contents(Image.new("1", (8000, 8000))), "8000 × 8000 pixels: make it smaller"),
-    "20000 x 20000": (contents(Image.new("1", (20_000, 20_000))), "too many pixels: make it smaller"),
-    "an array with NaN": (np.full((4, 4, 3), np.nan), "values from nan to nan"),
-    "an array with infinity": (np.full((4, 4, 3), np.inf), "values from inf"),
+    "a page": (b"<!DOCTYPE html><html></html>", "is a web page, no image that can be read"),
+    "a drawing in text": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is a drawing in SVG, no image that can be read"),
+    "PostScript, which would be run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is PostScript, no image"),
+    "a zip": (b"PK\x03\x04" + bytes(100), "is a ZIP archive or an Office document, no image"),
+    "20000 x 20000": (contents(Image.new("1", (20_000, 20_000))), "20000 × 20000 pixels: make it smaller"),
+    "an array of NaN": (np.full((4, 4, 3), np.nan), "no finite value"),
+    "an array of infinity": (np.full((4, 4, 3), np.inf), "no finite value"),
     "normalised pixels": (np.linspace(-1.8, 2.1, 48).reshape(3, 4, 4), "pixel_values are for the model"),
     "an array of five channels": (array(6, 6, 5), r"shape \[6, 6, 5\] is no image"),
     "an array of two pictures": (array(2, 4, 4, 3), r"shape \[2, 4, 4, 3\] is no image"),
@@ -208,7 +208,7 @@ def test_paths_that_lead_nowhere(tmp_path):
         (tmp_path / "gone.png", "gone.png is missing"),
         ("a\0b", "not an image"),
         ("x" * 5000, "not an image"),
-        ("file:///etc/passwd", "no URL of an image"),
+        ("file:///etc/passwd", "passwd is not an image"),
         ("ftp://example.org/x.png", "no URL of an image"),
         ("data://x", "no URL of an image"),
     ]:
@@ -329,8 +329,8 @@ def test_an_address(address, path):
     ],
 )
 def test_addresses_that_give_no_picture(address, path, sentence, monkeypatch, tally):
-    monkeypatch.setattr(images, "SECONDS", 1)
-    monkeypatch.setattr(images, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(downloads, "SECONDS", 1)
+    monkeypatch.setattr(downloads, "MAX_BYTES", 1_000_000)
     with pytest.raises(PictureError, match=sentence):
         load_image(f"{address}/{path}")
     assert "1 second" not in sentence or path not in Server.ended
@@ -405,7 +405,7 @@ def test_broken_files(times, tally):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image = load_image(data)
-            right = image.mode == "RGB" and image.width * image.height <= images.MAX_PIXELS
+            right = image.mode == "RGB" and image.width * image.height <= image_files.MAX_PIXELS
         except PictureError:
             right = True
         except Exception as error:
@@ -446,7 +446,7 @@ def test_failures_of_the_machine_are_not_the_pictures(case, place, monkeypatch):
         raise raised
 
     if place == "open":
-        monkeypatch.setattr(images.Image, "open", failing)
+        monkeypatch.setattr(image_files.Image, "open", failing)
     else:
         monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", failing)
     with pytest.raises(kind, match=said) as error:
