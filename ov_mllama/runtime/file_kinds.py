@@ -85,6 +85,11 @@ def is_heic(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS
 
 
+def is_icon(head: bytes) -> bool:
+    """Return whether a file is ICO."""
+    return head.startswith(b"\0\0\1\0")
+
+
 def is_tga(head: bytes, suffix: str) -> bool:
     """Return whether a file may be a TGA image. Its format has no signature at its beginning, only plausible fields."""
     plausible = (

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import functools
 import io
-import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps
 
 from .errors import ImageError, OutOfMemoryError
-from .file_kinds import HEAD_BYTES, describe, is_heic, is_tga
+from .file_kinds import HEAD_BYTES, describe, is_heic, is_icon, is_tga
 from .image_modes import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
@@ -20,6 +19,7 @@ MAX_PIXELS = 200_000_000  # of an image; a small file can expand to any number
 MAX_FULL_PIXELS = 50_000_000  # of an image that is decoded at full size; a larger one at a half or a quarter
 MIN_REDUCED_PIXELS = 10_000_000  # of one decoded at a quarter: 8 times what four tiles hold
 MAX_DECODE_BYTES = 500_000_000  # for an image of more than MAX_FULL_PIXELS
+MAX_ICON_PIXELS = 2_000_000  # half the limit of an icon, which Pillow decodes when it opens it
 BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # of Pillow's modes; 4 for all others
 DECODER_BYTES_PER_PIXEL = {"WEBP": 12, "AVIF": 8, "HEIF": 6, "TIFF": 3}  # on top, for buffers of the format's decoder
 RAW_TAGS = DNG_VERSION, SUB_IFDS, SUBFILE_TYPE = 50706, 330, 254  # TIFF tags
@@ -41,14 +41,14 @@ def readable_formats() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def without_pillow_limit() -> Iterator[None]:
-    """Let Pillow open an image of any size, which `check_size` then refuses with its numbers."""
+def pillow_limit(pixels: int | None) -> Iterator[None]:
+    """Let Pillow open images of up to twice so many pixels."""
     with PILLOW_LIMIT:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def read_head(file: Path | io.BytesIO) -> bytes:
@@ -76,16 +76,19 @@ def open_image(file: Path | io.BytesIO, name: str, page: int | None = None) -> I
             raise ImageError(f"{name} is HEIC: pip install pillow-heif, or convert it to JPEG.")
         if is_tga(head, file.suffix.lower() if isinstance(file, Path) else ""):
             formats = (*formats, "TGA")
-        with without_pillow_limit():
+        # of other formats only the header is read, and `check_size` refuses with numbers
+        with pillow_limit(MAX_ICON_PIXELS if is_icon(head) else None):
             image = Image.open(file, formats=formats)
         check_kind(image, name)
-        check_size(name, *true_size(image))
+        check_size(name, *image.size)
         if page is not None:
             seek(image, page, name)
         prepare_reduction(image)
         check_memory(image, name)
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder: give one of the images in it.") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is an icon of more pixels than icons have: save it as PNG.") from error
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything on a broken file
@@ -98,17 +101,6 @@ def check_kind(image: Image.Image, name: str) -> None:
     tags = getattr(image, "tag_v2", {})
     if image.format == "TIFF" and (DNG_VERSION in tags or (tags.get(SUBFILE_TYPE) == 1 and SUB_IFDS in tags)):
         raise ImageError(f"{name} is the raw data of a camera: develop it, or use the JPEG that the camera saved.")
-
-
-def true_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height, of an icon those of the image within it."""
-    if image.format != "ICO":
-        return image.size
-    icon = image.ico  # type: ignore[attr-defined]
-    icon.buf.seek(icon.entry[0].offset)
-    head = icon.buf.read(24)
-    width, height = struct.unpack(">II", head[16:]) if head[:4] == b"\x89PNG" else struct.unpack("<II", head[4:12])
-    return width, height
 
 
 def check_size(name: str, width: int, height: int) -> None:

@@ -104,7 +104,7 @@ def _load(source, page: int | None, remarks: list[str]) -> Image.Image:
         return decode(source, "The image", remarks)
     file, name = located(source)
     if is_pdf(file):
-        (image,), total = pdf_pages(file, name, page or 1, 1)
+        (image,), total = pdf_pages(file, name, 1 if page is None else page, 1)
         if total > 1 and page is None:
             remarks.append(f"{name} has {total} pages: the first one is used.")
         return image

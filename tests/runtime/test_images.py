@@ -172,7 +172,10 @@ REFUSED = {
     "half a PNG": (PNG[: len(PNG) // 2], "not an image that can be read"),
     "half a JPEG": (contents(Image.open(SAMPLE).convert("RGB"), "JPEG")[:500], "not an image that can be read"),
     "a page": (b"<!DOCTYPE html><html></html>", "is a web page, no image that can be read"),
-    "a drawing in text": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is a drawing in SVG, no image that can be read"),
+    "a drawing in text": (
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "is a drawing in SVG, no image",
+    ),
     "PostScript, which would be run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is PostScript, no image"),
     "a zip": (b"PK\x03\x04" + bytes(100), "is a ZIP archive or an Office document, no image"),
     "20000 x 20000": (contents(Image.new("1", (20_000, 20_000))), "20000 × 20000 pixels: make it smaller"),
