@@ -17,12 +17,12 @@ from .image_modes import to_rgb
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 MAX_PIXELS = 200_000_000  # of an image; a small file can expand to any number
 MAX_FULL_PIXELS = 50_000_000  # of an image that is decoded at full size; a larger one at a half or a quarter
-MIN_REDUCED_PIXELS = 10_000_000  # of one decoded at a quarter: 8 times what four tiles hold
+MIN_REDUCED_PIXELS = 5_000_000  # of one decoded at a quarter: twice the width and height of what four tiles hold
 MAX_DECODE_BYTES = 500_000_000  # for an image of more than MAX_FULL_PIXELS
 MAX_ICON_PIXELS = 2_000_000  # half the limit of an icon, which Pillow decodes when it opens it
 BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # of Pillow's modes; 4 for all others
 DECODER_BYTES_PER_PIXEL = {"WEBP": 12, "AVIF": 8, "HEIF": 6, "TIFF": 3}  # on top, for buffers of the format's decoder
-RAW_TAGS = DNG_VERSION, SUB_IFDS, SUBFILE_TYPE = 50706, 330, 254  # TIFF tags
+DNG_VERSION, SUB_IFDS, SUBFILE_TYPE, ROWS_PER_STRIP = 50706, 330, 254, 278  # TIFF tags
 # errno of a path that does not exist; of a text that is no path, and of a broken file with an offset before its start
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NO_IMAGE = (None, errno.ENAMETOOLONG, errno.EINVAL)
@@ -154,10 +154,20 @@ def decode_bytes(image: Image.Image) -> int:
     """Return the bytes that decoding an image takes, 0 for one of at most MAX_FULL_PIXELS."""
     if image.format in ("JPEG", "MPO"):
         return coefficient_bytes(image)
-    if reduction(*image.size) == 1 or image.format == "JPEG2000":
+    factor = reduction(*image.size)
+    if factor == 1 or image.format == "JPEG2000":
         return 0
-    each = BYTES_PER_PIXEL.get(image.mode, 4) + DECODER_BYTES_PER_PIXEL.get(image.format or "", 0)
-    return each * image.width * image.height
+    buffers = DECODER_BYTES_PER_PIXEL.get(image.format or "", 0)
+    if image.format == "TIFF" and not is_in_few_strips(image):
+        buffers = 0
+    each = BYTES_PER_PIXEL.get(image.mode, 4) + buffers + 2 * 4 / factor**2  # the result, and a copy of it
+    return int(each * image.width * image.height)
+
+
+def is_in_few_strips(image: Image.Image) -> bool:
+    """Return whether a TIFF is compressed in few strips, each of which is decoded at once."""
+    rows = image.tag_v2.get(ROWS_PER_STRIP, 0)  # type: ignore[attr-defined]
+    return image.tile[0][0] == "libtiff" and rows > image.height / 8  # type: ignore[attr-defined]
 
 
 def coefficient_bytes(image: Image.Image) -> int:

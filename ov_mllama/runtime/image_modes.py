@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 
 from .errors import ImageError
 
-STRIP_PIXELS = 4_000_000  # that are converted at a time
+STRIP_PIXELS = 1_000_000  # that are converted at a time
 BIT_RANGES = {255: 8, 1023: 10, 4095: 12, 16383: 14, 65535: 16}  # greatest value -> bits
 GREY_DEEP = ("I", "F")  # first letters of the modes with more than 8 bits
 MIN_8_BIT_FLOAT = 128  # greatest value from which floats beyond 1 are taken for 0 to 255
@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image, name: str, remarks: list[str], factor: int = 1) -
     image = to_srgb(image)
     if image.has_transparency_data:
         return on_ground(image, name, remarks)
-    return image.convert("RGB")
+    return image if factor > 1 and image.mode == "RGB" else image.convert("RGB")
 
 
 def smaller(image: Image.Image, factor: int) -> Image.Image:

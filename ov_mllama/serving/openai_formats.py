@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from ov_mllama.serving.logprobs import chat_logprobs
 from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest
 from ov_mllama.serving.sequences import PendingRequest
-from ov_mllama.serving.streaming import complete_texts, finish_reason_of
+from ov_mllama.serving.streaming import complete_texts, finish_reason_of, remarks_of
 
 COMPACT = (",", ":")  # separators of JSON, as OpenAI sends it
 
@@ -60,7 +60,7 @@ class ChatFormat:
         texts = await complete_texts(self.pendings, http)
         choices = [self._choice(index, text) for index, text in enumerate(texts)]
         usage = usage_of(self.pendings, self.request.n)
-        return JSONResponse({**self._head(self.kind), "choices": choices, "usage": usage})
+        return JSONResponse({**self._head(self.kind), "choices": choices, "usage": usage, **remarks_of(self.pendings)})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.request.model}
@@ -96,7 +96,8 @@ class ChatFormat:
 
     def end(self) -> str:
         reasons = map(finish_reason_of, self.pendings)
-        ends = [self._event([self._delta(index, reason)]) for index, reason in enumerate(reasons)]
+        remarks = remarks_of(self.pendings)
+        ends = [self._event([self._delta(index, reason)], **remarks) for index, reason in enumerate(reasons)]
         options = self.request.stream_options
         if options and options.include_usage:
             ends.append(self._event([], usage=usage_of(self.pendings, self.request.n)))

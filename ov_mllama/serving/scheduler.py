@@ -258,6 +258,7 @@ class Scheduler:
             images = []
             for image in pending.request.images:
                 images.append(image.decode(side))
+            pending.remarks = [image.info["remark"] for image in images if "remark" in image.info]
             return prompt_inputs(self.processor, pending.prompt, images)
         except ImageError as error:
             self._finish(pending, ApiError(400, str(error), "invalid_image", image.param))

@@ -142,6 +142,7 @@ class PendingRequest:
 
     Attributes:
         sequence: the answer.
+        remarks: on its images, once they are decoded (`images.load_image`).
         exclusive: whether it must run without others, because a batch with it failed.
         finished: whether there will be no more chunks.
         on_finish: called once there will be no more, in any thread.
@@ -161,6 +162,7 @@ class PendingRequest:
         self.sequence = Sequence(request, self._put_chunk, matcher, tokenizer)
         self.reservation, self.image_tiles = reservation, image_tiles
         self.exclusive = self.finished = False
+        self.remarks: list[str] = []
         self.on_finish: Callable[[], None] = lambda: None
         self.error: Exception | None = None
 
