@@ -21,7 +21,7 @@ MIN_REDUCED_PIXELS = 5_000_000  # of one decoded at a quarter: twice the width a
 MAX_DECODE_BYTES = 500_000_000  # for an image of more than MAX_FULL_PIXELS
 MAX_ICON_PIXELS = 2_000_000  # half the limit of an icon, which Pillow decodes when it opens it
 BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # of Pillow's modes; 4 for all others
-DECODER_BYTES_PER_PIXEL = {"WEBP": 12, "AVIF": 8, "HEIF": 6, "TIFF": 3}  # on top, for buffers of the format's decoder
+DECODER_BYTES_PER_PIXEL = {"WEBP": 12, "AVIF": 4, "HEIF": 3, "TIFF": 3}  # on top, measured: buffers of the decoder
 DNG_VERSION, SUB_IFDS, SUBFILE_TYPE, ROWS_PER_STRIP = 50706, 330, 254, 278  # TIFF tags
 # errno of a path that does not exist; of a text that is no path, and of a broken file with an offset before its start
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
