@@ -88,7 +88,7 @@ def open_image(file: Path | io.BytesIO, name: str, page: int | None = None) -> I
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder: give one of the images in it.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is an icon of more pixels than icons have: save it as PNG.") from error
+        raise ImageError(f"{name} holds an image of too many pixels, as no icon has: save it as PNG.") from error
     except ImageError:
         raise
     except Exception as error:  # decoders raise anything on a broken file

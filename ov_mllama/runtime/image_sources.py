@@ -90,8 +90,8 @@ def decode_base64(text: str) -> bytes:
 
 
 def is_pdf(file: Path | io.BytesIO) -> bool:
-    """Return whether a file is a PDF, False if it cannot be read. One may begin with other bytes."""
+    """Return whether a file is a PDF, False if it cannot be read."""
     try:
-        return b"%PDF-" in read_head(file)[:1024]
+        return read_head(file).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"%PDF-")
     except (OSError, ValueError):  # for `open_image` to raise
         return False

@@ -1,6 +1,8 @@
 """Loading of images of any source and format as RGB, with errors for users. Independent of models."""
 
+import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -32,7 +34,7 @@ def load_image(source, page: int | None = None) -> Image.Image:
             base64; an http(s) URL; a PIL image; or an array or tensor, [height, width], [height, width, channels] or
             [channels, height, width] of 1, 3 or 4 channels (if ambiguous, last in an array and first in a tensor), from
             0 to 255, floats also 0 to 1, larger values to 1023, 4095, 16383 or 65535. Leading axes of 1 are dropped.
-        page: number from 1 of a page or frame; None for the first one, with a remark if there are several.
+        page: number from 1 of a page or frame of a file; None for the first one, with a remark if there are several.
     Raises:
         ImageError: if it is missing, no image of `image_files.readable_formats`, broken, or too large.
         MemoryError, OSError: for other reasons than the image (memory, permission, open files, disk).
@@ -68,7 +70,7 @@ def load_pages(source, limit: int = MAX_PDF_PAGES) -> list[Image.Image]:
     else:
         with open_image(file, name) as image:
             total = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-        pages = [_load(source, number, remarks) for number in range(1, min(total, limit) + 1)]
+        pages = [_load_file(file, name, number, remarks) for number in range(1, min(total, limit) + 1)]
     if total > limit:
         remarks.append(f"{name} has {total} pages: the first {limit} are used.")
     if remarks:
@@ -102,7 +104,11 @@ def _load(source, page: int | None, remarks: list[str]) -> Image.Image:
     if isinstance(source, Image.Image):
         note_frames(source, "The image", remarks)
         return decode(source, "The image", remarks)
-    file, name = located(source)
+    return _load_file(*located(source), page, remarks)
+
+
+def _load_file(file: Path | io.BytesIO, name: str, page: int | None, remarks: list[str]) -> Image.Image:
+    """Load an image file or a page of a PDF, and append to `remarks`."""
     if is_pdf(file):
         (image,), total = pdf_pages(file, name, 1 if page is None else page, 1)
         if total > 1 and page is None:

@@ -194,7 +194,7 @@ def with_png_size(data: bytes, width: int, height: int) -> bytes:
 
 def test_icon_with_a_huge_image_within_is_refused():
     data = contents(PICTURE, "ICO", sizes=[(WIDTH, HEIGHT)])
-    with pytest.raises(ValueError, match="is an icon of more pixels than icons have"):
+    with pytest.raises(ValueError, match="holds an image of too many pixels"):
         load_image(with_png_size(data, 3000, 3000))
 
 
@@ -329,6 +329,14 @@ def test_page_is_chosen_by_its_number_from_1(form):
     for page in (0, 4, -1):
         with pytest.raises(ValueError, match=f"has 3 pages: page={page} is none of them"):
             load_image(data, page=page)
+
+
+def test_pages_of_an_address_are_downloaded_once(monkeypatch):
+    fetched: list[str] = []
+    data = several("TIFF")
+    monkeypatch.setattr("ov_mllama.runtime.image_sources.download", lambda url: fetched.append(url) or data)
+    assert len(load_pages("https://example.org/scan.tif")) == 3
+    assert fetched == ["https://example.org/scan.tif"]
 
 
 @pytest.mark.parametrize("form", ["TIFF", "GIF", "PDF"])
