@@ -15,7 +15,7 @@ MIN_8_BIT_FLOAT = 128  # greatest value from which floats beyond 1 are taken for
 LIGHT, DARK = 200, 55  # luminance that cannot be told from white, from black
 VISIBLE_ALPHA = 32
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-PROFILE_SPACES = {"RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK", "L": "GRAY"}  # mode -> colour space of an ICC profile
+PROFILE_MODES = ("RGB", "RGBA", "CMYK", "L")  # in which ICC profiles are followed
 
 
 def strips(size: tuple[int, int], factor: int = 1) -> Iterator[tuple[int, int, int, int]]:
@@ -87,17 +87,16 @@ def is_hidden_by_white(image: Image.Image) -> bool:
 
 def to_srgb(image: Image.Image) -> Image.Image:
     """Return an image in sRGB by its ICC profile; the image itself if it has none, or a broken or unsuitable one."""
-    profile = image.info.get("icc_profile")
-    if not profile:
+    profile, mode = image.info.get("icc_profile"), image.mode
+    mode = "RGBA" if image.has_transparency_data else "RGB" if mode == "P" else mode
+    if not profile or mode not in PROFILE_MODES:
         return image
-    mode = "RGBA" if image.has_transparency_data else {"P": "RGB"}.get(image.mode, image.mode)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
-        if space != PROFILE_SPACES.get(mode) or "sRGB" in (source.profile.profile_description or ""):
+        if "sRGB" in (source.profile.profile_description or ""):  # exactly as it is
             return image
         target = "RGBA" if mode == "RGBA" else "RGB"
-        transform = ImageCms.ImageCmsTransform(source, SRGB, mode, target, 0)
+        transform = ImageCms.ImageCmsTransform(source, SRGB, mode, target, 0)  # fails for another colour space
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
     return assemble(image.size, 1, target, lambda box: transform.apply(image.crop(box).convert(mode)))

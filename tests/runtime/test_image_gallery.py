@@ -39,6 +39,7 @@ def contents(image: Image.Image, form: str, **options) -> bytes:
 def pixels(*arguments, **options) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)  # of numpy, on casts
         return np.asarray(load_image(*arguments, **options)).astype(int)
 
 
@@ -258,7 +259,7 @@ def test_dark_writing_on_nothing_is_on_white(colour):
 
 def test_light_image_with_dark_parts_or_without_transparency_is_on_white():
     both = written("white")
-    ImageDraw.Draw(both).rectangle((60, 0, 79, 19), fill="black")
+    ImageDraw.Draw(both).rectangle((76, 0, 79, 19), fill="black")
     opaque = Image.new("RGBA", (80, 20), "white")
     opaque.putpixel((0, 0), (255, 255, 255, 0))
     for image in (both, opaque):
