@@ -241,8 +241,8 @@ from {package}.model import OVMLlamaForConditionalGeneration
 model_dir, picture = sys.argv[1:]
 model = OVMLlamaForConditionalGeneration(model_dir, check_golden=False)
 processor = AutoProcessor.from_pretrained(model_dir)
-from {package}.images import open_picture
-inputs = processor(text="<|image|>What?", images=[open_picture(picture)], return_tensors="pt")
+from {package}.images import load_image
+inputs = processor(text="<|image|>What?", images=[load_image(picture)], return_tensors="pt")
 print(model.generate(**inputs, do_sample=False, max_new_tokens=4, eos_token_id=None).tolist())
 loaded = {{name.split(".")[0] for name in sys.modules}} & {{"nncf", "gradio", "datasets", "ipywidgets", "IPython"}}
 assert not loaded, loaded
@@ -306,7 +306,8 @@ main()
 
 def test_installed_wheel_plans_without_the_extras_packages(bare_nursery, wheel, tmp_path):
     """As in an environment where `pip install .` was all: what only the extras bring cannot be imported."""
-    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,platformdirs,IPython,ipywidgets,matplotlib,pandas"
+    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,pypdfium2,platformdirs,IPython,ipywidgets"
+    extras += ",matplotlib,pandas"
     shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
     command = HIDING, extras, "plan", "demo_model"
     printed = run_alone(bare_nursery, tmp_path, tmp_path, wheel, *command, HOME=str(tmp_path))
@@ -324,13 +325,13 @@ def test_requirements_files_have_the_pins_of_pyproject():
     extras = {
         name: {pin for pin in pins if "ov-mllama" not in pin} for name, pins in project["optional-dependencies"].items()
     }
-    assert requirements("requirements.txt") == {*project["dependencies"], *extras["chat"], *extras["notebook"]}
+    assert requirements("requirements.txt") == {*project["dependencies"], *extras["chat"], *extras["pdf"], *extras["notebook"]}
     assert requirements("requirements-scale.txt") == extras["serve"]
     assert requirements("requirements-dev.txt") == extras["dev"]
 
 
 NEEDS = {
-    "runtime": [],
+    "runtime": ["pdf"],  # imported once there is a PDF
     "sources": [],
     "export": [],
     "cli": [],

@@ -17,7 +17,7 @@ from ov_mllama.serving.backend import Backend
 from ov_mllama.serving.ollama_protocol import DEFAULTS, ChatBody, GenerateBody, GenerationBody, NameBody
 from ov_mllama.serving.protocol import ApiError
 from ov_mllama.serving.sequences import PendingRequest
-from ov_mllama.serving.streaming import complete_texts, finish_reason_of, stream_response
+from ov_mllama.serving.streaming import complete_texts, finish_reason_of, remarks_of, stream_response
 from ov_mllama.serving.tools import CallSplitter, knows_tools
 
 PORT = 11434  # Ollama's
@@ -265,6 +265,7 @@ class Lines:
             "prompt_eval_duration": nanoseconds(sequence.first_token_s - sequence.started_s),
             "eval_count": sequence.num_tokens,
             "eval_duration": nanoseconds(sequence.ended_s - sequence.first_token_s),
+            **remarks_of([self._pending]),
         }
 
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from ov_mllama.serving.logprobs import TokenLogprob, chat_logprobs, text_logprobs
 from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest
 from ov_mllama.serving.sequences import PendingRequest
-from ov_mllama.serving.streaming import complete_texts, finish_reason_of
+from ov_mllama.serving.streaming import complete_texts, finish_reason_of, remarks_of
 from ov_mllama.serving.tools import CallSplitter, ToolCall
 
 COMPACT = (",", ":")  # separators of JSON, as OpenAI sends it
@@ -54,7 +54,7 @@ class ChatFormat:
         texts = await complete_texts(self.pendings, http)
         choices = [self._choice(index, text) for index, text in enumerate(texts)]
         usage = usage_of(self.pendings, self.request.n)
-        return JSONResponse({**self._head(self.kind), "choices": choices, "usage": usage})
+        return JSONResponse({**self._head(self.kind), "choices": choices, "usage": usage, **remarks_of(self.pendings)})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.request.model}
@@ -110,20 +110,21 @@ class ChatFormat:
         return self._event([self._delta(index, content=text)]) if text else self.waiting()
 
     def end(self) -> str:
-        ends = [self._end(index) for index in range(len(self.pendings))]
+        remarks = remarks_of(self.pendings)
+        ends = [self._end(index, remarks) for index in range(len(self.pendings))]
         options = self.request.stream_options
         if options and options.include_usage:
             ends.append(self._event([], usage=usage_of(self.pendings, self.request.n)))
         return "".join([*ends, "data: [DONE]\n\n"])
 
-    def _end(self, index: int) -> str:
+    def _end(self, index: int, remarks: dict[str, list[str]]) -> str:
         """Return what ends a choice, with its tool calls."""
         text, calls = self._rest(index)
         reason = "tool_calls" if calls else finish_reason_of(self.pendings[index])
         deltas: list[dict[str, Any]] = [{"content": text}] if text else []
         deltas += [{"tool_calls": [{"index": i, **call.as_openai()}]} for i, call in enumerate(calls)]
         events = [self._event([self._delta(index, **delta)]) for delta in deltas]
-        return "".join([*events, self._event([self._delta(index, reason)])])
+        return "".join([*events, self._event([self._delta(index, reason)], **remarks)])
 
     def error(self, error: ApiError) -> str:
         return event(error.body)

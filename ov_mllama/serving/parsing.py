@@ -66,7 +66,7 @@ class GenerationRequest:
     @property
     def nbytes(self) -> int:
         """Bytes of the encoded images."""
-        return sum(len(image.data) for image in self.images)
+        return sum(len(data) for data in {id(image.data): image.data for image in self.images}.values())
 
 
 class RequestParser:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from ov_mllama.serving.openai_formats import COMPACT, usage_of
 from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, brief
 from ov_mllama.serving.sequences import PendingRequest
-from ov_mllama.serving.streaming import complete_texts, finish_reason_of
+from ov_mllama.serving.streaming import complete_texts, finish_reason_of, remarks_of
 from ov_mllama.serving.tools import CallSplitter, ToolCall
 
 # Parameters that would change the answer and are not supported -> values with which they change nothing
@@ -212,7 +212,9 @@ class ResponseFormat:
             "total_tokens": counts["total_tokens"],
         }
         details = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
-        return self._response(self._status, output, usage=usage, incomplete_details=details)
+        return self._response(
+            self._status, output, usage=usage, incomplete_details=details, **remarks_of([self._pending])
+        )
 
     @property
     def _status(self) -> str:

@@ -219,6 +219,7 @@ class Scheduler(RequestQueue):
                 images.append(image.decode(side))
             except ImageError as error:
                 raise ApiError(400, str(error), "invalid_image", image.param) from error
+        pending.remarks = [image.info["remark"] for image in images if "remark" in image.info]
         return prompt_inputs(self.processor, pending.prompt, images)
 
     def _end(self, pending: PendingRequest, error: BaseException | None = None) -> None:

@@ -148,6 +148,7 @@ class PendingRequest:
     Attributes:
         sequence: the answer.
         prefill: its prompt, being prepared by another thread; None while it waits.
+        remarks: on its images, once they are decoded (`images.load_image`).
         exclusive: whether it must run without others, because a batch with it failed.
         finished: whether there will be no more chunks.
         on_finish: called once there will be no more, in any thread.
@@ -168,6 +169,7 @@ class PendingRequest:
         self.reservation, self.image_tiles = reservation, image_tiles
         self.prefill: Future[Prefill] | None = None
         self.exclusive = self.finished = False
+        self.remarks: list[str] = []
         self.on_finish: Callable[[], None] = lambda: None
         self.error: Exception | None = None
 
