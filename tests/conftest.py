@@ -3,6 +3,7 @@
 What takes seconds to import is imported in fixtures: the process that starts pytest-xdist's workers needs none of it.
 """
 
+import functools
 import gc
 import json
 import os
@@ -211,9 +212,15 @@ def tiny_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tiny")
 
 
+@pytest.fixture(scope="session")
+def pairs(tiny_folder):
+    """`pairs(name)`: one of `CHECKPOINTS`, made once per worker; pytest itself forgets one parameter for the next."""
+    return functools.cache(lambda name: Pair(name, tiny_folder))
+
+
 @pytest.fixture(scope="session", params=tuple(CHECKPOINTS))
-def any_pair(request, tiny_folder):
-    return request.getfixturevalue("pair") if request.param == "gqa-llama3" else Pair(request.param, tiny_folder)
+def any_pair(request, pairs):
+    return request.getfixturevalue("pair") if request.param == "gqa-llama3" else pairs(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -303,12 +310,12 @@ def processor():
 
 @pytest.fixture(scope="module")  # while it is there, asyncio.run cannot be called
 def browser():
-    """Debian's chromium."""
+    """Debian's chromium, without a window where that is installed: it takes four fifths of the time."""
     from playwright.sync_api import sync_playwright
 
-    chromium = shutil.which("chromium")
+    chromium = shutil.which("chromium-headless-shell") or shutil.which("chromium")
     if not chromium:
-        pytest.skip("needs Debian's chromium: apt-get install chromium")
+        pytest.skip("needs Debian's chromium: apt-get install chromium-headless-shell")
     flags = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     flags += ["--in-process-gpu", "--process-per-site"]  # tabs of one profile share compiled scripts
     # else each profile loads two pages for an address bar that nobody sees
