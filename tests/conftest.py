@@ -141,10 +141,12 @@ def pytest_collection_finish():
     gc.enable()
 
 
-# Files that take a worker 10 s or more, the slowest first: begun late, one would let the other worker wait at the end
+# Files that take a worker 5 s or more, the slowest first: begun late, one would let the other worker wait at the end
 SLOW = (
-    "scale notebook compression faults history checkpoints page proxies reference ending waiting source_lora "
-    "draft_model plan chat parity meta pieces reuse demo_model convert preview source_gptq house quality chunks"
+    "scale notebook compression faults history checkpoints reference house waiting proxies plan source_lora parity "
+    "ending meta draft_model copied reuse convert page preview newest pieces chat image_addresses demo_model "
+    "page_errors lures chunks source_gptq ollama clients source_gguf owners ahead quality properties published "
+    "gguf_settings gguf_faults finetunes deprecated images precision device padding loading"
 )
 SLOW = [f"test_{name}.py" for name in SLOW.split()]
 
