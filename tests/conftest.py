@@ -426,14 +426,24 @@ def client(server, slow_demo):
 # ---- TESTS-B: programs ----------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def the_nursery():
+    from programs import Nursery
+
+    return Nursery()
+
+
+def pytest_sessionstart():
+    """Start the nursery beside the only worker: it imports for seconds on the other core while tests are collected."""
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT") == "1":
+        the_nursery()
+
+
 @pytest.fixture(scope="session")
 def nursery():
     """The process that programs of tests are forked from."""
-    from programs import Nursery
-
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+    yield the_nursery()
+    the_nursery().close()
 
 
 @pytest.fixture(scope="session")
