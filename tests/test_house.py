@@ -343,15 +343,20 @@ NEEDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def brought_by():
+    """Names of the distributions that bring each package; finding them takes half a second."""
+    return packages_distributions()
+
+
 @pytest.mark.parametrize("floor", FLOORS)
-def test_each_floor_imports_what_its_extra_installs(floor):
+def test_each_floor_imports_what_its_extra_installs(floor, brought_by):
     """By the metadata, not by what happens to be installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = [*project["dependencies"], *(pin for name in NEEDS[floor] for pin in project["optional-dependencies"][name])]
     installed = {canonical(re.match(r"[\w.-]+", pin)[0]) for pin in pins}
     used = {name for path in FILES if floor_of(path) == floor for name in tops(path)}
     used -= {"ov_mllama", *sys.stdlib_module_names}
-    brought_by = packages_distributions()
     assert not {name for name in used if not {*map(canonical, brought_by[name])} & installed}
 
 
