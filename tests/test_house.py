@@ -325,7 +325,8 @@ def test_requirements_files_have_the_pins_of_pyproject():
     extras = {
         name: {pin for pin in pins if "ov-mllama" not in pin} for name, pins in project["optional-dependencies"].items()
     }
-    assert requirements("requirements.txt") == {*project["dependencies"], *extras["chat"], *extras["pdf"], *extras["notebook"]}
+    notebook = {*extras["chat"], *extras["pdf"], *extras["notebook"]}
+    assert requirements("requirements.txt") == {*project["dependencies"], *notebook}
     assert requirements("requirements-scale.txt") == extras["serve"]
     assert requirements("requirements-dev.txt") == extras["dev"]
 
