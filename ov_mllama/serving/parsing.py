@@ -31,7 +31,8 @@ class GenerationRequest:
         images: encoded, in the template's order.
         max_new_tokens: token limit of the answer, which may exceed what the model's context leaves.
         temperature, top_k, top_p, min_p, seed: sampling parameters; a temperature of 0 is greedy.
-        presence_penalty, frequency_penalty, repetition_penalty, logit_bias: see `sampling.adjust_logits`.
+        presence_penalty, frequency_penalty, repetition_penalty, logit_bias: see `sampling.adjust_logits`; a
+            repetition_penalty of None is that of generation_config.json.
         penalty_window: number of last tokens that the penalties regard; 0 for all.
         logprobs: number of most probable tokens of which log probabilities are returned; None for none at all.
         stop: strings before which the answer ends.
@@ -52,7 +53,7 @@ class GenerationRequest:
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     penalty_window: int = 0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None

@@ -192,14 +192,14 @@ class ChatCompletionRequest(BaseModel):
             ApiError: if the same one is given twice.
         """
         if self.repeat_last_n == 0:
-            return {}
+            return {"repetition_penalty": 1.0}
         if None not in (self.repetition_penalty, self.repeat_penalty):
             message = "Give repetition_penalty or repeat_penalty, not both."
             raise ApiError(400, message, "invalid_value", "repeat_penalty")
         return {
             "presence_penalty": self.presence_penalty or 0.0,
             "frequency_penalty": self.frequency_penalty or 0.0,
-            "repetition_penalty": self.repetition_penalty or self.repeat_penalty or 1.0,
+            "repetition_penalty": self.repetition_penalty or self.repeat_penalty,
             "penalty_window": max(0, self.repeat_last_n or 0),
         }
 

@@ -88,14 +88,15 @@ def adjust_logits(
             in vLLM; the others are for the answer, as in OpenAI's API.
     """
     logits, first = logits.clone(), -request.penalty_window
-    if request.repetition_penalty != 1:
-        seen = torch.tensor([*{*(prompt + answer)[first:]}], dtype=torch.long)
+    if request.repetition_penalty not in (None, 1):
+        tokens = {token for token in (prompt + answer)[first:] if token < len(logits)}  # an image's has no logit
+        seen = torch.tensor([*tokens], dtype=torch.long)
         scores = logits[seen]
         factor = request.repetition_penalty
         logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
     if request.presence_penalty or request.frequency_penalty:
-        tokens, counts = torch.tensor(answer[first:], dtype=torch.long).unique(return_counts=True)
-        logits[tokens] -= request.presence_penalty + request.frequency_penalty * counts
+        generated, counts = torch.tensor(answer[first:], dtype=torch.long).unique(return_counts=True)
+        logits[generated] -= request.presence_penalty + request.frequency_penalty * counts
     for token, bias in request.logit_bias.items():
         logits[token] += bias
     return logits
