@@ -36,6 +36,7 @@ from .cross_attention import tiles_seen
 from .errors import InputError
 from .generation import generation_config
 from .golden import check_golden_answer
+from .image_store import ImageStore
 from .inference import Progress, acquire, stopping_criterion
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name
 from .kv_cache import OVCache, Prompt
@@ -72,6 +73,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             and 0.1 GB per tile of an image.
         use_remote_tensors: on a GPU, store image K/V in its memory (`DeviceTensors`; not verified on hardware).
         dynamic_shape: ignored, for compatibility: shapes are always dynamic.
+        image_store: for encoded images that outlive the process, which are rounded to 16 bit; default: none.
 
     Attributes:
         session: of calls without `past_key_values`; `generate` uses others.
@@ -106,6 +108,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         kv_cache_bytes: int = 500_000_000,
         use_remote_tensors: bool = False,
         dynamic_shape: bool = True,
+        image_store: ImageStore | None = None,
     ):
         model_dir = Path(model_dir)
         vision, language = image_encoder_name or VISION_ENCODER_NAME, language_model_name or LANGUAGE_MODEL_NAME
@@ -137,6 +140,8 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             check_golden_answer(self, model_dir, device)
             self.forget()
             self.stats = GenerationStats()
+        if image_store:  # after the golden answer, which verifies the encoder
+            self.image_encoder.use_store(image_store)
 
     @property
     def vision_encoder_infer_time(self) -> list[float]:
@@ -177,9 +182,22 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         Args:
             pixel_values, aspect_ratio_ids, aspect_ratio_mask: from the processor, as for `forward`.
         """
-        tensors = (pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-        images = images_alone(*tensors, self.image_encoder.pixels_shape, self.config)
+        images = self._images_alone(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         return self.image_encoder.prefetch(images, stop) if images else []
+
+    def holds_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask) -> bool:
+        """Return whether all images are encoded already, in memory or on disk; arguments as for `encode_images`."""
+        images = self._images_alone(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+        return not images or self.image_encoder.holds_all(images)
+
+    def remove_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask) -> None:
+        """Delete encoded images from memory and from disk; arguments as for `encode_images`."""
+        images = self._images_alone(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+        if images:
+            self.image_encoder.remove(images)
+
+    def _images_alone(self, *tensors) -> ImageInputs | None:
+        return images_alone(*tensors, self.image_encoder.pixels_shape, self.config)
 
     @can_return_tuple
     def forward(
