@@ -106,8 +106,8 @@ class ImageStore:
             with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:  # noqa: PTH123 - mode
                 crc = 0
                 for array in (counts.astype("<i8"), *halves.values()):
-                    crc = zlib.crc32(array, crc)
-                    file.write(array)
+                    crc = zlib.crc32(array.data, crc)
+                    file.write(array.data)
                 file.write(crc.to_bytes(4, "little"))
             part.replace(path)
         finally:

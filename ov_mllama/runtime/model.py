@@ -27,7 +27,6 @@ from .checks import (
     check_ports,
     check_tokens,
     image_arrays,
-    images_alone,
     token_arrays,
     warn_of_double_bos,
 )
@@ -41,6 +40,7 @@ from .inference import Progress, acquire, stopping_criterion
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
+from .prefetch import PrefetchMixin
 from .reference import Reference
 from .sessions import SessionPool, evict_for
 from .shapes import MllamaShapes
@@ -51,7 +51,7 @@ from .vision import ImageInputs, OVImageEncoder, image_keys
 logger = logging.getLogger(__name__)
 
 
-class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
+class OVMLlamaForConditionalGeneration(ModuleCompatMixin, PrefetchMixin, GenerationMixin):
     """Llama 3.2 Vision on OpenVINO, used as transformers' class: `model.generate(**processor(...))`.
 
     `generate` reuses the longest prefix that a prompt shares with a session, for one thread at a time. Calls of the
@@ -175,29 +175,6 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
                 return super().generate(*args, **kwargs)
             finally:
                 self._watched = None, Progress()
-
-    def encode_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, stop=None) -> list[float]:
-        """Prefetch images into the cache, see `OVImageEncoder.prefetch`; it does not take `turn`.
-
-        Args:
-            pixel_values, aspect_ratio_ids, aspect_ratio_mask: from the processor, as for `forward`.
-        """
-        images = self._images_alone(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-        return self.image_encoder.prefetch(images, stop) if images else []
-
-    def holds_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask) -> bool:
-        """Return whether all images are encoded already, in memory or on disk; arguments as for `encode_images`."""
-        images = self._images_alone(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-        return not images or self.image_encoder.holds_all(images)
-
-    def remove_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask) -> None:
-        """Delete encoded images from memory and from disk; arguments as for `encode_images`."""
-        images = self._images_alone(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-        if images:
-            self.image_encoder.remove(images)
-
-    def _images_alone(self, *tensors) -> ImageInputs | None:
-        return images_alone(*tensors, self.image_encoder.pixels_shape, self.config)
 
     @can_return_tuple
     def forward(

@@ -187,9 +187,7 @@ class OVImageEncoder:
         self._awaited += parts
         try:
             for number, (key, part) in enumerate(parts.items(), 1):
-                if progress and not self.holds(key):
-                    left_s = functools.partial(self._clock.left_s, key, int(self._tiles(part[2])))
-                    progress.enter(f"Encoding image {number} of {len(parts)}", left_s)
+                self._enter(progress, number, len(parts), key, part)
                 started, hit = time.perf_counter(), True
                 if key not in encoded:
                     encoded[key], hit = self._encode_one(key, part, stop)
@@ -203,16 +201,21 @@ class OVImageEncoder:
         key_values, stands_for = join_images([[encoded[key] for key in row] for row in keys], self.shapes)
         return Encoded(key_values, stands_for, image_s, cached)
 
-    def prefetch(self, images: ImageInputs, stop: threading.Event | None = None) -> list[float]:
+    def prefetch(
+        self, images: ImageInputs, stop: threading.Event | None = None, progress: Progress | None = None
+    ) -> list[float]:
         """Encode images into the cache, within its budget, ahead of a prompt. Between two images, prompts go first.
 
         Args:
             stop: as for `encode`, but without effect on an image that a prompt waits for.
+            progress: updated with the current image.
         Returns:
             seconds for each different image, about 0 for cached ones.
         """
         image_s = []
-        for key, part in unique_images(images, image_keys(images)).items():
+        parts = unique_images(images, image_keys(images))
+        for number, (key, part) in enumerate(parts.items(), 1):
+            self._enter(progress, number, len(parts), key, part)
             started = time.perf_counter()
             while any(other != key for other in self._awaited):
                 check_stop(stop)
@@ -220,6 +223,12 @@ class OVImageEncoder:
             self._encode_one(key, part, stop and CancelUnlessAwaited(stop, self._awaited, key))
             image_s.append(time.perf_counter() - started)
         return image_s
+
+    def _enter(self, progress: Progress | None, number: int, count: int, key: bytes, part: tuple) -> None:
+        """Update a progress with an image that is not held."""
+        if progress and not self.holds(key):
+            left_s = functools.partial(self._clock.left_s, key, int(self._tiles(part[2])))
+            progress.enter(f"Encoding image {number} of {count}", left_s)
 
     def _encode_one(self, key: bytes, part: tuple, stop) -> tuple[EncodedImage, bool]:
         """Return an image, and whether it was held, also by another thread meanwhile."""

@@ -131,7 +131,13 @@ def test_broken_file_is_deleted_and_never_read(store, damage, caplog):
     data = bytearray(path.read_bytes())
     if damage in ("bit", "counts"):
         data[len(data) // 2 if damage == "bit" else 0] ^= 1
-    changed = {"cut": data[:-7], "longer": data + b"0", "empty": b"", "zeros": bytes(len(data)), "text": b"a broken file"}
+    changed = {
+        "cut": data[:-7],
+        "longer": data + b"0",
+        "empty": b"",
+        "zeros": bytes(len(data)),
+        "text": b"a broken file",
+    }
     changed["one tile less"] = data[: ONE_FILE - 4] + data[-4:]
     path.write_bytes(changed.get(damage, data))
     assert store.get("a", SHAPES) is None
@@ -159,9 +165,10 @@ def test_full_disk_leaves_the_image_rounded_and_nothing_behind(store, monkeypatc
     store.put("a", image)
     assert files(store) == []
     assert "No space left" in caplog.text
-    assert image.key_values["cross_attn_key_values.1.key"].tolist() == np.float16(
-        exact.key_values["cross_attn_key_values.1.key"]
-    ).tolist()
+    assert (
+        image.key_values["cross_attn_key_values.1.key"].tolist()
+        == np.float16(exact.key_values["cross_attn_key_values.1.key"]).tolist()
+    )
 
 
 def test_last_gigabyte_of_the_disk_is_left(store, monkeypatch, caplog):
