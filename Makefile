@@ -8,6 +8,7 @@
 #                   MODEL_DIR=<converted>; DRAFT=<hub id or folder>: draft model; REFERENCE=meta or transformers: code that
 #                   the weights were trained with, where the checkpoint does not say (docs/upstream.md); BASE=<hub id or
 #                   folder>: base of a LoRA adapter that MODEL_ID names, here and for serve and caption
+#                   IMAGE_STORE_MB=0: no encoded pictures on disk, here and for serve
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
 #                   OLLAMA=1 at Ollama's port, for programs that speak its API;
 #                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)

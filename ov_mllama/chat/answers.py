@@ -282,7 +282,7 @@ class Prefetcher:
             return any(expiry > time_s for (_, awaited), expiry in self._expiry.items() if awaited == image)
 
     def states(self, owner: Hashable) -> list[str]:
-        """Return the states of an owner's images, for display: "known" if encoded before, else "encoded" or so."""
+        """Return the states of an owner's images, for display: "known" once they are encoded."""
         with self._lock:
             images = [image for (other, image), expiry in self._expiry.items() if other == owner and expiry == math.inf]
             return [str(self._states.get(image, "waiting")) for image in images]
@@ -325,7 +325,6 @@ class Prefetcher:
 
     def _encode(self, image: Path) -> None:
         tensors, progress = picture_tensors(self.model, self.processor, image), Progress()
-        known = self.model.holds_images(**tensors)
-        self._states[image] = "known" if known else EncodingState(progress)
+        self._states[image] = EncodingState(progress)
         self.model.encode_images(**tensors, stop=AbandonedImage(self, image), progress=progress)
-        self._states[image] = "known" if known else "encoded"
+        self._states[image] = "known"

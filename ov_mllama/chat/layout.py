@@ -113,7 +113,7 @@ def make_demo(
 
     Args:
         ov_model: an `OVMLlamaForConditionalGeneration`, or anything with its `generate`, `turn`, `config`,
-            `generation_config` and `stats`; images are prefetched if it has `encode_images` and `holds_images`.
+            `generation_config` and `stats`; images are prefetched if it has `encode_images`.
         processor: its processor, with a chat template.
         examples: suggested questions, {"image": PIL image, "question"}, such as
             `calibration.questions_about(checkpoint)[:3]`.

@@ -1,4 +1,4 @@
-"""Images without a prompt: encoded ahead of it, looked up, and deleted."""
+"""Images without a prompt: encoded ahead of it, and deleted."""
 
 from .checks import images_alone
 from .vision import ImageInputs, OVImageEncoder
@@ -14,11 +14,6 @@ class PrefetchMixin:
         """Prefetch images into the cache, see `OVImageEncoder.prefetch`."""
         images = self._images(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         return self.image_encoder.prefetch(images, stop, progress) if images else []
-
-    def holds_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask) -> bool:
-        """Return whether all images are encoded already, in memory or on disk."""
-        images = self._images(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-        return not images or self.image_encoder.holds_all(images)
 
     def remove_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask) -> None:
         """Delete encoded images from memory and from disk."""

@@ -252,10 +252,6 @@ class OVImageEncoder:
         """Return whether an image is held, in memory or on disk."""
         return key in self.cache or (self.store is not None and self.store.holds(store_key(self._id, key)))
 
-    def holds_all(self, images: ImageInputs) -> bool:
-        """Return whether all images are held."""
-        return all(self.holds(key) for key in unique_images(images, image_keys(images)))
-
     def _held(self, key: bytes) -> EncodedImage | None:
         """Return an image from memory, else from disk; None if it must be encoded."""
         image = self.cache.get(key)

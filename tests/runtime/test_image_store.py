@@ -4,8 +4,6 @@ import logging
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 import time
 
@@ -17,10 +15,11 @@ from conftest import F32
 from ov_mllama.runtime import image_store
 from ov_mllama.runtime.image_cache import EncodedImage
 from ov_mllama.runtime.image_store import ImageStore, read_image
+from ov_mllama.runtime.ir import VISION_ENCODER_NAME
 from ov_mllama.runtime.model import OVMLlamaForConditionalGeneration
 from ov_mllama.runtime.shapes import MllamaShapes
+from ov_mllama.runtime.vision import ImageInputs, OVImageEncoder, image_keys
 
-TENSORS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 SHAPES = MllamaShapes(
     max_num_tiles=4,
     patches_per_tile=5,
@@ -47,15 +46,25 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def load(pair, store):
-    """Loads a model with the store, as a program that begins anew does."""
+def open_encoder(pair, store):
+    """Opens a vision encoder with the store, as a program that begins anew does."""
 
-    def load(given=store, model_dir=pair.model_dir, **config):
-        return OVMLlamaForConditionalGeneration(
-            model_dir, ov_config=config or F32, warm_up=False, check_golden=False, image_store=given
-        )
+    def open_encoder(given=store, model_dir=pair.model_dir, **config):
+        encoder = OVImageEncoder(model_dir / VISION_ENCODER_NAME, pair.ov.shapes, ov_config=config or F32)
+        if given is not None:
+            encoder.use_store(given)
+        return encoder
 
-    return load
+    return open_encoder
+
+
+def images_of(pair, case: str) -> ImageInputs:
+    inputs = pair.inputs(case)
+    return ImageInputs(*(inputs[name].numpy() for name in ImageInputs._fields))
+
+
+def holds(encoder, images: ImageInputs) -> bool:
+    return all(encoder.holds(key) for row in image_keys(images) for key in row)
 
 
 def image_of(seed=0, tiles=1, scale=1.0) -> EncodedImage:
@@ -77,10 +86,10 @@ def assert_same(one: EncodedImage, other: EncodedImage) -> None:
         np.testing.assert_array_equal(array, other.key_values[name])
 
 
-def counted(model) -> list:
-    """A list that grows with each image that the model encodes."""
-    runs, infer = [], model.image_encoder._infer
-    model.image_encoder._infer = lambda *given: runs.append(1) or infer(*given)
+def counted(encoder) -> list:
+    """A list that grows with each image that is encoded."""
+    runs, infer = [], encoder._infer
+    encoder._infer = lambda *given: runs.append(1) or infer(*given)
     return runs
 
 
@@ -198,134 +207,136 @@ def test_partial_files_of_killed_processes_are_deleted_once_old(store):
 
 WRITE = """
 import sys
-sys.path[:0] = sys.argv[1:3]
-import test_image_store as test
-store = test.ImageStore(sys.argv[3], 4 * test.ONE_FILE)
-test.image_store.free_disk = lambda folder: 1e12
-print("ready", flush=True)
-sys.stdin.readline()
-for turn in range(40):
-    for key in range(8):
-        image = store.get(str(key), test.SHAPES)
-        if image is None:
-            store.put(str(key), test.image_of(key))
-        else:
-            expected = test.image_of(key)
-            for name, array in image.key_values.items():
-                assert (array == expected.key_values[name].astype("f2")).all()
+import numpy as np
+from ov_mllama.runtime import image_store
+from ov_mllama.runtime.image_cache import EncodedImage
+from ov_mllama.runtime.shapes import MllamaShapes
+
+image_store.free_disk = lambda folder: 1e12
+shapes = MllamaShapes(**eval(sys.argv[2]))
+store = image_store.ImageStore(sys.argv[1], int(sys.argv[3]))
+sizes = {name: shapes.cross_kv_shape(name, 1, shapes.patches_per_tile) for name in shapes.cross_kv_names}
+for turn in range(200):
+    image = store.get(str(turn % 8), shapes)
+    if image is None:
+        arrays = {name: np.full(size, turn % 8, np.float32) for name, size in sizes.items()}
+        store.put(str(turn % 8), EncodedImage(arrays, np.ones(1, np.int64)))
+    else:
+        assert all((array == turn % 8).all() for array in image.key_values.values())
 """
 
 
-def test_two_processes_at_once_read_only_what_is_right(store):
-    folders = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]  # noqa: PTH120
-    command = [sys.executable, "-c", WRITE, *folders, str(store.folder)]
-    root = os.path.dirname(folders[1])  # noqa: PTH120
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-    programs = [subprocess.Popen(command, **pipes) for _ in range(2)]  # noqa: S603
+def test_two_processes_at_once_read_only_what_is_right(store, start):
+    programs = [start(WRITE, store.folder, vars(SHAPES), 4 * ONE_FILE) for _ in range(2)]
     for program in programs:
-        assert program.stdout.readline() == "ready\n"
-    for program in programs:
-        program.stdin.write("\n")
-        program.stdin.flush()
-    for program in programs:
-        _, errors = program.communicate(timeout=60)
-        assert program.returncode == 0, errors
-        assert "encoded again" not in errors
-    kept = [store.folder / name for name in files(store)]
-    assert {path.suffix for path in kept} == {".kv16"}
-    assert 0 < len(kept) <= 4
-    for path in kept:
-        read_image(path, SHAPES)
+        assert program.wait(60) == 0, program.said()
+        assert "encoded again" not in program.said()
+    assert {name.partition(".")[2] for name in files(store)} == {"kv16"}
+    assert 0 < len(files(store)) <= 4
+    for name in files(store):
+        read_image(store.folder / name, SHAPES)
+
+
+# ---- Encoder ----
+
+
+def test_encoder_begun_anew_encodes_nothing_and_returns_the_same_numbers(pair, open_encoder):
+    images, first, second = images_of(pair, "two images"), open_encoder(), open_encoder()
+    expected = first.encode(images)
+    assert len(files(first.store)) == 2
+    runs = counted(second)
+    for _ in range(2):
+        found = second.encode(images)
+        assert found.cached == 2
+        second.forget()
+        for name, array in expected.key_values.items():
+            np.testing.assert_array_equal(found.key_values[name], array)
+    assert not runs
+    exact = open_encoder(None).encode(images)
+    for name, array in expected.key_values.items():
+        np.testing.assert_allclose(array, exact.key_values[name], rtol=2**-11, atol=1e-7)
+
+
+def test_encoder_without_a_store_or_with_one_of_no_bytes_is_exact_and_writes_nothing(pair, open_encoder, store):
+    images = images_of(pair, "wide")
+    expected = pair.ov.image_encoder.encode(images)
+    for given in (None, ImageStore(store.folder, 0)):
+        found = open_encoder(given).encode(images)
+        for name, array in expected.key_values.items():
+            np.testing.assert_array_equal(found.key_values[name], array)
+    assert not store.folder.exists()
+
+
+def test_image_of_a_broken_file_is_encoded_and_stored_again(pair, open_encoder, store):
+    images = images_of(pair, "wide")
+    open_encoder().encode(images)
+    [path] = store.folder.iterdir()
+    complete = path.read_bytes()
+    path.write_bytes(complete[: len(complete) // 2])
+    encoder = open_encoder()
+    runs = counted(encoder)
+    assert encoder.encode(images).cached == 0
+    assert len(runs) == 1
+    assert path.read_bytes() == complete
+
+
+def test_another_precision_or_ir_is_another_key(pair, open_encoder, store, tmp_path):
+    images, other = images_of(pair, "wide"), shutil.copytree(pair.model_dir, tmp_path / "other")
+    open_encoder().encode(images)
+    assert holds(open_encoder(model_dir=other), images)
+    for suffix in (".xml", ".bin"):
+        with (other / VISION_ENCODER_NAME).with_suffix(suffix).open("ab") as file:
+            file.write(b"\n")
+        assert not holds(open_encoder(model_dir=other), images)
+        shutil.copy((pair.model_dir / VISION_ENCODER_NAME).with_suffix(suffix), other)
+    half = {"INFERENCE_PRECISION_HINT": "bf16"}
+    for config in (half, half | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}, {"INFERENCE_PRECISION_HINT": "f32"}):
+        encoder = open_encoder(**config)
+        assert not holds(encoder, images)
+        encoder.encode(images)
+    assert len(files(store)) == 4
+    assert holds(open_encoder(**F32, INFERENCE_NUM_THREADS=1), images)
+
+
+def test_another_image_is_another_key(pair, open_encoder):
+    encoder = open_encoder()
+    encoder.encode(images_of(pair, "wide"))
+    assert not holds(encoder, images_of(pair, "tall"))
+
+
+def test_stored_image_does_not_wait_for_one_being_encoded(pair, open_encoder):
+    open_encoder().encode(images_of(pair, "wide"))
+    encoder = open_encoder()
+    with encoder._turn:
+        reading = threading.Thread(target=encoder.prefetch, args=[images_of(pair, "wide")], daemon=True)
+        reading.start()
+        reading.join(60)
+        assert not reading.is_alive()
+
+
+def test_stored_image_needs_no_memory_to_be_encoded(pair, open_encoder):
+    images = images_of(pair, "wide")
+    assert open_encoder().memory_for(images, image_keys(images)) > 0
+    open_encoder().encode(images)
+    assert open_encoder().memory_for(images, image_keys(images)) == 0
 
 
 # ---- Model ----
 
 
-def test_model_begun_anew_encodes_nothing_and_gives_the_same_logits(pair, load):
-    inputs, first = pair.inputs("two images"), load()
+def test_model_reads_what_another_one_has_encoded_until_it_is_removed(pair, store):
+    inputs = pair.inputs("two images")
+    tensors = {name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    options = dict(ov_config=F32, warm_up=False, image_store=store)
+    first, second = (OVMLlamaForConditionalGeneration(pair.model_dir, **options) for _ in range(2))
     expected = first(**inputs).logits
-    assert len(files(first.image_encoder.store)) == 2
-    second = load()
-    runs = counted(second)
-    assert second.holds_images(**{name: inputs[name] for name in TENSORS})
     assert torch.equal(second(**inputs).logits, expected)
-    assert not runs
     assert second.stats.images_cached == 2
-    second.image_encoder.forget()
-    assert torch.equal(second(**inputs).logits, expected)
-    exact = pair.ov(**inputs).logits
-    assert 0 < (exact - expected).abs().max() < 1e-2
-
-
-def test_model_without_a_store_or_of_no_bytes_is_exact_and_writes_nothing(pair, load, store):
-    inputs = pair.inputs("wide")
-    for given in (None, ImageStore(store.folder, 0)):
-        assert torch.equal(load(given)(**inputs).logits, pair.ov(**inputs).logits)
-    assert not store.folder.exists()
-
-
-def test_broken_file_is_encoded_anew(pair, load, store):
-    inputs = pair.inputs("wide")
-    expected = load()(**inputs).logits
-    [path] = store.folder.iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    model = load()
-    runs = counted(model)
-    assert torch.equal(model(**inputs).logits, expected)
-    assert len(runs) == 1
-    assert path.read_bytes() == whole
-
-
-def test_disk_that_is_full_breaks_no_answer(pair, load, monkeypatch):
-    inputs = pair.inputs("wide")
-    expected = load()(**inputs).logits
-    model = load(ImageStore("/proc/no/folder"))
-    assert torch.equal(model(**inputs).logits, expected)
-
-
-def test_another_precision_or_ir_is_another_key(pair, load, store, tmp_path):
-    inputs, other = pair.inputs("wide"), shutil.copytree(pair.model_dir, tmp_path / "other")
-    xml = other / "openvino_vision_encoder.xml"
-    load()(**inputs)
-    same = load(model_dir=other)
-    assert same.holds_images(**{name: inputs[name] for name in TENSORS})
-    xml.write_text(xml.read_text().replace('name="pixel_values"', 'name="pixel_values" '))
-    changed = load(model_dir=other)
-    assert not changed.holds_images(**{name: inputs[name] for name in TENSORS})
-    bf16 = load(INFERENCE_PRECISION_HINT="bf16")
-    assert not bf16.holds_images(**{name: inputs[name] for name in TENSORS})
-    bf16(**inputs)
-    assert len(files(store)) == 2
-    groups = load(INFERENCE_PRECISION_HINT="bf16", DYNAMIC_QUANTIZATION_GROUP_SIZE=64)
-    assert not groups.holds_images(**{name: inputs[name] for name in TENSORS})
-
-
-def test_another_image_is_another_key(pair, load):
-    model = load()
-    model(**pair.inputs("wide"))
-    assert not model.holds_images(**{name: pair.inputs("tall")[name] for name in TENSORS})
-
-
-def test_removed_images_are_gone_from_memory_and_disk(pair, load, store):
-    model, inputs = load(), pair.inputs("two images")
-    tensors = {name: inputs[name] for name in TENSORS}
-    model.encode_images(**tensors)
-    model.remove_images(**tensors)
+    assert 0 < (pair.ov(**inputs).logits - expected).abs().max() < 1e-2
+    second.remove_images(**tensors)
+    second.remove_images(None, None, None)
     assert files(store) == []
-    assert not model.holds_images(**tensors)
-    model.remove_images(**tensors)
-    model.remove_images(None, None, None)
-
-
-def test_stored_image_does_not_wait_for_one_being_encoded(pair, load):
-    load()(**pair.inputs("wide"))
-    model = load()
-    with model.image_encoder._turn:
-        reading = threading.Thread(target=model.encode_images, args=[pair.inputs("wide")[name] for name in TENSORS])
-        reading.start()
-        reading.join(60)
-        assert not reading.is_alive()
+    assert second.image_encoder.cache.nbytes == 0
 
 
 def test_golden_answer_verifies_the_encoder_and_not_the_store(demo_dir, store, monkeypatch):
