@@ -97,16 +97,13 @@ def run_chat(options: argparse.Namespace) -> None:
         model_dir, options.device, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft)
     )
     users = users_from(options.auth, options.auth_file)
-    store_mb = options.image_store_mb
-    if store_mb is None:  # several people could learn from its speed who has asked about the same image
-        store_mb = 0 if len(users) > 1 else IMAGE_STORE_MB
     model = OVMLlamaForConditionalGeneration(
         model_dir,
         options.device,
         language_model_name=language,
         image_encoder_name=vision,
         warm_up=False,
-        image_store=encoded_images(store_mb),
+        image_store=encoded_images(image_store_mb(options.image_store_mb, len(users))),
     )
     drafting: dict = {"assistant_model": draft} if draft else {}
     demo = make_demo(model, load_processor(model_dir), examples, **drafting)
@@ -164,6 +161,13 @@ def users_from(auth: list[str] | None, file: Path | None) -> list[tuple[str, str
     if not users or not all(len(user) == 2 and all(user) for user in users):
         raise InputError(f"{file} holds no users: give it lines NAME:PASSWORD.")
     return [(name, password) for name, password in users]
+
+
+def image_store_mb(chosen: int | None, users: int) -> int:
+    """Return the disk for encoded images: by default none for several users, who could learn from an answer's speed
+    that another one has asked about the same image."""
+    default = 0 if users > 1 else IMAGE_STORE_MB
+    return default if chosen is None else chosen
 
 
 def load_draft(options: argparse.Namespace) -> OVDraftModel:

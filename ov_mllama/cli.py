@@ -17,7 +17,7 @@ YES: dict = {
     "action": "store_true",
     "help": "go on where memory or disk is short; default: ask on a terminal, else stop",
 }
-IMAGE_STORE_MB = 2000  # default; 10 images of four tiles of the 11B
+IMAGE_STORE_MB = 2000  # default; 9 images of four tiles of the 11B
 EXTRAS = {  # package -> extra that installs it
     **dict.fromkeys(("gradio", "starlette", "platformdirs"), "chat"),
     **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic", "pyarrow"), "serve"),

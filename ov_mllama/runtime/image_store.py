@@ -28,7 +28,7 @@ from .shapes import MllamaShapes
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 2_000_000_000  # default budget: 10 images of four tiles of the 11B
+MAX_BYTES = 2_000_000_000  # default budget: 9 images of four tiles of the 11B, 19 of one
 RESERVE_BYTES = 1_000_000_000  # left free on the disk for everything else
 PARTIAL_S = 60 * 60  # age of a file under way that a killed process has left
 FORMAT = "1"  # increase whenever a file's layout or the encoder's own inputs change

@@ -269,11 +269,17 @@ class OVImageEncoder:
                 self.store.remove(store_key(self._id, key))
 
     def memory_for(self, images: ImageInputs, keys: list[tuple[bytes, ...]]) -> float:
-        """Return the `memory.picture_memory` of the largest image that is not held."""
+        """Return the bytes of the largest image that is not in memory: its `memory.picture_memory`, or its K/V if it is
+        on disk."""
         if self._own_memory:
             return 0
-        new = [mask for key, (_, _, mask) in unique_images(images, keys).items() if not self.holds(key)]
-        return max((picture_memory(self.shapes, int(self._tiles(mask))) for mask in new), default=0.0)
+        needed = [0.0]
+        for key, (_, _, mask) in unique_images(images, keys).items():
+            tiles = int(self._tiles(mask))
+            if key not in self.cache:
+                key_values = self.shapes.cross_kv_bytes(tiles * self.shapes.patches_per_tile)
+                needed.append(key_values if self.holds(key) else picture_memory(self.shapes, tiles))
+        return max(needed)
 
     def _tiles(self, tile_mask: np.ndarray) -> np.ndarray:
         """Return an upper bound of the computed tiles of each image, [...] for masks [..., tiles]."""

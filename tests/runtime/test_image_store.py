@@ -314,11 +314,14 @@ def test_stored_image_does_not_wait_for_one_being_encoded(pair, open_encoder):
         assert not reading.is_alive()
 
 
-def test_stored_image_needs_no_memory_to_be_encoded(pair, open_encoder):
-    images = images_of(pair, "wide")
-    assert open_encoder().memory_for(images, image_keys(images)) > 0
-    open_encoder().encode(images)
-    assert open_encoder().memory_for(images, image_keys(images)) == 0
+def test_stored_image_needs_memory_for_its_keys_and_values_only(pair, open_encoder):
+    images, encoder = images_of(pair, "wide"), open_encoder()
+    keys = image_keys(images)
+    to_encode = open_encoder().memory_for(images, keys)
+    encoded = encoder.encode(images)
+    assert encoder.memory_for(images, keys) == 0
+    to_read = open_encoder().memory_for(images, keys)
+    assert to_read == sum(array.nbytes for array in encoded.key_values.values()) < to_encode
 
 
 # ---- Model ----
