@@ -8,6 +8,7 @@
 #                   MODEL_DIR=<converted>; DRAFT=<hub id or folder>: draft model; REFERENCE=meta or transformers: code that
 #                   the weights were trained with, where the checkpoint does not say (docs/upstream.md); BASE=<hub id or
 #                   folder>: base of a LoRA adapter that MODEL_ID names, here and for serve and caption
+#                   IMAGE_STORE_MB=0: no encoded pictures on disk, here and for serve
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
 #                   OLLAMA=1 at Ollama's port, for programs that speak its API;
 #                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
@@ -31,7 +32,7 @@ BASE ?=
 REFERENCE ?=
 SETTINGS := MODEL_ID REFERENCE CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
 # values reach commands by the environment, where a shell does not read them: any character but $ may be in them
-export $(SETTINGS) MODEL_DIR BASE DRAFT QUESTION PICTURES OUT HOST PORT KEY_FILE
+export $(SETTINGS) MODEL_DIR BASE DRAFT QUESTION PICTURES OUT HOST PORT KEY_FILE IMAGE_STORE_MB
 option = $(if $($(2)),--$(1) "$$$(2)")
 model = $(call option,checkpoint,MODEL_ID) $(call option,base,BASE) $(call option,model-dir,MODEL_DIR) $(call option,reference,REFERENCE)
 BIN := .venv/bin
@@ -46,10 +47,10 @@ lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
 
 chat: .venv/.run
-	$(BIN)/python -m ov_mllama chat $(model) $(call option,draft,DRAFT)
+	$(BIN)/python -m ov_mllama chat $(model) $(call option,draft,DRAFT) $(call option,image-store-mb,IMAGE_STORE_MB)
 
 serve: .venv/.scale
-	$(BIN)/python -m ov_mllama serve $(model) $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(call option,host,HOST) $(call option,port,PORT) $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(call option,key-file,KEY_FILE)
+	$(BIN)/python -m ov_mllama serve $(model) $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(call option,host,HOST) $(call option,port,PORT) $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(call option,key-file,KEY_FILE) $(call option,image-store-mb,IMAGE_STORE_MB)
 
 caption: .venv/.scale
 	$(BIN)/python -m ov_mllama caption "$$PICTURES" --question "$$QUESTION" --out "$$OUT" $(model)

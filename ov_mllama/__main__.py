@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama.cli import YES, confirm, exit_on_user_error, user_path
+from ov_mllama.cli import IMAGE_STORE_MB, YES, confirm, exit_on_user_error, megabytes, user_path
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import markdown
 from ov_mllama.export.prepare import (
@@ -82,6 +82,7 @@ def run_chat(options: argparse.Namespace) -> None:
     """Load a model and serve the chat page until Ctrl-C."""
     from ov_mllama.chat.layout import make_demo
     from ov_mllama.chat.store import Conversations
+    from ov_mllama.chat.user_data import encoded_images
     from ov_mllama.export.calibration import questions_about
 
     check_device(options.device)
@@ -95,12 +96,17 @@ def run_chat(options: argparse.Namespace) -> None:
     print_load_estimate(
         model_dir, options.device, language, vision, *[Path(DRAFT_FOLDER, DRAFT_MODEL_NAME)] * bool(draft)
     )
+    users = users_from(options.auth, options.auth_file)
     model = OVMLlamaForConditionalGeneration(
-        model_dir, options.device, language_model_name=language, image_encoder_name=vision, warm_up=False
+        model_dir,
+        options.device,
+        language_model_name=language,
+        image_encoder_name=vision,
+        warm_up=False,
+        image_store=encoded_images(image_store_mb(options.image_store_mb, len(users))),
     )
     drafting: dict = {"assistant_model": draft} if draft else {}
     demo = make_demo(model, load_processor(model_dir), examples, **drafting)
-    users = users_from(options.auth, options.auth_file)
     _, url, _ = demo.launch(
         server_name=options.host, server_port=options.port, auth=users or None, prevent_thread_lock=True
     )
@@ -157,6 +163,13 @@ def users_from(auth: list[str] | None, file: Path | None) -> list[tuple[str, str
     return [(name, password) for name, password in users]
 
 
+def image_store_mb(chosen: int | None, users: int) -> int:
+    """Return the disk for encoded images: by default none for several users, who could learn from an answer's speed
+    that another one has asked about the same image."""
+    default = 0 if users > 1 else IMAGE_STORE_MB
+    return default if chosen is None else chosen
+
+
 def load_draft(options: argparse.Namespace) -> OVDraftModel:
     """Load the draft model; convert it first unless that is done."""
     from ov_mllama.export.compress import make_draft_model
@@ -189,6 +202,11 @@ def add_chat_arguments(page: argparse.ArgumentParser) -> None:
     page.add_argument("--reference", **REFERENCE)
     page.add_argument("--yes", **YES)
     page.add_argument("--device", default="CPU")
+    page.add_argument(
+        "--image-store-mb",
+        type=megabytes,
+        help="disk for encoded images, which are then encoded once; 0: none; default: 2000, with several users 0",
+    )
     page.add_argument("--host", help="address to listen on; default: GRADIO_SERVER_NAME, else 127.0.0.1")
     page.add_argument("--port", type=int, help="default: the first free one from GRADIO_SERVER_PORT, else 7860, on")
     users = page.add_mutually_exclusive_group()

@@ -17,6 +17,7 @@ YES: dict = {
     "action": "store_true",
     "help": "go on where memory or disk is short; default: ask on a terminal, else stop",
 }
+IMAGE_STORE_MB = 2000  # default; 9 images of four tiles of the 11B
 EXTRAS = {  # package -> extra that installs it
     **dict.fromkeys(("gradio", "starlette", "platformdirs"), "chat"),
     **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic", "pyarrow"), "serve"),
@@ -58,6 +59,13 @@ def configure_console(verbose: bool = False) -> None:
     stderr = logging.StreamHandler()
     stderr.addFilter(lambda record: not record.name.startswith(logger.name))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[stderr])
+
+
+def megabytes(text: str) -> int:
+    """Parse a command-line argument that is a size in MB, 0 included."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 def user_path(text: str) -> Path:

@@ -9,9 +9,10 @@ import gradio as gr
 import pytest
 
 from gradio_helper import ChatPage
-from ov_mllama.__main__ import main, users_from
-from ov_mllama.cli import configure_console
+from ov_mllama.__main__ import argument_parser, image_store_mb, main, users_from
+from ov_mllama.cli import IMAGE_STORE_MB, configure_console
 from ov_mllama.export.prepare import default_folder
+from ov_mllama.serving.app import parse_arguments
 
 
 def test_users_are_read_from_a_file(tmp_path, capsys):
@@ -106,3 +107,14 @@ def test_models_go_to_the_users_cache_if_the_current_folder_is_read_only(tmp_pat
     monkeypatch.setattr(Path, "mkdir", fail)
     assert default_folder("a/old") == Path("models/old")
     assert default_folder("a/new") == tmp_path / "user/ov-mllama/models/new"
+
+
+def test_chat_stores_encoded_images_unless_several_users_share_it():
+    assert [image_store_mb(None, users) for users in (0, 1, 2)] == [IMAGE_STORE_MB, IMAGE_STORE_MB, 0]
+    assert image_store_mb(0, 0) == 0
+    assert image_store_mb(5, 2) == 5
+    parser = argument_parser()
+    assert parser.parse_args(["chat", "--image-store-mb", "0"]).image_store_mb == 0
+    assert parse_arguments([]).image_store_mb == IMAGE_STORE_MB
+    with pytest.raises(SystemExit):
+        parser.parse_args(["chat", "--image-store-mb", "-1"])

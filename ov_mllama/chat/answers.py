@@ -7,7 +7,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -122,6 +122,14 @@ class Chat:
 
         task.add_done_callback(ended)
 
+    def remove_encoded(self, pictures: Iterable[Path]) -> None:
+        """Delete what the model has encoded of a deleted conversation's pictures, on disk too."""
+        if not hasattr(self.model, "remove_images"):
+            return
+        for picture in pictures:
+            with contextlib.suppress(UserError, OSError):  # missing, or broken
+                self.model.remove_images(**picture_tensors(self.model, self.processor, picture))
+
     async def stop(self, conversation: Conversation) -> None:
         """Cancel the answer under way, if any, and those begun meanwhile; wait until they have ended and were saved."""
         while running := self._running.get(conversation):
@@ -224,6 +232,15 @@ class AbandonedImage(NamedTuple):
         return not self.prefetcher.is_awaited(self.image)
 
 
+class EncodingState(NamedTuple):
+    """State of an image that is being encoded, for display."""
+
+    progress: Progress
+
+    def __str__(self) -> str:
+        return f"encoding ... {str(self.progress).partition(' ... ')[2]}"
+
+
 class Prefetcher:
     """Encodes images of questions that are being typed, one at a time, with lower priority than prompts.
 
@@ -235,6 +252,7 @@ class Prefetcher:
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
+        self._states: dict[Path, object] = {}  # of begun images, for display
         self._expiry: dict[tuple[Hashable, Path], float] = {}  # of each owner's images, by `now`
         self._begun: set[Path] = set()  # awaited images that were tried already
         self._working = False
@@ -263,6 +281,12 @@ class Prefetcher:
         with self._lock:
             return any(expiry > time_s for (_, awaited), expiry in self._expiry.items() if awaited == image)
 
+    def states(self, owner: Hashable) -> list[str]:
+        """Return the states of an owner's images, for display: "known" once they are encoded."""
+        with self._lock:
+            images = [image for (other, image), expiry in self._expiry.items() if other == owner and expiry == math.inf]
+            return [str(self._states.get(image, "waiting")) for image in images]
+
     @contextlib.contextmanager
     def hold(self, images: Collection[Path]) -> Iterator[None]:
         """Hold those of a question's images that are awaited until the block ends: its text box is empty meanwhile."""
@@ -277,6 +301,7 @@ class Prefetcher:
         time_s = now()
         self._expiry = {key: expiry for key, expiry in self._expiry.items() if expiry > time_s}
         self._begun &= {image for _, image in self._expiry}
+        self._states = {image: state for image, state in self._states.items() if image in self._begun}
 
     def _next(self) -> Path | None:
         """Return the image awaited longest that was not tried yet; None ends the thread."""
@@ -291,9 +316,15 @@ class Prefetcher:
     def _work(self) -> None:
         while (image := self._next()) is not None:
             try:
-                tensors = picture_tensors(self.model, self.processor, image)
-                self.model.encode_images(**tensors, stop=AbandonedImage(self, image))
+                self._encode(image)
             except Cancelled:
                 self._begun.discard(image)  # it may be added again
             except Exception:
+                self._states[image] = "not encoded"
                 logger.debug("%s was not prefetched", image, exc_info=True)
+
+    def _encode(self, image: Path) -> None:
+        tensors, progress = picture_tensors(self.model, self.processor, image), Progress()
+        self._states[image] = EncodingState(progress)
+        self.model.encode_images(**tensors, stop=AbandonedImage(self, image), progress=progress)
+        self._states[image] = "known"

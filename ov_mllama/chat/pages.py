@@ -48,9 +48,10 @@ class Pages(Tabs):
         talk, running = page.conversation, self.chat.answering(page.conversation)
         progress = "Stopping ..." if running and running.task.cancelling() else str(running and running.progress)
         key = talk.id if talk.turns else ""
-        foot = (
-            f"{escape_markup(describe_model(self.chat.model))} · Everything stays on the machine that serves this page."
-        )
+        states = self.chat.prefetcher.states(page.key)
+        pictures = [f"Picture{'s' * (len(states) > 1)}: {', '.join(states)}"] * bool(states)
+        model = escape_markup(describe_model(self.chat.model))
+        foot = " · ".join([*pictures, model, "Everything stays on the machine that serves this page."])
         errors = [f"⚠️ {escape_markup(message)}" for message in (page.error, talk.unsaved) if message]
         return [
             to_gradio(talk.turns, progress),
@@ -195,7 +196,10 @@ class Pages(Tabs):
     async def delete(self, sure: str, request: gr.Request) -> None:
         """Delete the conversation and its images, if its owner has confirmed it."""
         if sure and self.page(request).conversation.turns:
-            await self._read(self.conversations.delete, await self._stopped(request))
+            talk = await self._stopped(request)
+            pictures = [*self.conversations.pictures.glob(f"{talk.id}/*.png")]
+            await asyncio.to_thread(self.chat.remove_encoded, pictures)
+            await self._read(self.conversations.delete, talk)
 
     async def export(self, request: gr.Request) -> str:
         """Return the path of a .zip with the conversation's Markdown and images."""

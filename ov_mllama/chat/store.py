@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import platformdirs
 from PIL import Image
 
+from ov_mllama.chat.user_data import data_folder
 from ov_mllama.runtime.images import load_image
 
 DAY_S = 24 * 60 * 60
@@ -112,8 +112,7 @@ class Conversations:
     """
 
     def __init__(self, folder: Path | None = None):
-        folder = Path(folder) if folder else platformdirs.user_data_path("ov_mllama", appauthor=False)
-        self.folder = folder.resolve()  # served images are at paths without links
+        self.folder = Path(folder or data_folder()).resolve()  # served images are at paths without links
         self.pictures, self.uploads, self.examples = (
             self.folder / name for name in ("pictures", "uploads", "examples")
         )

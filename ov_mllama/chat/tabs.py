@@ -24,14 +24,15 @@ class Page:
 
     Attributes:
         owner: of the conversations that it shows.
+        key: owner and session, as `Prefetcher` knows it.
         conversation: the one that it shows.
         shown: what it shows already, by output of `refresh`.
         version: of `shown`.
         error: of the last event, such as a rejected question.
     """
 
-    def __init__(self, owner: str, conversation: Conversation):
-        self.owner, self.conversation = owner, conversation
+    def __init__(self, owner: str, session: str, conversation: Conversation):
+        self.owner, self.key, self.conversation = owner, (owner, session), conversation
         self.shown: list = [None] * 6
         self.version = 0
         self.error = ""
@@ -81,7 +82,7 @@ class Tabs:
         if owner is None:
             raise user_error("The page needs a cookie to find your chats: allow it, or open it in its own tab.")
         stored = await self._read(self.conversations.get, key, owner) if key else None
-        page = self._pages[owner, session] = Page(owner, stored or Conversation(owner))
+        page = self._pages[owner, session] = Page(owner, session, stored or Conversation(owner))
         return page
 
     @staticmethod

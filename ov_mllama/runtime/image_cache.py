@@ -53,6 +53,10 @@ class ImageCache:
             while self._images and self._nbytes() > self.max_bytes:
                 self._images.popitem(last=False)
 
+    def remove(self, key: bytes) -> None:
+        with self._lock:
+            self._images.pop(key, None)
+
     def clear(self) -> None:
         with self._lock:
             self._images.clear()

@@ -26,7 +26,6 @@ from .checks import (
     check_ports,
     check_tokens,
     image_arrays,
-    images_alone,
     token_arrays,
     warn_of_double_bos,
 )
@@ -35,10 +34,12 @@ from .cross_attention import tiles_seen
 from .errors import InputError
 from .generation import generation_config
 from .golden import check_golden_answer
+from .image_store import ImageStore
 from .inference import Progress, acquire, stopping_criterion
 from .ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_model_dir, display_name
 from .kv_cache import OVCache, Prompt
 from .language import OVLanguageModel
+from .prefetch import PrefetchMixin
 from .reference import Reference
 from .sessions import SessionPool, evict_for
 from .shapes import MllamaShapes
@@ -49,7 +50,7 @@ from .vision import ImageInputs, OVImageEncoder, image_keys
 logger = logging.getLogger(__name__)
 
 
-class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
+class OVMLlamaForConditionalGeneration(ModuleCompatMixin, PrefetchMixin, GenerationMixin):
     """Llama 3.2 Vision on OpenVINO, used as transformers' class: `model.generate(**processor(...))`.
 
     `generate` reuses the longest prefix that a prompt shares with a session, for one thread at a time. Calls of the
@@ -71,6 +72,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             and 0.1 GB per tile of an image.
         use_remote_tensors: on a GPU, store image K/V in its memory (`DeviceTensors`; not verified on hardware).
         dynamic_shape: ignored, for compatibility: shapes are always dynamic.
+        image_store: for encoded images that outlive the process, which are rounded to 16 bit; default: none.
 
     Attributes:
         session: of calls without `past_key_values`; `generate` uses others.
@@ -105,6 +107,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
         kv_cache_bytes: int = 500_000_000,
         use_remote_tensors: bool = False,
         dynamic_shape: bool = True,
+        image_store: ImageStore | None = None,
     ):
         model_dir = Path(model_dir)
         vision, language = image_encoder_name or VISION_ENCODER_NAME, language_model_name or LANGUAGE_MODEL_NAME
@@ -136,6 +139,8 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             check_golden_answer(self, model_dir, device)
             self.forget()
             self.stats = GenerationStats()
+        if image_store:  # after the golden answer, which verifies the encoder
+            self.image_encoder.use_store(image_store)
 
     @property
     def vision_encoder_infer_time(self) -> list[float]:
@@ -169,16 +174,6 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
                 return super().generate(*args, **kwargs)
             finally:
                 self._watched = None, Progress()
-
-    def encode_images(self, pixel_values, aspect_ratio_ids, aspect_ratio_mask, stop=None) -> list[float]:
-        """Prefetch images into the cache, see `OVImageEncoder.prefetch`; it does not take `turn`.
-
-        Args:
-            pixel_values, aspect_ratio_ids, aspect_ratio_mask: from the processor, as for `forward`.
-        """
-        tensors = (pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-        images = images_alone(*tensors, self.image_encoder.pixels_shape, self.config)
-        return self.image_encoder.prefetch(images, stop) if images else []
 
     @can_return_tuple
     def forward(

@@ -16,6 +16,7 @@ import openvino as ov
 from .devices import choose, has_own_memory
 from .errors import NumericalError, OutOfMemoryError
 from .image_cache import EncodedImage, EncodingTimes, ImageCache, join_images
+from .image_store import ImageStore, encoder_id, store_key
 from .inference import POLL_S, Progress, acquire, check_stop, run
 from .ir import ir_stamp
 from .memory import free_memory, picture_memory, trim_memory
@@ -118,7 +119,8 @@ class OVImageEncoder:
         stamp: the IR's, if read already.
 
     Attributes:
-        cache: encoded images.
+        cache: encoded images in memory.
+        store: encoded images on disk (`use_store`); None without.
         chosen: precision and its reason (`devices.choose`).
         padding_alike: one padding tile represents all (`convert.padding_tiles_are_alike`).
         pixels_shape: of one image's pixels, [tiles, channels, height, width].
@@ -147,6 +149,14 @@ class OVImageEncoder:
         model = self._request.get_compiled_model()
         self.pixels_shape = (shapes.max_num_tiles, *static_shape(model.input("pixel_values"))[1:])
         self.output_shapes = {port.get_any_name(): static_shape(port) for port in model.outputs}
+        self.store: ImageStore | None = None
+        self._id = ""
+
+    def use_store(self, store: ImageStore) -> None:
+        """Read images from a store, and write new ones into it in 16 bit, which rounds them."""
+        if store:
+            model = (self._request or self._compile()).get_compiled_model()
+            self.store, self._id = store, encoder_id(Path(self._ir[0]), model)
 
     def _compile(self) -> ov.InferRequest:
         return ov.Core().compile_model(*self._ir).create_infer_request()
@@ -177,9 +187,7 @@ class OVImageEncoder:
         self._awaited += parts
         try:
             for number, (key, part) in enumerate(parts.items(), 1):
-                if progress:
-                    left_s = functools.partial(self._clock.left_s, key, int(self._tiles(part[2])))
-                    progress.enter(f"Encoding image {number} of {len(parts)}", left_s)
+                self._enter(progress, number, len(parts), key, part)
                 started, hit = time.perf_counter(), True
                 if key not in encoded:
                     encoded[key], hit = self._encode_one(key, part, stop)
@@ -193,16 +201,21 @@ class OVImageEncoder:
         key_values, stands_for = join_images([[encoded[key] for key in row] for row in keys], self.shapes)
         return Encoded(key_values, stands_for, image_s, cached)
 
-    def prefetch(self, images: ImageInputs, stop: threading.Event | None = None) -> list[float]:
+    def prefetch(
+        self, images: ImageInputs, stop: threading.Event | None = None, progress: Progress | None = None
+    ) -> list[float]:
         """Encode images into the cache, within its budget, ahead of a prompt. Between two images, prompts go first.
 
         Args:
             stop: as for `encode`, but without effect on an image that a prompt waits for.
+            progress: updated with the current image.
         Returns:
             seconds for each different image, about 0 for cached ones.
         """
         image_s = []
-        for key, part in unique_images(images, image_keys(images)).items():
+        parts = unique_images(images, image_keys(images))
+        for number, (key, part) in enumerate(parts.items(), 1):
+            self._enter(progress, number, len(parts), key, part)
             started = time.perf_counter()
             while any(other != key for other in self._awaited):
                 check_stop(stop)
@@ -211,28 +224,62 @@ class OVImageEncoder:
             image_s.append(time.perf_counter() - started)
         return image_s
 
+    def _enter(self, progress: Progress | None, number: int, count: int, key: bytes, part: tuple) -> None:
+        """Update a progress with an image that is not held."""
+        if progress and not self.holds(key):
+            left_s = functools.partial(self._clock.left_s, key, int(self._tiles(part[2])))
+            progress.enter(f"Encoding image {number} of {count}", left_s)
+
     def _encode_one(self, key: bytes, part: tuple, stop) -> tuple[EncodedImage, bool]:
-        """Return an image, and whether it was cached, also by another thread meanwhile."""
-        image = self.cache.get(key)
+        """Return an image, and whether it was held, also by another thread meanwhile."""
+        image = self._held(key)
         if image:
             return image, True
         with acquire(self._turn, stop):
-            image = self.cache.get(key)
+            image = self._held(key)
             if image:
                 return image, True
             inputs = self._inputs(part)
             self._check_memory(inputs)
             with self._clock.timing(key, len(inputs["tile_counts"])):
                 image = self._infer(inputs, stop)
+            if self.store:
+                self.store.put(store_key(self._id, key), image)
             self.cache.put(key, image)
             return image, False
 
+    def holds(self, key: bytes) -> bool:
+        """Return whether an image is held, in memory or on disk."""
+        return key in self.cache or (self.store is not None and self.store.holds(store_key(self._id, key)))
+
+    def _held(self, key: bytes) -> EncodedImage | None:
+        """Return an image from memory, else from disk; None if it must be encoded."""
+        image = self.cache.get(key)
+        if image is None and self.store:
+            image = self.store.get(store_key(self._id, key), self.shapes)
+            if image:
+                self.cache.put(key, image)
+        return image
+
+    def remove(self, images: ImageInputs) -> None:
+        """Delete images from memory and from disk."""
+        for key in unique_images(images, image_keys(images)):
+            self.cache.remove(key)
+            if self.store:
+                self.store.remove(store_key(self._id, key))
+
     def memory_for(self, images: ImageInputs, keys: list[tuple[bytes, ...]]) -> float:
-        """Return the `memory.picture_memory` of the largest image that is not cached."""
+        """Return the bytes of the largest image that is not in memory: its `memory.picture_memory`, or its K/V if it is
+        on disk."""
         if self._own_memory:
             return 0
-        new = [mask for key, (_, _, mask) in unique_images(images, keys).items() if key not in self.cache]
-        return max((picture_memory(self.shapes, int(self._tiles(mask))) for mask in new), default=0.0)
+        needed = [0.0]
+        for key, (_, _, mask) in unique_images(images, keys).items():
+            tiles = int(self._tiles(mask))
+            if key not in self.cache:
+                key_values = self.shapes.cross_kv_bytes(tiles * self.shapes.patches_per_tile)
+                needed.append(key_values if self.holds(key) else picture_memory(self.shapes, tiles))
+        return max(needed)
 
     def _tiles(self, tile_mask: np.ndarray) -> np.ndarray:
         """Return an upper bound of the computed tiles of each image, [...] for masks [..., tiles]."""
@@ -284,7 +331,7 @@ class OVImageEncoder:
         return EncodedImage(key_values, inputs["tile_counts"])
 
     def forget(self) -> None:
-        """Clear the cache."""
+        """Clear the cache in memory."""
         self.cache.clear()
         trim_memory()
 

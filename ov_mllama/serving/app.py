@@ -23,7 +23,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ov_mllama.chat.http_headers import SecurityHeaders
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama.cli import user_path
+from ov_mllama.chat.user_data import encoded_images
+from ov_mllama.cli import IMAGE_STORE_MB, megabytes, user_path
 from ov_mllama.export.prepare import files_to_load, print_load_estimate
 from ov_mllama.runtime.devices import check_device
 from ov_mllama.serving import load, positive
@@ -161,6 +162,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     model.add_argument("--language-model", help="its .xml; default: the newest compressed one, else the 16-bit one")
     model.add_argument("--image-encoder", help="its .xml; default likewise")
     model.add_argument("--device", default="CPU", help="OpenVINO device; default: CPU")
+    model.add_argument(
+        "--image-store-mb",
+        type=megabytes,
+        default=IMAGE_STORE_MB,
+        help=f"disk for encoded images, which are then encoded once; 0: none; default: {IMAGE_STORE_MB}",
+    )
     model.add_argument("--name", help="name by which clients request the model; default: the folder's")
     model.add_argument(
         "--max-tokens", type=positive, help="of answers whose request sets no limit; default: what the context leaves"
@@ -208,7 +215,8 @@ def load_app(options: argparse.Namespace, key: str | None) -> tuple[FastAPI, str
     model_dir = prepared(options)
     files = files_to_load(model_dir, options.language_model, options.image_encoder)
     print_load_estimate(model_dir, options.device, *files)
-    model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_CACHE_BYTES)
+    store = encoded_images(options.image_store_mb)
+    model, processor = load(model_dir, options.device, *files, image_cache_bytes=IMAGE_CACHE_BYTES, image_store=store)
     scheduler = Scheduler(model, processor, options.batch, options.max_queue, options.queue_mb * 1_000_000)
     name, hosts = options.name or model_dir.resolve().name, [options.host, *options.trusted_hosts]
     app = create_app(
