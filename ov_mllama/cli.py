@@ -19,7 +19,7 @@ YES: dict = {
 }
 EXTRAS = {  # package -> extra that installs it
     **dict.fromkeys(("gradio", "starlette", "platformdirs"), "chat"),
-    **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic", "pyarrow"), "serve"),
+    **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic"), "serve"),
 }
 
 

@@ -99,8 +99,6 @@ class ParquetFolder:
 class JsonLinesFile:
     """File with one JSON object per line."""
 
-    BEGINNING = b'{"id":'  # of the file, by which it is recognized
-
     def __init__(self, path: Path):
         self.path = path
 
@@ -129,14 +127,23 @@ class JsonLinesFile:
         """
         if not self.path.exists():
             return
-        complete = self._complete_bytes()
         with self.path.open("rb") as file:
-            beginning = file.read(len(self.BEGINNING))
-        if not self.BEGINNING.startswith(beginning):
-            raise not_captions(self.path)
+            if not self._begins(file.readline()):
+                raise not_captions(self.path)
+        complete = self._complete_bytes()
         if complete < self.path.stat().st_size:
             os.truncate(self.path, complete)
         yield from self._parse()
+
+    def _begins(self, line: bytes) -> bool:
+        """Return whether a line may be the first one of a file of captions, complete or not."""
+        start = b'{"id": "'
+        if not line.endswith(b"\n"):
+            return start.startswith(line[: len(start)])
+        try:
+            return {"id", "question", "answer"} <= {*json.loads(line)}
+        except (ValueError, TypeError):
+            return False
 
     def _complete_bytes(self) -> int:
         """Return the size of all complete rows."""
@@ -172,7 +179,8 @@ class JsonLinesFile:
 class CsvFile(JsonLinesFile):
     """CSV file with a header, for pandas and spreadsheets."""
 
-    BEGINNING = (",".join(COLUMNS) + "\n").encode()
+    def _begins(self, line: bytes) -> bool:
+        return (",".join(COLUMNS) + "\n").encode().startswith(line)
 
     def _complete_bytes(self) -> int:
         complete = size = quotes = 0

@@ -29,7 +29,7 @@ from ov_mllama.serving.caption_outputs import COLUMNS, output_for
 SAMPLES = demo_samples()
 QUESTION = "Describe this image."
 FORMS = (".parquet", ".csv", ".jsonl", ".json")
-SCHEMA = {"type": "object", "properties": {"count": {"type": "integer"}}, "required": ["count"]}
+SCHEMA = {"type": "object", "properties": {"count": {"enum": [1, 2, 3]}}, "required": ["count"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -220,16 +220,16 @@ def test_row_that_was_cut_anywhere_is_made_again(stub, tmp_path, form):
     whole = out.read_bytes()
     end = whole.index(str(pictures / "b.png").encode())
     start = whole.rindex(b"\n", 0, end) + 1
-    for cut in range(start, len(whole)):
+    for cut in {*range(start, len(whole), 9), *range(len(whole) - 9, len(whole))}:
         out.write_bytes(whole[:cut])
         rows = list(output_for(out).read())
         assert [Path(row["path"]).name for row in rows] == ["a.png"]
         assert out.read_bytes() == whole[:start]
     run(pictures, out)
     assert out.read_bytes() == whole
-    for cut in range(start):
+    for cut in range(0, start, 9):
         out.write_bytes(whole[:cut])
-        assert len(list(output_for(out).read())) == (cut == start)
+        assert not list(output_for(out).read())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -321,14 +321,14 @@ def progress(folder: Path) -> int:
 
 @pytest.mark.torture
 def test_each_form_killed_at_random_moments_has_each_image_once(nursery, demo_dir, tmp_path, times, tally):
-    pictures, folder, count = tmp_path / "in", tmp_path / "out", times(10, 100)
+    pictures, folder, count = tmp_path / "in", tmp_path / "out", times(8, 100)
     pictures.mkdir()
     folder.mkdir()
     for i in range(count):
         image = SAMPLES[i % len(SAMPLES)]["image"].convert("RGB").resize((112, 112))
         image.putpixel((i, 0), (i, 0, 0))
         image.save(pictures / f"{i:03}.png")
-    kills, total = times(4, 50), 5 * count
+    kills, total = times(3, 50), 5 * count
     environment = {"OMP_NUM_THREADS": "1"}
     for number in range(kills):
         program = nursery.start(tmp_path, RUNS, pictures, folder, demo_dir, **environment)
@@ -503,9 +503,9 @@ def test_what_does_not_fit_into_memory_together_is_asked_one_by_one(demo_dir, mo
         return generate(**inputs)
 
     monkeypatch.setattr(asked.model, "generate", small)
-    got = results(asked, tasks_of(*(path_of(SAMPLES[index]) for index in (0, 2, 3, 8))))
+    got = results(asked, tasks_of(*(path_of(SAMPLES[index]) for index in (2, 8, 0, 3))))
     assert sizes == [4, 1, 1, 1, 1]
-    assert [result.get("answer") for result in got] == [SAMPLES[0]["answer"], SAMPLES[2]["answer"], None, None]
+    assert [result.get("answer") for result in got] == [SAMPLES[2]["answer"], SAMPLES[8]["answer"], None, None]
     assert got[2]["skipped"] == "2 GB too little"
     assert got[3]["error"] == "not finite"
 
