@@ -73,12 +73,11 @@ def is_final(row: dict[str, Any], columns: dict[str, Any]) -> bool:
     Args:
         columns: of `identity` and `Settings.columns`.
     """
-    limit = columns["max_new_tokens"]
     for name, value in columns.items():
-        known = DEFAULTS.get(name) if row[name] is None else row[name]
+        known = DEFAULTS.get(name) if row.get(name) is None else row[name]
         if name not in ("model", "max_new_tokens") and known != value:
             return False
-    return row["finish"] != "length" or row["max_new_tokens"] >= limit
+    return row.get("finish") != "length" or (row.get("max_new_tokens") or 0) >= columns["max_new_tokens"]
 
 
 class Table:
@@ -93,10 +92,10 @@ class Table:
         self, output: Output, columns: dict[str, Any], files: dict[str, list[Path]], sidecars: Sidecars | None
     ):
         self.output, self.columns, self.files, self.sidecars = output, columns, files, sidecars
-        self.known: dict[tuple[str, str], dict[str, dict]] = {}  # rows by path, by content and question
+        self.known: dict[tuple[str, str], dict[str | None, dict]] = {}  # rows by path, by content and question
         for row in output.read():
             if row["id"] in files and is_final(row, columns):
-                self.known.setdefault((row["id"], row["question"]), {})[row["path"]] = row
+                self.known.setdefault((row["id"], row["question"]), {})[row.get("path")] = row
 
     def todo(self, questions: Sequence[str]) -> list[Task]:
         """Return the tasks without an answer. Files whose content has one get a row, such as moved ones."""
