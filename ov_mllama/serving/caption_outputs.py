@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
     ]
 )
 COLUMNS = SCHEMA.names
+NEEDED = {"id", "question", "answer"}  # columns by which a table is recognized
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\d+")  # name of a Parquet file while it is written
 
 
@@ -70,7 +71,7 @@ class ParquetFolder:
                 table = pq.read_table(part, partitioning=None)
             except pa.ArrowException as error:
                 raise not_captions(part) from error
-            if not {"id", "question", "answer"} <= {*table.column_names}:
+            if not {*table.column_names} >= NEEDED:
                 raise not_captions(part)
             missing = [field for field in SCHEMA if field.name not in table.column_names]
             for field in missing:  # readers of the folder take the columns from any of its files
@@ -133,7 +134,10 @@ class JsonLinesFile:
         complete = self._complete_bytes()
         if complete < self.path.stat().st_size:
             os.truncate(self.path, complete)
-        yield from self._parse()
+        try:
+            yield from self._parse()
+        except (ValueError, csv.Error) as error:
+            raise not_captions(self.path) from error
 
     def _begins(self, line: bytes) -> bool:
         """Return whether a line may be the first one of a file of captions, complete or not."""
@@ -141,7 +145,7 @@ class JsonLinesFile:
         if not line.endswith(b"\n"):
             return start.startswith(line[: len(start)])
         try:
-            return {"id", "question", "answer"} <= {*json.loads(line)}
+            return {*json.loads(line)} >= NEEDED
         except (ValueError, TypeError):
             return False
 
@@ -152,11 +156,7 @@ class JsonLinesFile:
 
     def _parse(self) -> Iterator[dict[str, Any]]:
         with self.path.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise not_captions(self.path) from error
+            yield from map(json.loads, file)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows, all or none."""
@@ -164,13 +164,15 @@ class JsonLinesFile:
         self._append("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered))
 
     def _append(self, text: str) -> None:
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("ab") as file:
-                file.write(text.encode())
-        except OSError:  # such as a full disk
-            os.truncate(self.path, size)
-            raise
+        rest = memoryview(text.encode())
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:  # such as a full disk
+                file.truncate(size)
+                raise
 
     def close(self) -> None:
         """Do nothing: the file is complete."""
@@ -194,7 +196,7 @@ class CsvFile(JsonLinesFile):
     def _parse(self) -> Iterator[dict[str, Any]]:
         with self.path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                values: dict[str, Any] = {name: value or None for name, value in row.items()}
+                values: dict[str, Any] = {name: row.get(name) or None for name in COLUMNS}
                 for name, kind in (("max_new_tokens", int), ("temperature", float)):
                     values[name] = None if values[name] is None else kind(float(values[name]))
                 if values["answer"] is None and values["error"] is None:
@@ -227,7 +229,8 @@ class JsonFile(JsonLinesFile):
                 rows = json.loads(self.path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise not_captions(self.path) from error
-            if not all(isinstance(row, dict) and {"id", "question", "answer"} <= {*row} for row in rows):
+            is_ours = isinstance(rows, list) and all(isinstance(row, dict) and {*row} >= NEEDED for row in rows)
+            if not is_ours:
                 raise not_captions(self.path)
         yield from rows
         known = {json.dumps(row) for row in rows}  # killed within `close`, it may have rows twice

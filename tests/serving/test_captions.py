@@ -239,7 +239,7 @@ def test_file_of_something_else_is_refused_and_stays(stub, tmp_path, form):
     other.parent.mkdir(exist_ok=True)
     table = pd.DataFrame({"id": ["0"], "price": [1.0]})
     {".parquet": table.to_parquet, ".csv": table.to_csv}.get(form, table.to_json)(other)
-    for content in (other.read_bytes(), b"something else"):
+    for content in (other.read_bytes(), b"something else", b"{}", b"[1]", b"\xff\n"):
         other.write_bytes(content)
         with pytest.raises(ValueError, match="is not a file of captions"):
             run(pictures, out)
@@ -269,6 +269,23 @@ def test_full_disk_ends_the_run_and_loses_no_row(stub, tmp_path, monkeypatch, fo
     assert len(read(out)) == 1
     run(pictures, out)
     assert len(read(out)) == 2
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_row_that_a_full_disk_cut_is_not_in_the_file(stub, tmp_path, form):
+    resource = pytest.importorskip("resource")
+    pictures, out = draw(tmp_path / "in", *(f"{i}.png" for i in range(9))), tmp_path / f"captions{form}"
+    run(pictures, out, "--limit", "1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size + 300, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written to"):
+            run(pictures, out, "--batch", "8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(read(out)) == 1
+    run(pictures, out)
+    assert sorted(read(out)["path"]) == [str(path) for path in find_images(pictures)]
 
 
 def test_sidecars_follow_the_images(stub, tmp_path):
