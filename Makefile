@@ -54,7 +54,7 @@ chat: .venv/.run
 serve: .venv/.scale
 	$(BIN)/python -m ov_mllama serve $(model) $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(call option,host,HOST) $(call option,port,PORT) $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(call option,key-file,KEY_FILE)
 
-caption: .venv/.scale
+caption: .venv/.run
 	$(BIN)/python -m ov_mllama caption $(model) --question="$$QUESTION" --out="$$OUT" -- "$$PICTURES"
 
 bench: build/slice/config.json

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -200,6 +201,11 @@ def test_table_of_each_form_is_completed_by_later_runs(stub, tmp_path, form):
     assert len(stub.asked) == 3
     assert len(read(out)) == rows + 3 * 4
     assert {path.name for path in out.parent.iterdir()} <= {out.name, f".{out.name}.lock"}
+
+
+def test_progress_has_images_a_minute_and_the_time_left(stub, tmp_path, capsys):
+    run(draw(tmp_path / "in", "a.png", "b.png"), tmp_path / "captions.csv")
+    assert re.search(r"Captions: 100%.* 2/2 \[[\d:]+, [\d:]+ left, [\d.]+/min\]", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("option", [("--temperature", "0.5"), ("--detail", "low"), ("--schema", "schema.json")])
