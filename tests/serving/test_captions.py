@@ -236,6 +236,19 @@ def test_row_that_was_cut_anywhere_is_made_again(stub, tmp_path, form):
         assert not list(output_for(out).read())
 
 
+def test_json_of_a_killed_run_is_completed_from_its_lines(stub, tmp_path, monkeypatch):
+    pictures, out = draw(tmp_path / "in", "a.png", "b.png"), tmp_path / "captions.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(caption_outputs.JsonFile, "close", lambda self: None)
+        run(pictures, out)
+    assert not out.exists()
+    lines = (tmp_path / "captions.partial.jsonl").read_bytes()
+    for _ in range(2):
+        run(pictures, out)
+        assert len(stub.asked) == len(read(out)) == 2
+        (tmp_path / "captions.partial.jsonl").write_bytes(lines)  # killed before it was removed
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_file_of_something_else_is_refused_and_stays(stub, tmp_path, form):
     pictures, out = draw(tmp_path / "in", "a.png"), tmp_path / f"captions{form}"
