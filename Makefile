@@ -12,7 +12,8 @@
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
 #                   OLLAMA=1 at Ollama's port, for programs that speak its API;
 #                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
-#   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, a Parquet data set
+#   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, whose ending is .parquet,
+#                   .csv, .jsonl or .json
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
 #   make lint       ruff on .py and .ipynb, types of the package, spelling
 # chat, serve and caption call `ov-mllama`, which does the same without make.
@@ -31,8 +32,10 @@ DRAFT ?=
 BASE ?=
 REFERENCE ?=
 SETTINGS := MODEL_ID REFERENCE CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
-# values reach commands by the environment, where a shell does not read them: any character but $ may be in them
-export $(SETTINGS) MODEL_DIR BASE DRAFT QUESTION PICTURES OUT HOST PORT KEY_FILE IMAGE_STORE_MB
+# values reach commands by the environment, as they were typed: neither make nor a shell reads them
+VALUES := $(SETTINGS) MODEL_DIR BASE DRAFT QUESTION PICTURES OUT HOST PORT KEY_FILE IMAGE_STORE_MB
+$(foreach name,$(VALUES),$(if $(value $(name)),$(eval override $(name) := $$(value $(name)))))
+export $(VALUES)
 option = $(if $($(2)),--$(1) "$$$(2)")
 model = $(call option,checkpoint,MODEL_ID) $(call option,base,BASE) $(call option,model-dir,MODEL_DIR) $(call option,reference,REFERENCE)
 BIN := .venv/bin
@@ -52,8 +55,8 @@ chat: .venv/.run
 serve: .venv/.scale
 	$(BIN)/python -m ov_mllama serve $(model) $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(call option,host,HOST) $(call option,port,PORT) $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(call option,key-file,KEY_FILE) $(call option,image-store-mb,IMAGE_STORE_MB)
 
-caption: .venv/.scale
-	$(BIN)/python -m ov_mllama caption "$$PICTURES" --question "$$QUESTION" --out "$$OUT" $(model)
+caption: .venv/.run
+	$(BIN)/python -m ov_mllama caption $(model) --question="$$QUESTION" --out="$$OUT" -- "$$PICTURES"
 
 bench: build/slice/config.json
 	$(BIN)/python -m benchmarks.benchmark --checkpoint build/slice --pictures 2 --json build/benchmark.json

@@ -84,10 +84,15 @@ async def newcomer(batches: Scheduler, tokens: int = 200) -> dict[str, float]:
 def captioned(model_dir: Path, pictures: Path, workers: int, batch: int, tokens: int) -> float:
     """Return images a minute, from the first results on, without loading the models."""
     from ov_mllama.serving.caption import caption
+    from ov_mllama.serving.caption_answers import Settings
+    from ov_mllama.serving.caption_files import find_images
+    from ov_mllama.serving.caption_outputs import ParquetFolder
 
     with tempfile.TemporaryDirectory() as out:
-        count = caption(pictures, "What is here?", out, model_dir, tokens, batch, workers)
-        times = sorted(part.stat().st_mtime for part in Path(out).iterdir())
+        work = {"batch": batch, "workers": workers, "on_ray": workers > 1}
+        settings, output = Settings(("What is here?",), max_new_tokens=tokens), ParquetFolder(Path(out))
+        count = caption(find_images(pictures), settings, output, model_dir, **work)
+        times = sorted(part.stat().st_mtime for part in Path(out).glob("*.parquet"))
     return 60 * (count - batch) / (times[-1] - times[0])
 
 
@@ -121,8 +126,8 @@ def main() -> None:
         for sample in photographs():
             sample["image"].rotate(i).save(pictures / f"{i}-{sample['name']}.png")
     per_minute = {}
-    if options.captions:
-        from ov_mllama.serving.caption import init_ray
+    if any(not case.startswith("1x") for case in options.captions):
+        from ov_mllama.serving.caption_ray import init_ray
 
         init_ray()
     for case in options.captions:

@@ -38,13 +38,17 @@ def test_password_on_the_command_line_is_warned_of(capsys):
 
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
-    [("chat", "gradio", "chat"), ("serve", "fastapi", "serve"), ("caption", "ray", "serve")],
+    [
+        ("chat", "gradio", "chat"),
+        ("serve", "fastapi", "serve"),
+        ("caption demo_model/samples --workers 2", "ray", "serve"),
+    ],
 )
 def test_missing_extra_is_named_in_one_sentence(command, package, extra, monkeypatch):
     for module in ("chat.layout", "serving.app", "serving.caption"):
         monkeypatch.delitem(sys.modules, f"ov_mllama.{module}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # importing it raises ModuleNotFoundError
-    monkeypatch.setattr(sys, "argv", ["ov-mllama", command])
+    monkeypatch.setattr(sys, "argv", ["ov-mllama", *command.split()])
     monkeypatch.setattr("ov_mllama.__main__.bypass_proxy_for_loopback", lambda: None)
     monkeypatch.setattr("ov_mllama.cli.configure_console", lambda verbose: None)
     with pytest.raises(SystemExit) as exit_:

@@ -314,6 +314,14 @@ def test_installed_wheel_plans_without_the_extras_packages(bare_nursery, wheel, 
     assert "GB" in printed or "MB" in printed
 
 
+def test_installed_wheel_captions_without_the_extras_packages(bare_nursery, wheel, demo_dir, tmp_path):
+    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,platformdirs,IPython,ipywidgets,matplotlib,pandas"
+    arguments = (ROOT / "demo_model" / "samples", "--limit", "1", "--model-dir", demo_dir, "--out", "captions.jsonl")
+    run_alone(bare_nursery, tmp_path, tmp_path, wheel, HIDING, extras, "caption", *arguments, HOME=str(tmp_path))
+    [row] = (tmp_path / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(row)["answer"]
+
+
 def requirements(file: str) -> set[str]:
     """Pins of a requirements file, without those of the files that it includes."""
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()

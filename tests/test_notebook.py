@@ -350,10 +350,13 @@ def made(folder: Path, target: str, *words: str) -> list[str]:
     return json.loads(done.stdout)
 
 
-def test_make_passes_any_character(tmp_path):
-    question, folder, out = 'What\'s "this" `id`; & (é) \\ *?', "my pictures' folder", "my -o.parquet"
+def test_make_passes_any_character(tmp_path, monkeypatch):
+    question, folder, out = '-What\'s "this" `id`; & (é) \\ *? $5, $(HOME), $$ #1?', "-my pictures' $x", "my -o.csv"
     given = made(tmp_path, "caption", f"QUESTION={question}", f"PICTURES={folder}", f"OUT={out}", "MODEL_ID=ollama:x'y")
-    assert given[2:] == ["caption", folder, "--question", question, "--out", out, "--checkpoint", "ollama:x'y"]
+    checkpoint = ["--checkpoint", "ollama:x'y"]
+    assert given[2:] == ["caption", *checkpoint, f"--question={question}", f"--out={out}", "--", folder]
+    monkeypatch.setenv("QUESTION", question)  # as with QUESTION=... make caption
+    assert f"--question={question}" in made(tmp_path, "caption", f"PICTURES={folder}")
     assert made(tmp_path, "chat", "DRAFT=it's")[2:] == ["chat", "--draft", "it's"]
     assert made(tmp_path, "serve", "OLLAMA=1", "KEY_FILE=a b")[2:] == ["serve", "--ollama", "--key-file", "a b"]
 
