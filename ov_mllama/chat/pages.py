@@ -59,7 +59,7 @@ class Pages(Tabs):
         states = self.chat.prefetcher.states(page.key)
         pictures = [f"Picture{'s' * (len(states) > 1)}: {', '.join(states)}"] * bool(states)
         model = escape_markup(describe_model(self.chat.model))
-        foot = " · ".join([*pictures, model, "Everything stays on the machine that serves this page."])
+        foot = " · ".join([*(pictures or [model]), "Everything stays on the machine that serves this page."])
         errors = [f"⚠️ {escape_markup(message)}" for message in (page.error, talk.unsaved) if message]
         return [
             to_gradio(talk.turns, progress),

@@ -121,11 +121,12 @@ def detail_choices(model) -> list[tuple[str, str]]:
     """Return labels and values of the details, with the times that pictures have taken on this machine."""
     encoder = getattr(model, "image_encoder", None)
     tiles = encoder.shapes.max_num_tiles if encoder else 4
-    names = (("Quick look: 1 tile", 1, "low"), (f"Full look: up to {tiles} tiles", tiles, "high"))
+    names = (("Quick (1 tile", 1, "low"), (f"Full ({tiles} tiles", tiles, "high"))
     choices = []
     for name, count, detail in names:
         expected_s = encoder.expected_s(count) if encoder else None
-        choices.append((f"{name}, about {expected_s:.0f} s" if expected_s and expected_s >= 1 else name, detail))
+        about = f", about {expected_s:.0f} s" if expected_s and expected_s >= 1 else ""
+        choices.append((f"{name}{about})", detail))
     return choices
 
 

@@ -17,7 +17,7 @@ from ov_mllama.chat.store import ANSWERED, CUT, Conversation, Conversations, Tur
 from ov_mllama.runtime.inference import Progress
 
 SAMPLE = demo_samples()[0]  # of four tiles
-QUICK, FULL = "Quick look: 1 tile", "Full look: up to 4 tiles"
+QUICK, FULL = "Quick (1 tile", "Full (4 tiles"
 
 
 @pytest.fixture
@@ -74,12 +74,12 @@ def test_deleted_pictures_are_forgotten_at_every_detail(model, processor, tmp_pa
 
 
 def test_details_are_offered_with_the_times_of_this_machine(model):
-    assert detail_choices(model) == [(QUICK, "low"), (FULL, "high")]
+    assert detail_choices(model) == [(f"{QUICK})", "low"), (f"{FULL})", "high")]
     clock = model.image_encoder._clock
     clock._took[2] = 15.2  # a tile and an empty one
-    assert detail_choices(model) == [(f"{QUICK}, about 15 s", "low"), (f"{FULL}, about 30 s", "high")]
+    assert detail_choices(model) == [(f"{QUICK}, about 15 s)", "low"), (f"{FULL}, about 30 s)", "high")]
     clock._took[4] = 64.0
-    assert detail_choices(model)[1] == (f"{FULL}, about 64 s", "high")
+    assert detail_choices(model)[1] == (f"{FULL}, about 64 s)", "high")
 
 
 def options(turns) -> list[str]:
@@ -112,13 +112,13 @@ def test_other_details_are_refused_and_older_rows_are_full(tmp_path):
 
 def test_quick_look_on_the_page_and_then_a_closer_one(page, model, tiles):
     radio = page.tab.locator(".detail")
-    radio.get_by_text("Quick look").click()
+    radio.get_by_text("Quick").click()
     page.ask(SAMPLE["question"], path_of(SAMPLE))
     expect(page.bot).to_have_count(2)
     page.expect_ready()
     assert tiles == [1]
     page.tab.reload()
-    expect(page.tab.locator(".detail").get_by_label("Quick look")).to_be_checked()
+    expect(page.tab.locator(".detail").get_by_label("Quick")).to_be_checked()
     page.expect_ready()
     page.tab.get_by_role("button", name=LOOK_CLOSER).click()
     expect(page.tab.get_by_role("button", name=LOOK_CLOSER)).to_have_count(0)
