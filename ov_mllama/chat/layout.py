@@ -204,21 +204,24 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         autofocus=True,
         interactive=True,
     )
-    part.settings.append(
-        gr.Radio(
-            details,
-            value="high",
-            label="How closely pictures are looked at",
-            show_label=False,
-            container=False,
-            interactive=True,
-            elem_classes="detail",
-        )
-    )
+    part.settings.append(detail_switch(details))
     part.foot = gr.Markdown(elem_classes="foot")
     part.timer = gr.Timer(POLL_S)
     part.hidden = [gr.Textbox(visible=False), gr.Textbox(visible=False)]
     return part
+
+
+def detail_switch(details: list[tuple[str, str]]) -> gr.Radio:
+    """Create the switch between a quick and a full look."""
+    return gr.Radio(
+        details,
+        value="high",
+        label="How closely pictures are looked at",
+        show_label=False,
+        container=False,
+        interactive=True,
+        elem_classes="detail",
+    )
 
 
 def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:

@@ -133,7 +133,9 @@ def test_image_larger_than_the_budget_evicts_nothing(store):
     assert files(store) == ["a.kv16"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "one tile less", "longer", "bit", "counts", "empty", "zeros", "text"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "one tile less", "longer", "bit", "counts", "empty", "no tile", "zeros", "text"]
+)
 def test_broken_file_is_deleted_and_never_read(store, damage, caplog):
     store.put("a", image_of(tiles=2))
     path = store.folder / "a.kv16"
@@ -147,6 +149,7 @@ def test_broken_file_is_deleted_and_never_read(store, damage, caplog):
         "zeros": bytes(len(data)),
         "text": b"a broken file",
     }
+    changed["no tile"] = bytes(4)  # with the checksum of nothing
     changed["one tile less"] = data[: ONE_FILE - 4] + data[-4:]
     path.write_bytes(changed.get(damage, data))
     assert store.get("a", SHAPES) is None
