@@ -258,10 +258,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     exported = part.export.click(report_errors(pages.find, pages.export), None, [part.exported], **quick)
     exported.success(js=DOWNLOAD, **in_browser)
     prompt, *sliders, detail = part.settings
-    changes = [
-        prompt.blur,
-        detail.input,
-        *(slider.release for slider in sliders),
-    ]  # `change` also fires when the page opens
+    # `change` also fires when the page opens
+    changes = [prompt.blur, detail.input, *(slider.release for slider in sliders)]
     on(changes, pages.choose, [part.opened, *part.settings])
     gr.on([], pages.api_chat, [part.box, *part.settings], part.hidden, api_name="chat")
