@@ -6,6 +6,7 @@ import shutil
 import stat
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,11 +169,23 @@ def test_folder_and_files_are_their_users_alone(store):
     assert modes == [0o700, 0o700, 0o600]
 
 
+def test_file_appears_complete(store, monkeypatch):
+    seen, replace = [], Path.replace
+
+    def observed(part, target):
+        seen.append((part.stat().st_size, target.exists()))
+        return replace(part, target)
+
+    monkeypatch.setattr(Path, "replace", observed)
+    store.put("a", image_of())
+    assert seen == [(ONE_FILE, False)]
+
+
 def test_full_disk_leaves_the_image_rounded_and_nothing_behind(store, monkeypatch, caplog):
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     image, exact = image_of(), image_of()
     store.put("a", image)
     assert files(store) == []
