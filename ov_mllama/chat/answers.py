@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversation, Conversations, Turn
-from ov_mllama.runtime.errors import InputError, UserError
+from ov_mllama.runtime.errors import UserError
+from ov_mllama.runtime.images import DETAILS
 from ov_mllama.runtime.inference import Cancelled, Progress
 from ov_mllama.runtime.prompts import (
     FifoLock,
-    escape_special_tokens,
     picture_tensors,
     prompt_tensors,
     sampling,
@@ -36,12 +37,14 @@ class GenerationSettings(NamedTuple):
     Attributes:
         system: system prompt; may be empty.
         temperature, top_p: for sampling; temperature 0 is greedy.
+        detail: of new pictures, see `images.at_detail`.
     """
 
     system: str = ""
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 0.9
+    detail: str = "high"
 
 
 class RunningAnswer(NamedTuple):
@@ -49,32 +52,6 @@ class RunningAnswer(NamedTuple):
 
     task: asyncio.Task
     progress: Progress
-
-
-def to_messages(turns: Sequence[Turn], system: str = "") -> tuple[list[dict], list[Path]]:
-    """Return a conversation's messages for the chat template, and its images in the template's order.
-
-    Args:
-        turns: the last one is the question; earlier ones without an answer are left out.
-        system: system prompt; may be empty.
-    Raises:
-        ValueError: if there is no question.
-    """
-    *before, question = turns
-    if not question.pictures and not question.question.strip():
-        raise InputError("There is no question yet: write one, or add a picture.")
-    answered = [turn for turn in before if turn.answer]
-    messages = [message("system", system)] if system.strip() else []
-    for turn in answered:
-        messages += [message("user", turn.question, turn.pictures), message("assistant", turn.answer)]
-    messages.append(message("user", question.question, question.pictures))
-    return messages, [picture for turn in [*answered, question] for picture in turn.pictures]
-
-
-def message(role: str, text: str, pictures: Collection[Path] = ()) -> dict:
-    """Return a message for the chat template: images first, then text without special tokens."""
-    texts = [{"type": "text", "text": escape_special_tokens(text.strip())}] if text.strip() else []
-    return {"role": role, "content": [*({"type": "image"} for _ in pictures), *texts]}
 
 
 class Chat:
@@ -128,7 +105,8 @@ class Chat:
             return
         for picture in pictures:
             with contextlib.suppress(UserError, OSError):  # missing, or broken
-                self.model.remove_images(**picture_tensors(self.model, self.processor, picture))
+                for detail in DETAILS:
+                    self.model.remove_images(**picture_tensors(self.model, self.processor, picture, detail))
 
     async def stop(self, conversation: Conversation) -> None:
         """Cancel the answer under way, if any, and those begun meanwhile; wait until they have ended and were saved."""
@@ -197,11 +175,11 @@ class Chat:
                 turn.note = " · ".join([stats.times, *turn.remarks, *remarks])
                 turn.state = CUT if hit_limit else ANSWERED
 
-            with self.prefetcher.hold(uploads):
+            with self.prefetcher.hold(uploads, turn.detail):
                 async with self.queue.turn(progress):
                     progress.enter("Opening the question’s pictures" if pictures else "Preparing the question")
                     inputs, remarks = await asyncio.to_thread(
-                        prompt_tensors, self.model, self.processor, messages, pictures, limit
+                        prompt_tensors, self.model, self.processor, messages, pictures, limit, details_of(turns)
                     )
                     words = stream_words(self.model, self.processor, finish, progress, **{**inputs, **arguments})
                     async with contextlib.aclosing(words):
@@ -222,11 +200,18 @@ def now() -> float:
     return time.monotonic() if threading.main_thread().is_alive() else math.inf
 
 
+class ImageAt(NamedTuple):
+    """An image at a detail."""
+
+    path: Path
+    detail: str
+
+
 class AbandonedImage(NamedTuple):
     """An event that is set once nobody awaits an image any more."""
 
     prefetcher: "Prefetcher"
-    image: Path
+    image: ImageAt
 
     def is_set(self) -> bool:
         return not self.prefetcher.is_awaited(self.image)
@@ -252,18 +237,20 @@ class Prefetcher:
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
-        self._states: dict[Path, object] = {}  # of begun images, for display
-        self._expiry: dict[tuple[Hashable, Path], float] = {}  # of each owner's images, by `now`
-        self._begun: set[Path] = set()  # awaited images that were tried already
+        self._states: dict[ImageAt, object] = {}  # of begun images, for display
+        self._expiry: dict[tuple[Hashable, ImageAt], float] = {}  # of each owner's images, by `now`
+        self._begun: set[ImageAt] = set()  # awaited images that were tried already
         self._working = False
         self._lock = threading.Lock()
 
-    def prefetch(self, owner: Hashable, images: Collection[Path]) -> None:
+    def prefetch(self, owner: Hashable, paths: Collection[Path], detail: str = "high") -> None:
         """Set the images that an owner, such as a page, awaits; its others are cancelled after GRACE_S.
 
         Args:
-            images: all of them, earlier ones too; none when the owner leaves.
+            paths: of all of them, earlier ones too; none when the owner leaves.
+            detail: of all of them.
         """
+        images = [ImageAt(path, detail) for path in paths]
         with self._lock:
             self._drop_expired()
             soon = now() + GRACE_S
@@ -275,7 +262,7 @@ class Prefetcher:
                 self._working = True
                 threading.Thread(target=self._work, name="image prefetch").start()
 
-    def is_awaited(self, image: Path) -> bool:
+    def is_awaited(self, image: ImageAt) -> bool:
         """Return whether any owner awaits an image."""
         time_s = now()
         with self._lock:
@@ -288,10 +275,10 @@ class Prefetcher:
             return [str(self._states.get(image, "waiting")) for image in images]
 
     @contextlib.contextmanager
-    def hold(self, images: Collection[Path]) -> Iterator[None]:
+    def hold(self, paths: Collection[Path], detail: str) -> Iterator[None]:
         """Hold those of a question's images that are awaited until the block ends: its text box is empty meanwhile."""
         question = object()
-        self.prefetch(question, [image for image in images if self.is_awaited(image)])
+        self.prefetch(question, [path for path in paths if self.is_awaited(ImageAt(path, detail))], detail)
         try:
             yield
         finally:
@@ -303,7 +290,7 @@ class Prefetcher:
         self._begun &= {image for _, image in self._expiry}
         self._states = {image: state for image, state in self._states.items() if image in self._begun}
 
-    def _next(self) -> Path | None:
+    def _next(self) -> ImageAt | None:
         """Return the image awaited longest that was not tried yet; None ends the thread."""
         with self._lock:
             self._drop_expired()
@@ -323,8 +310,8 @@ class Prefetcher:
                 self._states[image] = "not encoded"
                 logger.debug("%s was not prefetched", image, exc_info=True)
 
-    def _encode(self, image: Path) -> None:
-        tensors, progress = picture_tensors(self.model, self.processor, image), Progress()
+    def _encode(self, image: ImageAt) -> None:
+        tensors, progress = picture_tensors(self.model, self.processor, *image), Progress()
         self._states[image] = EncodingState(progress)
         self.model.encode_images(**tensors, stop=AbandonedImage(self, image), progress=progress)
         self._states[image] = "known"

@@ -17,7 +17,7 @@ from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import report_errors
 from ov_mllama.chat.pages import POLL_S, Pages
 from ov_mllama.chat.proxies import LOOPBACK, bypass_proxy_for_loopback
-from ov_mllama.chat.render import LATEX, escape_markup
+from ov_mllama.chat.render import LATEX, detail_choices, escape_markup
 from ov_mllama.chat.store import Conversations
 from ov_mllama.cli import shutdown_promptly
 from ov_mllama.runtime.images import SUFFIXES
@@ -141,17 +141,18 @@ def make_demo(
     ) as demo:
         demo.chat = Chat(ov_model, processor, conversations, **options)
         demo.files = Files(conversations, uploads, by_name)
-        parts = lay_out(getattr(ov_model.config, "about", ""), rows)
+        parts = lay_out(getattr(ov_model.config, "about", ""), rows, detail_choices(ov_model))
         connect(demo, parts, Pages(demo.chat, questions, by_name))
     return demo
 
 
-def lay_out(about: str, examples: list[dict]) -> SimpleNamespace:
+def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) -> SimpleNamespace:
     """Create the page's components, and return them by name.
 
     Args:
         about: description of the model for an empty conversation.
         examples: as `written` returns them.
+        details: as `detail_choices` returns them.
     """
     part = SimpleNamespace()
     # token of earlier versions, replaced by a cookie
@@ -203,10 +204,24 @@ def lay_out(about: str, examples: list[dict]) -> SimpleNamespace:
         autofocus=True,
         interactive=True,
     )
+    part.settings.append(detail_switch(details))
     part.foot = gr.Markdown(elem_classes="foot")
     part.timer = gr.Timer(POLL_S)
     part.hidden = [gr.Textbox(visible=False), gr.Textbox(visible=False)]
     return part
+
+
+def detail_switch(details: list[tuple[str, str]]) -> gr.Radio:
+    """Create the switch between a quick and a full look."""
+    return gr.Radio(
+        details,
+        value="high",
+        label="How closely pictures are looked at",
+        show_label=False,
+        container=False,
+        interactive=True,
+        elem_classes="detail",
+    )
 
 
 def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
@@ -214,6 +229,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     in_browser = {"fn": None, "api_visibility": "private"}
     shown = [part.version, part.timer, part.chatbot, part.box, part.history, part.key, part.name, part.foot]
+    shown.append(part.settings[-1])
     poll = (pages.poll, [part.opened, part.key, part.version], [part.pending])
 
     def on(events, fn, inputs=None, outputs=None, **options):
@@ -229,9 +245,9 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
 
     on(part.box.submit, pages.ask, [part.box, *part.settings], [part.box])
     on(part.box.stop, pages.stop)
-    part.box.change(pages.on_typing, [part.box], **quick)
+    gr.on([part.box.change, part.settings[-1].input], pages.on_typing, [part.box, part.settings[-1]], **quick)
     on(part.chatbot.example_select, pages.example, part.settings)
-    on(part.chatbot.option_select, pages.continue_answer, part.settings)
+    on(part.chatbot.option_select, pages.choose_option, part.settings)
     on(part.chatbot.retry, pages.retry, part.settings)
     on(part.chatbot.undo, pages.undo, None, [part.box])
     on(part.chatbot.edit, pages.edit, part.settings)
@@ -241,7 +257,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     on(part.delete.click, pages.delete, part.hidden[:1], js=CONFIRM)
     exported = part.export.click(report_errors(pages.find, pages.export), None, [part.exported], **quick)
     exported.success(js=DOWNLOAD, **in_browser)
-    prompt, *sliders = part.settings
-    changes = [prompt.blur, *(slider.release for slider in sliders)]  # `change` also fires when the page opens
+    prompt, *sliders, detail = part.settings
+    # `change` also fires when the page opens
+    changes = [prompt.blur, detail.input, *(slider.release for slider in sliders)]
     on(changes, pages.choose, [part.opened, *part.settings])
     gr.on([], pages.api_chat, [part.box, *part.settings], part.hidden, api_name="chat")

@@ -11,6 +11,7 @@ from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.answers import GenerationSettings
 from ov_mllama.chat.owners import file_within
+from ov_mllama.runtime.images import DETAILS
 
 MAX_QUESTION, MAX_SYSTEM = 500_000, 20_000  # characters; a context of 131072 tokens is about 500 000
 MAX_IMAGES = 100  # per question
@@ -93,12 +94,13 @@ def checked_settings(values: Sequence) -> GenerationSettings:
         gr.Error: if a type is wrong, or a value out of bounds.
     """
     try:
-        system, tokens, temperature, top_p = values
-        settings = GenerationSettings(system or "", int(tokens), float(temperature), float(top_p))
+        system, tokens, temperature, top_p, detail = values
+        settings = GenerationSettings(system or "", int(tokens), float(temperature), float(top_p), str(detail))
     except (TypeError, ValueError, OverflowError) as error:
         raise user_error("A setting is missing or no number: load the page again.") from error
     bounded_text(settings.system, MAX_SYSTEM, "system prompt")
-    if not (1 <= settings.max_new_tokens <= 2048 and 0 <= settings.temperature <= 2 and 0 < settings.top_p <= 1):
+    numbers = 1 <= settings.max_new_tokens <= 2048 and 0 <= settings.temperature <= 2 and 0 < settings.top_p <= 1
+    if not numbers or settings.detail not in DETAILS:
         raise user_error("A setting is out of its bounds: load the page again.")
     return settings
 

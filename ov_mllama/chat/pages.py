@@ -17,10 +17,18 @@ from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.answers import Chat
 from ov_mllama.chat.page_input import MAX_QUESTION, bounded_text, checked_settings, images_of, text_of, user_error
-from ov_mllama.chat.render import CONTINUE, describe_model, escape_markup, to_gradio, write_export
+from ov_mllama.chat.render import (
+    CONTINUE,
+    LOOK_CLOSER,
+    describe_model,
+    detail_choices,
+    escape_markup,
+    to_gradio,
+    write_export,
+)
 from ov_mllama.chat.store import MAX_TITLE, Conversation, Turn
 from ov_mllama.chat.tabs import Page, Tabs
-from ov_mllama.runtime.images import PictureError, load_image
+from ov_mllama.runtime.images import DETAILS, PictureError, load_image
 from ov_mllama.runtime.inference import Progress
 
 POLL_S = 0.3  # during an answer; about one token of the 11B
@@ -51,7 +59,7 @@ class Pages(Tabs):
         states = self.chat.prefetcher.states(page.key)
         pictures = [f"Picture{'s' * (len(states) > 1)}: {', '.join(states)}"] * bool(states)
         model = escape_markup(describe_model(self.chat.model))
-        foot = " · ".join([*pictures, model, "Everything stays on the machine that serves this page."])
+        foot = " · ".join([*(pictures or [model]), "Everything stays on the machine that serves this page."])
         errors = [f"⚠️ {escape_markup(message)}" for message in (page.error, talk.unsaved) if message]
         return [
             to_gradio(talk.turns, progress),
@@ -60,6 +68,7 @@ class Pages(Tabs):
             key,
             talk.name,
             "\n\n".join([foot, *errors]),
+            detail_choices(self.chat.model),
         ]
 
     async def poll(self, opened: str, key: str, version: str, request: gr.Request):
@@ -85,9 +94,9 @@ class Pages(Tabs):
         await self._list_chats(page.owner)
         before = page.shown if version == str(page.version) else [None] * len(page.shown)
         page.shown, page.version = self._state(page), page.version + 1
-        messages, busy, (titles, current), *texts = page.shown
+        messages, busy, (titles, current), *texts, details = page.shown
         box, chats = gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy), gr.Radio(titles, value=current or None)
-        parts = zip([messages, box, chats, *texts], page.shown, before, strict=True)
+        parts = zip([messages, box, chats, *texts, gr.Radio(details)], page.shown, before, strict=True)
         timer = gr.Timer(POLL_S if busy else IDLE_POLL_S) if busy != before[1] else gr.skip()
         return [str(page.version), timer, *(part if now != then else gr.skip() for part, now, then in parts)]
 
@@ -112,7 +121,7 @@ class Pages(Tabs):
         if self.chat.answering(talk):
             raise user_error("One answer at a time: stop this one first, or wait for its end.")
         remarks = [remark for _, remark in stored if remark]
-        talk.turns.append(Turn(text, [picture for picture, _ in stored], remarks=remarks))
+        talk.turns.append(Turn(text, [picture for picture, _ in stored], remarks=remarks, detail=checked.detail))
         self.chat.begin(talk, checked, images)
         return {"text": "", "files": []}
 
@@ -129,9 +138,16 @@ class Pages(Tabs):
         text, images = self.examples[index]
         await self._ask(text, images, request, settings)
 
-    async def continue_answer(self, request: gr.Request, *settings) -> None:
-        """Ask for the rest of an answer that has reached the token limit."""
-        await self._ask(CONTINUE, [], request, settings)
+    async def choose_option(self, chosen: gr.SelectData, request: gr.Request, *settings) -> None:
+        """Ask for the rest of an answer that has reached the token limit, or answer again at full detail."""
+        if chosen.value != LOOK_CLOSER:
+            await self._ask(CONTINUE, [], request, settings)
+            return
+        checked, talk = checked_settings(settings), await self._stopped(request)
+        for turn in talk.turns:
+            turn.detail = "high"
+        if talk.turns:
+            self.chat.begin(talk, checked)
 
     async def stop(self, request: gr.Request) -> None:
         """Cancel the answer under way."""
@@ -147,6 +163,7 @@ class Pages(Tabs):
         """Answer the last question again."""
         checked, talk = checked_settings(settings), await self._stopped(request)
         if talk.turns:  # another tab may have removed them
+            talk.turns[-1].detail = checked.detail
             self.chat.begin(talk, checked)
 
     async def undo(self, request: gr.Request):
@@ -170,7 +187,10 @@ class Pages(Tabs):
         if type(index) is not int or not 0 <= index < len(messages) or messages[index]["role"] != "user":
             raise user_error("There is no such question any more.")
         turn = sum(message["role"] == "user" for message in messages[:index])
-        talk.turns[turn:] = [Turn(question, talk.turns[turn].pictures, remarks=talk.turns[turn].remarks)]
+        edited_turn = talk.turns[turn]
+        talk.turns[turn:] = [
+            Turn(question, edited_turn.pictures, remarks=edited_turn.remarks, detail=edited_turn.detail)
+        ]
         self.chat.begin(talk, checked)
 
     async def begin_new(self, request: gr.Request) -> None:
@@ -211,7 +231,7 @@ class Pages(Tabs):
             owner = self.page(request).owner
             await self._read(self.conversations.save_settings, owner, [*checked_settings(settings)])
 
-    async def on_typing(self, message: dict | None, request: gr.Request) -> None:
+    async def on_typing(self, message: dict | None, detail: str, request: gr.Request) -> None:
         """Prefetch the images in the text box of a connected page. An invalid one is left to the question's error."""
         key = self._key(request)
         if self._pages.get(key):
@@ -219,11 +239,12 @@ class Pages(Tabs):
                 images = images_of(message)
             except gr.Error:
                 images = []
-            self.chat.prefetcher.prefetch(key, images)
+            self.chat.prefetcher.prefetch(key, images, detail if detail in DETAILS else "high")
 
     async def api_chat(self, message: dict, request: gr.Request, *settings) -> tuple[str, str]:
         """Return answer and note for gradio_client, whose sessions are conversations that are not stored."""
-        turn, checked, key = Turn(text_of(message), images_of(message)), checked_settings(settings), self._key(request)
+        checked, key = checked_settings(settings), self._key(request)
+        turn = Turn(text_of(message), images_of(message), detail=checked.detail)
         turns = self._programs.get(key, [])
         self._programs[key] = turns
         turns.append(turn)

@@ -4,7 +4,7 @@ import functools
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,7 +13,7 @@ from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.store import CUT, FAILED, STOPPED, WAITING, Conversation, Turn
 
-CONTINUE = "Continue"
+CONTINUE, LOOK_CLOSER = "Continue", "Look closer"  # options below an answer
 JOINER = "\u2060"  # zero width
 LATEX: list[dict] = [  # delimiters of formulas
     {"left": left, "right": right, "display": display}
@@ -74,10 +74,11 @@ def apply_outside_formulas(text: str, change: Callable[[str], str]) -> str:
     return text
 
 
-def status_message(title: str, **more) -> dict:
-    """Return a status line of a conversation as a Gradio message."""
-    metadata = {"title": escape_markup(title)} | ({"status": more.pop("status")} if "status" in more else {})
-    return {"role": "assistant", "content": "", "metadata": metadata, **more}
+def status_message(title: str, status: str = "", options: Sequence[str] = ()) -> dict:
+    """Return a status line of a conversation as a Gradio message, with options to choose from."""
+    metadata = {"title": escape_markup(title)} | ({"status": status} if status else {})
+    offered = {"options": [{"value": option} for option in options]} if options else {}
+    return {"role": "assistant", "content": "", "metadata": metadata, **offered}
 
 
 def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
@@ -87,7 +88,10 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
         progress: of the answer under way.
     """
     messages: list[dict] = []
+    quick = False  # whether a picture before was shrunk
     for turn in turns:
+        quick = quick or (bool(turn.pictures) and turn.detail == "low")
+        closer = [LOOK_CLOSER] * quick
         pictures = [{"path": str(picture)} for picture in turn.pictures]
         question = [escape_markup(turn.question)] if turn.question else []
         messages.append({"role": "user", "content": [*pictures, *question]})
@@ -97,11 +101,12 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
             if not turn.answer or progress.startswith("Stopping"):
                 messages.append(status_message(progress, status="pending"))
         elif turn.state == CUT:
-            messages.append(status_message(f"Token limit reached · {turn.note}", options=[{"value": CONTINUE}]))
+            messages.append(status_message(f"Token limit reached · {turn.note}", options=[CONTINUE, *closer]))
         elif turn.state == STOPPED:
             messages.append(status_message(f"Stopped. {turn.note}".strip()))
         else:
-            messages.append(status_message(f"No answer: {turn.note}" if turn.state == FAILED else turn.note))
+            note = f"No answer: {turn.note}" if turn.state == FAILED else turn.note
+            messages.append(status_message(note, options=closer))
     return messages
 
 
@@ -110,6 +115,19 @@ def describe_model(model) -> str:
     speed = model.stats.tokens_per_s
     speeds = [f"{speed:.{1 if speed < 10 else 0}f} tokens per second"] if speed else []
     return " · ".join([getattr(model, "about", "Llama 3.2 Vision"), *speeds])
+
+
+def detail_choices(model) -> list[tuple[str, str]]:
+    """Return labels and values of the details, with the times that pictures have taken on this machine."""
+    encoder = getattr(model, "image_encoder", None)
+    tiles = encoder.shapes.max_num_tiles if encoder else 4
+    names = (("Quick (1 tile", 1, "low"), (f"Full ({tiles} tiles", tiles, "high"))
+    choices = []
+    for name, count, detail in names:
+        expected_s = encoder.expected_s(count) if encoder else None
+        about = f", about {expected_s:.0f} s" if expected_s and expected_s >= 1 else ""
+        choices.append((f"{name}{about})", detail))
+    return choices
 
 
 def export_name(picture: Path) -> str:

@@ -64,6 +64,7 @@ class Turn:
         state: WAITING until the answer has ended; CUT at the token limit; STOPPED by the user; FAILED.
         asked: seconds since 1970.
         remarks: on its pictures.
+        detail: of its pictures, see `images.at_detail`.
     """
 
     question: str
@@ -73,6 +74,7 @@ class Turn:
     state: str = WAITING
     asked: float = field(default_factory=time.time, compare=False)
     remarks: list[str] = field(default_factory=list)
+    detail: str = "high"
 
 
 @dataclass(eq=False)

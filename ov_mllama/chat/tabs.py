@@ -33,7 +33,7 @@ class Page:
 
     def __init__(self, owner: str, session: str, conversation: Conversation):
         self.owner, self.key, self.conversation = owner, (owner, session), conversation
-        self.shown: list = [None] * 6
+        self.shown: list = [None] * 7
         self.version = 0
         self.error = ""
 
@@ -108,7 +108,8 @@ class Tabs:
         if owner and owner.startswith("browser:") and isinstance(former, str) and FORMER_TOKEN.fullmatch(former):
             await self._read(self.conversations.adopt, f"browser:{former}", owner)
         page = await self.connect(request.query_params.get("chat", ""), request)
-        return [OPENED, "", *(await self._read(self.conversations.settings, page.owner) or GenerationSettings())]
+        saved = await self._read(self.conversations.settings, page.owner) or []
+        return [OPENED, "", *saved, *GenerationSettings()[len(saved) :]]  # earlier versions saved fewer
 
     def on_close(self, request: gr.Request) -> None:
         """Forget a closed tab and cancel its prefetching; its answers continue."""

@@ -118,14 +118,14 @@ class EncodingTimes:
 
     def left_s(self, key: bytes, tiles: int) -> float | None:
         """Return the seconds until an image is encoded, the rest of a current one included; None before the first."""
-        current, expected = self._current, self._expected_s(tiles)
+        current, expected = self._current, self.expected_s(tiles)
         if current is None or expected is None:
             return expected
         other, its_tiles, since = current
-        left = max(0.0, (self._expected_s(its_tiles) or 0.0) - (time.perf_counter() - since))
+        left = max(0.0, (self.expected_s(its_tiles) or 0.0) - (time.perf_counter() - since))
         return left if other == key else left + expected
 
-    def _expected_s(self, tiles: int) -> float | None:
+    def expected_s(self, tiles: int) -> float | None:
         """Scale the time of the last image with the nearest number of tiles."""
         took = dict(self._took)  # another thread may add to it
         if not took:

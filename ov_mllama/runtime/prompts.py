@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import re
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -105,21 +105,24 @@ def prompt_text(model, processor, messages: list[dict], max_new_tokens: int) -> 
     return text
 
 
-def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_new_tokens: int, detail: str = "high"):
+def prompt_tensors(
+    model, processor, messages: list[dict], pictures: list, max_new_tokens: int, detail: str | Sequence[str] = "high"
+):
     """Return the processor's tensors for a conversation, and remarks on its images (`load_image`).
 
     Args:
         messages: for the chat template; texts after `escape_special_tokens`.
         pictures: for `load_image`, in the template's order.
         max_new_tokens: of the answer, which the context must hold too.
-        detail: "high" or "low", see `images.at_detail`.
+        detail: "high" or "low" for all images, or one for each, see `images.at_detail`.
     Raises:
         InputError: for an invalid image or `detail`, or as `prompt_text`.
     """
     text = prompt_text(model, processor, messages, max_new_tokens)
     opened = [load_image(picture) for picture in pictures]
     tile = model.config.vision_config.image_size
-    images = [at_detail(image, detail, tile) for image in opened] or None
+    details = [detail] * len(opened) if isinstance(detail, str) else detail
+    images = [at_detail(image, each, tile) for image, each in zip(opened, details, strict=True)] or None
     inputs = processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
     return inputs, [image.info["remark"] for image in opened if "remark" in image.info]
 

@@ -95,3 +95,8 @@ EXTRA_EMBEDDINGS = 8  # embeddings of MllamaTextModel beyond vocab_size, `<|imag
 def rows_axis(name: str) -> int:
     """Return the rows' axis of a cross-attention key or value."""
     return 3 if name.endswith(".key") else 2
+
+
+def static_shape(port) -> tuple[int, ...]:
+    """Return the shape of a port of OpenVINO, -1 for any length."""
+    return tuple(axis.get_length() if axis.is_static else -1 for axis in port.partial_shape)

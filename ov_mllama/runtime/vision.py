@@ -20,7 +20,7 @@ from .image_store import ImageStore, encoder_id, store_key
 from .inference import POLL_S, Progress, acquire, check_stop, run
 from .ir import ir_stamp
 from .memory import free_memory, picture_memory, trim_memory
-from .shapes import MllamaShapes
+from .shapes import MllamaShapes, static_shape
 
 
 class ImageInputs(NamedTuple):
@@ -268,6 +268,11 @@ class OVImageEncoder:
             if self.store:
                 self.store.remove(store_key(self._id, key))
 
+    def expected_s(self, real_tiles: int) -> float | None:
+        """Return the seconds that an image takes by those before; None before the first."""
+        mask = np.arange(self.shapes.max_num_tiles) < real_tiles
+        return self._clock.expected_s(int(self._tiles(mask)))
+
     def memory_for(self, images: ImageInputs, keys: list[tuple[bytes, ...]]) -> float:
         """Return the bytes of the largest image that is not in memory: its `memory.picture_memory`, or its K/V if it is
         on disk."""
@@ -334,11 +339,6 @@ class OVImageEncoder:
         """Clear the cache in memory."""
         self.cache.clear()
         trim_memory()
-
-
-def static_shape(port) -> tuple[int, ...]:
-    """Return a port's shape, -1 for any length."""
-    return tuple(axis.get_length() if axis.is_static else -1 for axis in port.partial_shape)
 
 
 def check_finite(array: np.ndarray, what: str) -> None:

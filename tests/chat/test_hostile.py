@@ -482,15 +482,15 @@ class Forger:
         file = self.pick(path, {"path": path}, {"path": path, "meta": {"_type": "gradio.FileData"}}, {"url": path})
         message = self.pick({"text": "hi", "files": [file]}, {"text": self.value(), "files": self.value()}, file, None)
         data: list = {
-            "ask": [message, "", 8, 0, 0.9],
-            "api_chat": [message, "", 8, 0, 0.9],
-            "on_typing": [message],
+            "ask": [message, "", 8, 0, 0.9, "high"],
+            "api_chat": [message, "", 8, 0, 0.9, "low"],
+            "on_typing": [message, "high"],
             "poll": ["opened", victim["chat"], ""],
             "reopen": [victim["chat"]],
             "open": [self.value()],
             "delete": ["yes"],
             "refresh": [""],
-            "choose": ["opened", "", 8, 0, 0.9],
+            "choose": ["opened", "", 8, 0, 0.9, "high"],
         }.get(named, [])
         if self.random.random() < 0.3:
             data = [self.value() for _ in range(self.random.randrange(7))]

@@ -72,7 +72,7 @@ def test_question_takes_uploads_only(demo, url, folder, slow_demo, secret, says,
     file = forged(kind, secret, client)
     before = stored(folder)
     looks = len(slow_demo.looks)
-    wishes = [] if endpoint == "on_typing" else SETTINGS
+    wishes = ["high"] if endpoint == "on_typing" else SETTINGS
     outputs = client.call(endpoint, {"text": "hi", "files": [file]}, *wishes)
     assert not outputs
     assert stored(folder) == before

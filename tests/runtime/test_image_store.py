@@ -6,6 +6,7 @@ import shutil
 import stat
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,7 +134,9 @@ def test_image_larger_than_the_budget_evicts_nothing(store):
     assert files(store) == ["a.kv16"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "one tile less", "longer", "bit", "counts", "empty", "zeros", "text"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "one tile less", "longer", "bit", "counts", "empty", "no tile", "zeros", "text"]
+)
 def test_broken_file_is_deleted_and_never_read(store, damage, caplog):
     store.put("a", image_of(tiles=2))
     path = store.folder / "a.kv16"
@@ -147,6 +150,7 @@ def test_broken_file_is_deleted_and_never_read(store, damage, caplog):
         "zeros": bytes(len(data)),
         "text": b"a broken file",
     }
+    changed["no tile"] = bytes(4)  # with the checksum of nothing
     changed["one tile less"] = data[: ONE_FILE - 4] + data[-4:]
     path.write_bytes(changed.get(damage, data))
     assert store.get("a", SHAPES) is None
@@ -165,11 +169,23 @@ def test_folder_and_files_are_their_users_alone(store):
     assert modes == [0o700, 0o700, 0o600]
 
 
+def test_file_appears_complete(store, monkeypatch):
+    seen, replace = [], Path.replace
+
+    def observed(part, target):
+        seen.append((part.stat().st_size, target.exists()))
+        return replace(part, target)
+
+    monkeypatch.setattr(Path, "replace", observed)
+    store.put("a", image_of())
+    assert seen == [(ONE_FILE, False)]
+
+
 def test_full_disk_leaves_the_image_rounded_and_nothing_behind(store, monkeypatch, caplog):
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     image, exact = image_of(), image_of()
     store.put("a", image)
     assert files(store) == []
