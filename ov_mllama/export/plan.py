@@ -12,26 +12,26 @@ from typing import NamedTuple
 from transformers import LlamaConfig, MllamaConfig
 
 from ov_mllama.export.costs import (
-    FOUR_TILES_S_PER_WEIGHT_ROW,
     LOAD_S_PER_BYTE,
-    ONE_TILE_S_PER_WEIGHT_ROW,
-    TOKEN_S_PER_BYTE,
     Cost,
     answering_memory,
     compression_cost,
     conversion_cost,
     duration,
     gigabytes,
+    image_seconds,
+    measured_format,
+    prompt_seconds,
     taking_over_cost,
+    token_seconds,
     vision_cost,
     weights,
 )
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, VISION_OPTIONS, Settings, own_name
-from ov_mllama.runtime.devices import cores
 from ov_mllama.runtime.errors import DiskError, OutOfMemoryError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
+from ov_mllama.runtime.measure import PROMPT, Speed, speed_here
 from ov_mllama.runtime.memory import existing, free_disk, free_memory
-from ov_mllama.runtime.shapes import MllamaShapes
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Machine:
     Attributes:
         memory: free bytes, those of cached files included.
         disk: free bytes on the model's disk.
-        cores: physical ones that this process may use.
         downloads: free bytes on the disk that checkpoints are downloaded to; None if it is the model's.
+        speed: of its CPU; without it the steps of answering have no seconds, and IRs are made on two cores.
     """
 
     memory: float
     disk: float
-    cores: int = 2
     downloads: float | None = None
+    speed: Speed | None = None
 
     @classmethod
     def here(cls, folder: str | Path, cache: str | Path | None = None) -> "Machine":
@@ -59,7 +59,7 @@ class Machine:
             cache: folder that checkpoints are downloaded to, likewise; default: `folder`.
         """
         apart = cache is not None and existing(cache).stat().st_dev != existing(folder).stat().st_dev
-        return cls(free_memory(), free_disk(folder), cores(), free_disk(cache or folder) if apart else None)
+        return cls(free_memory(), free_disk(folder), free_disk(cache or folder) if apart else None, speed_here())
 
 
 SYSTEM_BYTES = 4e9  # of a machine's memory, taken by its system and a browser
@@ -87,11 +87,9 @@ class Step:
         shortest, longest = duration(self.cost.seconds), duration(self.longest)
         return shortest if not self.longest or longest == shortest else f"{shortest} to {longest}"
 
-    def on(self, cores: int) -> "Step":
-        """Return the step on so many cores; more than two count as two, for which there are measurements."""
-        slower = 2 / min(cores, 2)
-        cost = self.cost._replace(seconds=slower * self.cost.seconds)
-        return replace(self, cost=cost, longest=slower * self.longest)
+    def on_one_core(self) -> "Step":
+        """Return the step on one core instead of two; on more it is as on two, for which there are measurements."""
+        return replace(self, cost=self.cost._replace(seconds=2 * self.cost.seconds))
 
     @property
     def disk(self) -> str:
@@ -198,8 +196,7 @@ class Plan:
             )
             for step in self.steps.values()
         ]
-        cores = "one core" if self.machine.cores == 1 else "two cores"  # more than two were not measured
-        return markdown(("step", f"time on {cores}", "memory", "disk"), rows)
+        return markdown(("step", "time", "memory", "disk"), rows)
 
 
 def plan(
@@ -226,7 +223,7 @@ def plan(
         files: of the checkpoint; default: those of 16-bit weights, as large as the config tells.
         draft_files: likewise, of the draft model.
     """
-    size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
+    size = weights(config)
     original, made = 2 * (size.language + size.vision), {made} if isinstance(made, str) else made
     vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[DEFAULT_VISION_OPTION]}.xml")
     smaller = vision_cost(DEFAULT_VISION_OPTION, config)
@@ -260,20 +257,30 @@ def plan(
     fits = not (for_chat or files.own_form) and answering_memory(config, original) <= machine.memory
     write_16_bit = fits and not disk_shortfalls(making(True), machine)
     answering = answering_memory(config, loaded)
-    steps = {
-        **making(write_16_bit),
-        "load": loading(config, loaded),
-        "picture": Step(
-            "encode an image of one to four tiles",
-            Cost(memory=answering, seconds=ONE_TILE_S_PER_WEIGHT_ROW * size.tower * rows),
-            FOUR_TILES_S_PER_WEIGHT_ROW * size.tower * rows,
-        ),
-        "token": Step(
-            "write a token", Cost(memory=answering, seconds=TOKEN_S_PER_BYTE * (small.disk - size.embedding))
-        ),
-    }
+    steps = {**making(write_16_bit), "load": loading(config, loaded)}
+    if machine.speed and machine.speed.threads == 1:
+        steps = {name: step.on_one_core() for name, step in steps.items()}
+    steps |= answers(config, machine.speed, answering, measured_format(settings))
     compare = write_16_bit and answering_memory(config, 2 * original) <= machine.memory
-    return Plan(machine, write_16_bit, compare, {name: step.on(machine.cores) for name, step in steps.items()})
+    return Plan(machine, write_16_bit, compare, steps)
+
+
+def answers(config: MllamaConfig, speed: Speed | None, memory: float, form: str) -> dict[str, Step]:
+    """Return the steps of answering, with their seconds if the CPU's speed is known.
+
+    Args:
+        memory: of answering, bytes.
+        form: of the language model's layers, of `measure.FORMATS`.
+    """
+    image, longest, prompt, token = 4 * (0.0,)
+    if speed:
+        image, longest = (image_seconds(config, speed, tiles) for tiles in (1, config.vision_config.max_num_tiles))
+        prompt, token = prompt_seconds(config, speed, form), token_seconds(config, speed, form)
+    return {
+        "picture": Step("encode an image of one to four tiles", Cost(memory=memory, seconds=image), longest),
+        "prompt": Step(f"read a prompt of {PROMPT} tokens", Cost(memory=memory, seconds=prompt)),
+        "token": Step("write a token", Cost(memory=memory, seconds=token)),
+    }
 
 
 def smaller_language_model(config: MllamaConfig, settings: Settings, files: Files) -> tuple[str, str, Cost]:
