@@ -3,8 +3,8 @@
 Memory is the sum of what a measured step holds at once. Seconds of making IRs are proportional to weights, as measured
 on random weights of the 11B's widths, on two cores of a virtual Intel Xeon with AVX-512 VNNI, without AMX
 (benchmarks/README.md). Seconds of answering follow from this machine's `Speed`: multiply-adds over the measured
-products per second, or bytes over the memory's speed, whichever takes longer, over an efficiency per part;
-`python -m benchmarks.predictions` compares them with measurements.
+products per second, or bytes over the memory's speed, whichever takes longer; `python -m benchmarks.predictions`
+compares them with measurements.
 """
 
 from typing import NamedTuple
@@ -49,12 +49,10 @@ SAMPLE_S_PER_WEIGHT = 11e-9  # of compressing with data, per weight and sample; 
 QUANTIZE_S_PER_WEIGHT = 14e-8  # of quantising the vision encoder, per weight of the tower and image
 LOAD_S_PER_BYTE = 5.2e-9  # of reading weights and having the plugin repack them
 
-# ---- Efficiencies: predicted by the measured speeds alone, over measured; `benchmarks.predictions` fits them ----
+# ---- Seconds of answering: shares of the measured speed, fitted with `benchmarks.predictions` (docs/costs.md) ----
 
-IMAGE_EFFICIENCY = 0.9  # of the vision encoder's matrices
-ATTENTION_EFFICIENCY = 0.5  # of its attention, relative to 16-bit products
-PROMPT_EFFICIENCY = 0.9  # of a step of PROMPT tokens
-TOKEN_EFFICIENCY = 0.8  # of a token
+ATTENTION_EFFICIENCY = 0.55  # of 16-bit products, in the vision encoder's attention; its matrices reach all
+TOKEN_EFFICIENCY = 0.85  # of reading or of products, whichever takes longer, at a token
 PREDICTION_ERROR = 0.3  # relative, of the seconds of answering
 
 
@@ -224,7 +222,7 @@ def image_seconds(config: MllamaConfig, speed: Speed, tiles: int, form: str = "i
     layers = vision.num_hidden_layers + vision.num_global_layers
     matrices = rows * size.vision / speed.rate("vision", form, IMAGE)
     attention = 2 * rows**2 * vision.hidden_size * layers / speed.rate("vision", "16 bit", IMAGE)
-    return matrices / IMAGE_EFFICIENCY + attention / ATTENTION_EFFICIENCY
+    return matrices + attention / ATTENTION_EFFICIENCY
 
 
 def prompt_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) -> float:
@@ -234,7 +232,7 @@ def prompt_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) 
         form: of the layers' weights, of `measure.FORMATS`.
     """
     products = PROMPT * weights(config).layers / speed.rate("language", form, PROMPT)
-    return products / PROMPT_EFFICIENCY + head_seconds(config, speed, form)
+    return products + head_seconds(config, speed, form)
 
 
 def token_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) -> float:

@@ -227,7 +227,7 @@ def plan(
     original, made = 2 * (size.language + size.vision), {made} if isinstance(made, str) else made
     vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[DEFAULT_VISION_OPTION]}.xml")
     smaller = vision_cost(DEFAULT_VISION_OPTION, config)
-    drafting = compression_cost(Settings(), draft) if draft else Cost()
+    drafting = compression_cost(settings, draft) if draft else Cost()
     files = files or Files(0 if downloaded else original)
     to_compress, small_name, small = smaller_language_model(config, settings, files)
     draft_files = draft_files or Files(2 * weights(draft).language if draft and not draft_downloaded else 0)

@@ -37,6 +37,11 @@ class Cpu:
     amd: bool = False
     arm: bool = False
 
+    @property
+    def in_8_bit(self) -> bool:
+        """True if products of compressed weights are computed in 8 bit; of ARM CPUs it is not known, and assumed."""
+        return self.vnni or self.arm
+
     @classmethod
     def here(cls) -> "Cpu":
         """Detect this machine's, as far as OpenVINO and its oneDNN may use it (`may_use`)."""
@@ -112,7 +117,7 @@ def choose(
     by_row = part == "vision" or stamp.get("group_size") == "-1"
     group = ROW_GROUP if by_row else int(stamp.get("group_size", 0))  # 0: compressed before stamps had it
     # weights that are only stored in 8 or 4 bits; a static "int8" has its activations' scales in the graph
-    if weights.endswith("sym") and not (cpu.vnni or cpu.arm):
+    if weights.endswith("sym") and not cpu.in_8_bit:
         properties[GROUP] = 0  # likewise
     elif weights.endswith("sym") and cpu.vnni and group:
         properties[GROUP] = group

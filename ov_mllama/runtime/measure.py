@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,12 +23,12 @@ from .ir import atomic_write
 
 logger = logging.getLogger(__name__)
 
-WIDTHS = ((5120, 1280), (1280, 5120))  # rows and columns of the 11B's vision MLP: the matrices of all products
-WEIGHTS = sum(rows * columns for rows, columns in WIDTHS)
+# Rows and columns of the matrices: the 11B's vision MLP, and a part of an MLP of its language model
+WIDTHS = {"vision": ((5120, 1280), (1280, 5120)), "language": ((8192, 4096),)}
 TOKEN, PROMPT, IMAGE = 1, 128, 400  # rows of activations: a token, a step of a prompt, enough of an image
 READ_BYTES = 1 << 28  # read to measure memory: more than caches hold
-ROUNDS = 5  # the fastest counts: other programs only slow a round down
-BUSY_PERCENT, BUSY_S = 25, 0.1  # of all CPUs, over so many seconds: then other programs slow every round down
+ROUNDS, LEAST_S = 3, 0.08  # each product is repeated so often, and so long
+BUSY_PERCENT, BUSY_S = 25, 0.1  # of all CPUs, over so many seconds: then others are computing
 # Stamps (`ir.ir_stamp`) of the measured formats
 FORMATS: dict[str, dict[str, str]] = {
     "16 bit": {"format": "16 bit"},
@@ -49,13 +50,11 @@ class Speed:
         threads: that OpenVINO computes with.
         read: bytes per second from memory.
         products: multiply-adds per second, by `name_of` part, format and rows.
-        busy: other programs were computing, so that the CPU is faster than that.
     """
 
     threads: int
     read: float
     products: dict[str, float]
-    busy: bool = False
 
     def rate(self, part: str, form: str, rows: int) -> float:
         """Return the multiply-adds per second of a product in PRODUCTS."""
@@ -78,14 +77,15 @@ def measure(cpu: Cpu | None = None) -> Speed:
     cpu, busy = cpu or Cpu.here(), is_busy()
     products, threads = {}, 1
     for part, form in dict.fromkeys(product[:2] for product in PRODUCTS):
-        compiled = ov.Core().compile_model(mlp(form), "CPU", choose(part, FORMATS[form], cpu=cpu).properties)
+        compiled = ov.Core().compile_model(matrices(part, form), "CPU", choose(part, FORMATS[form], cpu=cpu).properties)
         threads = compiled.get_property("INFERENCE_NUM_THREADS")
+        count = sum(rows * columns for rows, columns in WIDTHS[part])
         for rows in ROWS[part]:
-            seconds = fastest(compiled, np.ones((rows, WIDTHS[0][1]), np.float32))
-            products[name_of(part, form, rows)] = rows * WEIGHTS / seconds
+            seconds = seconds_of(compiled, np.ones((1, rows, WIDTHS[part][0][1]), np.float32), busy)
+            products[name_of(part, form, rows)] = rows * count / seconds
     # OpenVINO does not count a quota: its threads run until that is used up, and then wait
     share = min(1.0, quota() / threads)
-    return Speed(threads, share * measure_read(), {name: share * rate for name, rate in products.items()}, busy)
+    return Speed(threads, share * measure_read(busy), {name: share * rate for name, rate in products.items()})
 
 
 def is_busy() -> bool:
@@ -93,51 +93,66 @@ def is_busy() -> bool:
     return psutil.cpu_percent(BUSY_S) > BUSY_PERCENT
 
 
-def measure_read() -> float:
+def measure_read(busy: bool) -> float:
     """Return the bytes per second that OpenVINO reads from memory with all threads."""
     values = np.ones((READ_BYTES // 4096, 1024), np.float32)
     read = op.parameter(values.shape, np.float32)
     model = ov.Model([op.reduce_max(read, np.array([1]))], [read])
-    return values.nbytes / fastest(ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}), values)
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return values.nbytes / seconds_of(compiled, values, busy)
 
 
-def fastest(compiled: ov.CompiledModel, values: np.ndarray) -> float:
-    """Return the seconds of the fastest inference but the first, which repacks weights."""
-    request, seconds = compiled.create_infer_request(), []
-    for _ in range(1 + ROUNDS):
-        started = time.perf_counter()
+def seconds_of(compiled: ov.CompiledModel, values: np.ndarray, busy: bool) -> float:
+    """Return the seconds of an inference, the first, which repacks weights, left out.
+
+    Args:
+        busy: other programs are computing: then these are seconds of CPU time over threads, which come close to what
+            the inference takes without them.
+    """
+    threads = compiled.get_property("INFERENCE_NUM_THREADS")
+    request, times, of_cpu = compiled.create_infer_request(), [], []
+    while len(times) < 1 + ROUNDS or sum(times[1:]) < LEAST_S:
+        began, started = time.process_time(), time.perf_counter()
         request.infer({0: values}, share_inputs=True)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+        times.append(time.perf_counter() - started)
+        of_cpu.append((time.process_time() - began) / threads)
+    return min((of_cpu if busy and sys.platform != "win32" else times)[1:])  # Windows counts it in steps of 16 ms
 
 
-def mlp(form: str) -> ov.Model:
-    """Return two matrix products with weights in a format of FORMATS, as NNCF writes them."""
-    result = given = op.parameter([-1, WIDTHS[0][1]], np.float32)
-    for shape in WIDTHS:
-        result = op.matmul(result, weights(shape, FORMATS[form]), False, True)
+def matrices(part: str, form: str) -> ov.Model:
+    """Return the products of a part with weights in a format of FORMATS, as NNCF writes them."""
+    result = given = op.parameter([1, -1, WIDTHS[part][0][1]], np.float32)
+    for shape in WIDTHS[part]:
+        result = op.gelu(op.matmul(result, weights(shape, FORMATS[form]), False, True), "erf")
     return ov.Model([result], [given])
 
 
 def weights(shape: tuple[int, int], stamp: dict[str, str]) -> ov.Output:
-    """Return a matrix of arbitrary bytes in a format, decompressed to f32."""
+    """Return a matrix of arbitrary numbers in a format, decompressed to f32. They differ: OpenVINO folds equal ones."""
     (rows, columns), form = shape, stamp["format"]
     if form == "16 bit":
-        return op.convert(op.constant(np.full(shape, 0.01, np.float16)), "f32")
-    bits, group = (4, int(stamp["group_size"])) if form.startswith("int4") else (8, columns)
-    kind = ov.Type(f"{'i' if form.endswith('_sym') else 'u'}{bits}")
-    groups = [rows, columns // group]
+        return op.convert(constant(ov.Type.bf16, shape), "f32")
+    kind = {"int8_asym": ov.Type.u8, "int4_asym": ov.Type.u4, "int4_sym": ov.Type.i4}[form]
+    group = int(stamp["group_size"])
+    groups = (rows,) if group == -1 else (rows, columns // group)
+    matrix = op.convert(constant(kind, (*groups, columns if group == -1 else group)), "f16")
+    if form.endswith("_asym"):
+        matrix = op.subtract(matrix, op.convert(constant(kind, (*groups, 1)), "f16"))
+    matrix = op.multiply(matrix, constant(ov.Type.f16, (*groups, 1)))
+    return op.convert(matrix if group == -1 else op.reshape(matrix, np.array(shape), False), "f32")
 
-    def integers(size: int, byte: int) -> ov.Output:
-        packed = ov.Tensor(kind, ov.Shape([*groups, size]))
-        packed.data[:] = byte  # a byte holds two 4-bit integers
-        return op.convert(op.constant(packed), "f16")
 
-    matrix = integers(group, 0x35)
-    if kind.get_type_name().startswith("u"):
-        matrix = op.subtract(matrix, integers(1, 0x11))
-    matrix = op.multiply(matrix, op.constant(np.full((*groups, 1), 0.01, np.float16)))
-    return op.convert(op.reshape(matrix, np.array(shape), False), "f32")
+def constant(kind: ov.Type, shape: tuple[int, ...]) -> ov.Output:
+    """Return a constant of numbers that differ; floating-point ones are between 0.007 and 1.9."""
+    tensor = ov.Tensor(kind, ov.Shape(shape))
+    if kind.is_real():
+        lowest = 0x3C00 if kind == ov.Type.bf16 else 0x2000
+        tensor.data.view(np.uint16)[:] = np.resize(
+            np.arange(lowest, lowest + 0x3F0, dtype=np.uint16), tensor.data.shape
+        )
+    else:  # in 4 bit a byte holds two
+        tensor.data.view(np.uint8)[:] = np.resize(np.arange(251, dtype=np.uint8), tensor.data.shape)
+    return op.constant(tensor)
 
 
 # ---- Cache ----
@@ -146,15 +161,14 @@ def weights(shape: tuple[int, int], stamp: dict[str, str]) -> ov.Output:
 def speed_here(cpu: Cpu | None = None, file: Path | None = None) -> Speed:
     """Return this machine's speed, from the cache if the same CPU, versions and threads were measured before.
 
-    A cache that cannot be read counts as empty, one that cannot be written is left out. What was measured while other
-    programs were computing is measured anew when they no longer are.
+    A cache that cannot be read counts as empty, one that cannot be written is left out.
 
     Args:
         file: of the cache; default: `cache_file()`. Delete it to measure anew.
     """
     cpu, file = cpu or Cpu.here(), file or cache_file()
     key, cached = machine_key(cpu), read_cache(file)
-    if key not in cached or (cached[key].busy and not is_busy()):
+    if key not in cached:
         logger.info("⌛ Measuring the speed of this machine's CPU, once")
         cached[key] = measure(cpu)
         try:
@@ -199,6 +213,4 @@ def is_valid(entry: object) -> bool:
     if not isinstance(products, dict) or products.keys() != {name_of(*product) for product in PRODUCTS}:
         return False
     numbers = [entry["threads"], entry["read"], *products.values()]
-    return type(entry["busy"]) is bool and all(
-        type(number) in (int, float) and 0 < number < math.inf for number in numbers
-    )
+    return all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)

@@ -1,15 +1,25 @@
 """Measured speeds of a CPU: what is measured, and their cache. No test depends on how fast this machine is."""
 
 import dataclasses
+import itertools
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import openvino as ov
 import pytest
 
 from ov_mllama.runtime import devices, measure
-from ov_mllama.runtime.devices import Cpu, choose, quota
+from ov_mllama.runtime.devices import Cpu, quota
 from ov_mllama.runtime.measure import FORMATS, Speed, cache_file, speed_here
 
+# Instead of the real matrices: measured in a moment
+SMALL = {
+    "WIDTHS": {"vision": ((256, 128), (128, 256)), "language": ((256, 128),)},
+    "READ_BYTES": 1 << 16,
+    "LEAST_S": 0,
+    "BUSY_S": 0.01,
+}
 ZEN = Cpu(bf16=True, vnni=True, amd=True)
 
 
@@ -27,24 +37,33 @@ def measured(speed, monkeypatch):
 
 
 def test_every_product_is_measured_with_openvinos_threads(monkeypatch):
-    monkeypatch.setattr(measure, "WIDTHS", ((256, 128), (128, 256)))
-    monkeypatch.setattr(measure, "READ_BYTES", 1 << 16)
-    here = measure.measure()
-    assert measure.is_valid(dataclasses.asdict(here))
-    assert 1 <= here.threads <= devices.cores()
+    for name, value in SMALL.items():
+        monkeypatch.setattr(measure, name, value)
+    for busy in (True, False):
+        monkeypatch.setattr(measure, "is_busy", lambda busy=busy: busy)
+        here = measure.measure()
+        assert measure.is_valid(dataclasses.asdict(here))
+        assert 1 <= here.threads <= devices.cores()
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_weights_stay_compressed(form):
-    """As of an IR, OpenVINO fuses their decompression into the product."""
-    compiled = ov.Core().compile_model(measure.mlp(form), "CPU", choose("language", FORMATS[form]).properties)
-    layers = {node.get_rt_info()["layerType"].value for node in compiled.get_runtime_model().get_ops()}
-    assert layers - {"Input", "Output", "Const", "Reorder"} == {"FullyConnected"}
+def test_weights_are_multiplied_as_they_are_stored(form):
+    """OpenVINO folds equal numbers, and then measures something else."""
+    matrix = ov.Model([measure.weights((128, 256), FORMATS[form])], [])
+    kinds = {"16 bit": "bf16", "int8": "u8", "int4_asym, groups of 64": "u4", "int4_sym, groups of 128": "i4"}
+    constants = [node for node in matrix.get_ops() if node.get_type_name() == "Constant"]
+    assert kinds[form] in {node.get_element_type().get_type_name() for node in constants}
+    request = ov.Core().compile_model(matrix, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    (values,) = request.infer().values()
+    assert values.shape == (128, 256)
+    assert np.isfinite(values).all()
+    assert len(np.unique(values)) > 10
 
 
 def test_quota_slows_every_figure_down(monkeypatch):
-    monkeypatch.setattr(measure, "fastest", lambda compiled, values: 1.0)
-    monkeypatch.setattr(measure, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(measure, "seconds_of", lambda compiled, values, busy: 1.0)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(measure, name, value)
     figures = {}
     for limit in (float("inf"), 0.5):
         monkeypatch.setattr(measure, "quota", lambda limit=limit: limit)
@@ -126,19 +145,18 @@ def test_cache_that_cannot_be_written_is_none(measured, speed, tmp_path):
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
 
 
-def test_what_was_measured_while_others_computed_is_measured_anew_once_they_do_not(
-    measured, speed, tmp_path, monkeypatch
-):
-    file, busy = tmp_path / "speed.json", True
-    monkeypatch.setattr(measure, "is_busy", lambda: busy)
-    monkeypatch.setattr(measure, "measure", lambda cpu: measured.append(cpu) or Speed(2, 1e9, speed.products, busy))
-    assert speed_here(ZEN, file).busy
-    speed_here(ZEN, file)
-    assert len(measured) == 1
-    busy = False
-    assert not speed_here(ZEN, file).busy
-    speed_here(ZEN, file)
-    assert len(measured) == 2
+def test_on_a_busy_machine_cpu_time_counts(monkeypatch):
+    ticks = {"perf_counter": itertools.count(step=3.0), "process_time": itertools.count(step=2.0)}
+    for name, tick in ticks.items():
+        monkeypatch.setattr(measure.time, name, tick.__next__)
+    compiled = SimpleNamespace(
+        get_property=lambda name: 4, create_infer_request=lambda: SimpleNamespace(infer=lambda *args, **kwargs: None)
+    )
+    assert measure.seconds_of(compiled, np.ones(1), busy=False) == 3.0
+    monkeypatch.setattr(measure.sys, "platform", "linux")
+    assert measure.seconds_of(compiled, np.ones(1), busy=True) == 2.0 / 4
+    monkeypatch.setattr(measure.sys, "platform", "win32")  # whose clock of CPU time is too coarse
+    assert measure.seconds_of(compiled, np.ones(1), busy=True) == 3.0
 
 
 def test_cache_is_the_users(monkeypatch, tmp_path):
