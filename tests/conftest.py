@@ -176,8 +176,8 @@ def speed(monkeypatch):
         return None
     products = {measure.name_of(*product): 1e11 if product[2] > 1 else 2e10 for product in measure.PRODUCTS}
     here = measure.Speed(2, 2e10, products)
-    if "ov_mllama.export.plan" in sys.modules:
-        monkeypatch.setattr("ov_mllama.export.plan.speed_here", lambda: here)
+    if "ov_mllama.export.machine" in sys.modules:
+        monkeypatch.setattr("ov_mllama.export.machine.speed_here", lambda: here)
     return here
 
 

@@ -1,18 +1,18 @@
 """The plan for a checkpoint on a machine: which IRs to make, and the cost of each step.
 
-Nothing is measured here but in `Machine.here`; the formulas are in `costs.py`.
+Nothing is measured here; the formulas are in `costs.py`.
 """
 
 import errno
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from transformers import LlamaConfig, MllamaConfig
 
 from ov_mllama.export.costs import (
     LOAD_S_PER_BYTE,
+    PREDICTION_ERROR,
     Cost,
     answering_memory,
     compression_cost,
@@ -27,40 +27,11 @@ from ov_mllama.export.costs import (
     vision_cost,
     weights,
 )
+from ov_mllama.export.machine import Machine
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, VISION_OPTIONS, Settings, own_name
 from ov_mllama.runtime.errors import DiskError, OutOfMemoryError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
-from ov_mllama.runtime.measure import PROMPT, Speed, speed_here
-from ov_mllama.runtime.memory import existing, free_disk, free_memory
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Resources of a machine.
-
-    Attributes:
-        memory: free bytes, those of cached files included.
-        disk: free bytes on the model's disk.
-        downloads: free bytes on the disk that checkpoints are downloaded to; None if it is the model's.
-        speed: of its CPU; without it the steps of answering have no seconds, and IRs are made on two cores.
-    """
-
-    memory: float
-    disk: float
-    downloads: float | None = None
-    speed: Speed | None = None
-
-    @classmethod
-    def here(cls, folder: str | Path, cache: str | Path | None = None) -> "Machine":
-        """Measure this machine.
-
-        Args:
-            folder: of the model; it need not exist yet.
-            cache: folder that checkpoints are downloaded to, likewise; default: `folder`.
-        """
-        apart = cache is not None and existing(cache).stat().st_dev != existing(folder).stat().st_dev
-        return cls(free_memory(), free_disk(folder), free_disk(cache or folder) if apart else None, speed_here())
-
+from ov_mllama.runtime.measure import PROMPT, Speed
 
 SYSTEM_BYTES = 4e9  # of a machine's memory, taken by its system and a browser
 
@@ -196,7 +167,13 @@ class Plan:
             )
             for step in self.steps.values()
         ]
-        return markdown(("step", "time", "memory", "disk"), rows)
+        table, speed = markdown(("step", "time", "memory", "disk"), rows), self.machine.speed
+        if not speed:
+            return table
+        return (
+            f"{table}\n\nImage, prompt and token are predicted from this CPU's speed, with {speed.threads} threads and "
+            f"{gigabytes(speed.read)} a second from memory; {PREDICTION_ERROR:.0%} off is usual."
+        )
 
 
 def plan(

@@ -16,7 +16,8 @@ from ov_mllama.export.checkpoint import Checkpoint, every
 from ov_mllama.export.companion_files import check_companions_of
 from ov_mllama.export.convert import convert_mllama, of_vision_encoder, remains
 from ov_mllama.export.costs import gigabytes
-from ov_mllama.export.plan import Files, Machine, Plan, Step, loading, plan
+from ov_mllama.export.machine import Machine
+from ov_mllama.export.plan import Files, Plan, Step, loading, plan
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
 from ov_mllama.export.sources.model_id import OLLAMA, local_path, origin_of, short_name
 from ov_mllama.export.sources.ollama import all_models, folders

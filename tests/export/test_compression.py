@@ -32,6 +32,7 @@ from ov_mllama_compression import (
     compress,
     compression_widgets_helper,
     optimize_vision_encoder,
+    vision_encoder_selection_widget,
 )
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 

@@ -11,7 +11,7 @@ import pytest
 
 from ov_mllama.runtime import devices, measure
 from ov_mllama.runtime.devices import Cpu, quota
-from ov_mllama.runtime.measure import FORMATS, Speed, cache_file, speed_here
+from ov_mllama.runtime.measure import FORMATS, cache_file, speed_here
 
 # Instead of the real matrices: measured in a moment
 SMALL = {
