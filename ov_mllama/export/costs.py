@@ -3,8 +3,8 @@
 Memory is the sum of what a measured step holds at once. Seconds of making IRs are proportional to weights, as measured
 on random weights of the 11B's widths, on two cores of a virtual Intel Xeon with AVX-512 VNNI, without AMX
 (benchmarks/README.md). Seconds of answering follow from this machine's `Speed`: multiply-adds over the measured
-products per second, or bytes over the memory's speed, whichever takes longer; `python -m benchmarks.predictions`
-compares them with measurements.
+products per second, and bytes over the memory's speed; `python -m benchmarks.predictions` compares them with
+measurements.
 """
 
 from typing import NamedTuple
@@ -51,8 +51,9 @@ LOAD_S_PER_BYTE = 5.2e-9  # of reading weights and having the plugin repack them
 
 # ---- Seconds of answering: shares of the measured speed, fitted with `benchmarks.predictions` (docs/costs.md) ----
 
-ATTENTION_EFFICIENCY = 0.55  # of 16-bit products, in the vision encoder's attention; its matrices reach all
-TOKEN_EFFICIENCY = 0.85  # of reading or of products, whichever takes longer, at a token
+ATTENTION_EFFICIENCY = 0.65  # of 16-bit products, in the vision encoder's attention; its matrices reach all
+PROMPT_EFFICIENCY = 0.85  # of products, at a step of PROMPT tokens
+READ_EFFICIENCY = 0.7  # of memory's speed, at a token in 16 bit
 PREDICTION_ERROR = 0.3  # relative, of the seconds of answering
 
 
@@ -232,7 +233,7 @@ def prompt_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) 
         form: of the layers' weights, of `measure.FORMATS`.
     """
     products = PROMPT * weights(config).layers / speed.rate("language", form, PROMPT)
-    return products + head_seconds(config, speed, form)
+    return products / PROMPT_EFFICIENCY + head_seconds(config, speed, form)
 
 
 def token_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) -> float:
@@ -251,9 +252,11 @@ def head_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) ->
 
 
 def step_seconds(count: float, speed: Speed, form: str) -> float:
-    """Return the seconds of multiplying one token by so many weights: as long as reading or as computing them takes."""
-    size = {"16 bit": 2, "int8": INT8_BYTES_PER_WEIGHT}.get(form, INT4_BYTES_PER_WEIGHT)
-    return count * max(size / speed.read, 1 / speed.rate("language", form, TOKEN)) / TOKEN_EFFICIENCY
+    """Return the seconds of multiplying one token by so many weights, once they are read and decompressed."""
+    if form == "16 bit":
+        return count * 2 / speed.read / READ_EFFICIENCY
+    size = INT8_BYTES_PER_WEIGHT if form == "int8" else INT4_BYTES_PER_WEIGHT
+    return count * (size / speed.read + 1 / speed.rate("language", form, TOKEN))
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
