@@ -50,7 +50,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    monkeypatch.setattr("ov_mllama.export.plan.free_memory", lambda: LITTLE)
+    monkeypatch.setattr("ov_mllama.export.machine.free_memory", lambda: LITTLE)
 
 
 def weights_of(folder: Path) -> int:

@@ -131,8 +131,8 @@ def test_without_vnni_drafts_pay_only_where_most_are_right():
     counts = {}
     for step in (STEP, STEP_WITHOUT_VNNI):
         policy = DraftLengthPolicy(step)
-        for drafted in range(40):  # half are right
-            policy.update(1, drafted % 2, 0.155, step[1])
+        for number in range(100):  # two of five are right
+            policy.update(1, number % 5 % 2, 0.155, step[1])
         counts[step] = max(map(policy.gain, range(1, 9)))
     assert counts[STEP_WITHOUT_VNNI] < 1 < counts[STEP]
 
