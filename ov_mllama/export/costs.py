@@ -51,9 +51,10 @@ LOAD_S_PER_BYTE = 5.2e-9  # of reading weights and having the plugin repack them
 
 # ---- Seconds of answering: shares of the measured speed, fitted with `benchmarks.predictions` (docs/costs.md) ----
 
-ATTENTION_EFFICIENCY = 0.65  # of 16-bit products, in the vision encoder's attention; its matrices reach all
+ATTENTION_EFFICIENCY = 0.7  # of 16-bit products, in the vision encoder's attention; its matrices reach all
 PROMPT_EFFICIENCY = 0.85  # of products, at a step of PROMPT tokens
 READ_EFFICIENCY = 0.7  # of memory's speed, at a token in 16 bit
+NOT_OVERLAPPED = 0.6  # of the shorter of reading and computing, at a token in 8 or 4 bit
 PREDICTION_ERROR = 0.3  # relative, of the seconds of answering
 
 
@@ -256,7 +257,8 @@ def step_seconds(count: float, speed: Speed, form: str) -> float:
     if form == "16 bit":
         return count * 2 / speed.read / READ_EFFICIENCY
     size = INT8_BYTES_PER_WEIGHT if form == "int8" else INT4_BYTES_PER_WEIGHT
-    return count * (size / speed.read + 1 / speed.rate("language", form, TOKEN))
+    shorter, longer = sorted((size / speed.read, 1 / speed.rate("language", form, TOKEN)))
+    return count * (longer + NOT_OVERLAPPED * shorter)
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------

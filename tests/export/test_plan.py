@@ -208,10 +208,11 @@ def test_token_takes_the_time_of_reading_and_of_computing(config, speed):
     assert costs.token_seconds(config, slower(speed, "language"), "16 bit") == in_16_bit
     reading, computing = costs.INT8_BYTES_PER_WEIGHT / 2e10, 1 / 2e10
     in_8_bit = costs.token_seconds(config, speed, "int8")
-    assert in_8_bit == pytest.approx((size.layers + size.head) * (reading + computing))
+    per_weight = reading + costs.NOT_OVERLAPPED * computing  # reading takes longer, by 2 %
+    assert in_8_bit == pytest.approx((size.layers + size.head) * per_weight)
     in_4_bit = costs.token_seconds(config, speed, "int4_sym, groups of 128")
-    half = size.layers * costs.INT8_BYTES_PER_WEIGHT * costs.INT4_SAVING / 2e10
-    assert in_8_bit - in_4_bit == pytest.approx(half)  # its head is in 8 bit
+    smaller = computing + costs.NOT_OVERLAPPED * costs.INT4_BYTES_PER_WEIGHT / 2e10  # here computing does
+    assert in_4_bit == pytest.approx(size.layers * smaller + size.head * per_weight)  # its head is in 8 bit
     twice = costs.token_seconds(config, slower(speed, "int4_sym", ", 1"), "int4_sym, groups of 128")
     assert twice - in_4_bit == pytest.approx(size.layers * computing)
 
