@@ -19,6 +19,7 @@ from ov_mllama.export.settings import (
     INT8,
     VISION_OPTIONS,
     Settings,
+    vision_options,
 )
 
 WIDE = {"description_width": "initial"}  # else a widget's name is truncated
@@ -97,12 +98,13 @@ def optimize_vision_encoder(
 
 
 def vision_encoder_selection_widget(device: str = "CPU") -> ipywidgets.Dropdown:
-    """Return a drop-down of VISION_OPTIONS.
+    """Return a drop-down of VISION_OPTIONS, without the calibrated one on a CPU that computes it slower than 16 bit.
 
     Args:
-        device: ignored, accepted for the published notebook: the default is the same for all devices.
+        device: on others than "CPU" all options are offered; the default is the same for all.
     """
-    options = {"options": list(VISION_OPTIONS), "value": DEFAULT_VISION_OPTION}
+    offered = vision_options() if device == "CPU" else [*VISION_OPTIONS]
+    options = {"options": offered, "value": DEFAULT_VISION_OPTION}
     return ipywidgets.Dropdown(**options, description="Vision encoder", style=WIDE)
 
 
@@ -112,9 +114,9 @@ def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.
 
     Choosing the route or the algorithm sets the other widgets to fitting defaults and disables those without effect.
     """
-    route = ipywidgets.RadioButtons(options=["data-free", "data-aware"])
+    route, here = ipywidgets.RadioButtons(options=["data-free", "data-aware"]), Settings.here()
     widgets = {
-        "algo": ipywidgets.Dropdown(options=INT4 + INT8),
+        "algo": ipywidgets.Dropdown(options=INT4 + INT8, value=here.algo),
         "ratio": ipywidgets.FloatSlider(min=0.0, max=1.0, step=0.1),
         "sm": ipywidgets.Dropdown(),
         "awq": ipywidgets.Checkbox(),
@@ -132,7 +134,12 @@ def compression_widgets_helper() -> tuple[ipywidgets.VBox, dict[str, ipywidgets.
         is_int4 = widgets["algo"].value in INT4
         with_data = is_int4 and route.value == "data-aware"
         widgets["sm"].options = DATA_METRICS if with_data else [None]
-        defaults = {"ratio": 1.0, "awq": with_data, "all_layers": False, "group_size": 64 if is_int4 else -1}
+        defaults = {
+            "ratio": 1.0,
+            "awq": with_data,
+            "all_layers": False,
+            "group_size": here.group_size if is_int4 else -1,
+        }
         data_defaults = {
             "sm": DATA_METRIC if with_data else None,
             "scale_estimation": with_data,

@@ -26,11 +26,11 @@ TILES, TOKENS = (1, 2, 4), (1, 32, 256)
 RATIOS = {1: 1, 2: 2, 4: 6}  # number of tiles: a canvas of so many
 
 
-def inputs_of(model_dir: Path, vision: bool) -> dict[int, dict]:
+def inputs_of(model_dir: Path, vision: bool, tokens: tuple[int, ...] = TOKENS) -> dict[int, dict]:
     """Return the inputs of one inference, by number of tiles or tokens."""
     shapes, rng = MllamaShapes.from_config(AutoConfig.from_pretrained(model_dir)), np.random.default_rng(0)
     if not vision:
-        words = {count: rng.integers(1000, 100_000, (1, count)) % shapes.vocab_size for count in TOKENS}
+        words = {count: rng.integers(1000, 100_000, (1, count)) % shapes.vocab_size for count in tokens}
         return {count: language_inputs(ids, no_images(shapes)) for count, ids in words.items()}
     inputs = {}
     for count in TILES:

@@ -144,7 +144,7 @@ def make_draft_model(
         InputError: for settings that do not go together.
         DiskError, OutOfMemoryError: as `build_ir`.
     """
-    out_dir, settings, source = Path(out_dir), settings or Settings(), Checkpoint(checkpoint, "llama")
+    out_dir, settings, source = Path(out_dir), settings or Settings.here(), Checkpoint(checkpoint, "llama")
     source.check_apart(out_dir)
     settings.check(source.config)
     if settings.dataset_size:

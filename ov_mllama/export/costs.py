@@ -1,8 +1,10 @@
 """Costs of each step in bytes and seconds, computed from a checkpoint's config.
 
-Memory is the sum of what a measured step holds at once; seconds are proportional to weights. Measured on random weights
-of the 11B's widths, on two cores of a virtual Intel Xeon with AVX-512 VNNI, without AMX: benchmarks/README.md has the
-measurements, tests/export/test_plan.py compares them.
+Memory is the sum of what a measured step holds at once. Seconds of making IRs are proportional to weights, as measured
+on random weights of the 11B's widths, on two cores of a virtual Intel Xeon with AVX-512 VNNI, without AMX
+(benchmarks/README.md). Seconds of answering follow from this machine's `Speed`: multiply-adds over the measured
+products per second, and bytes over the memory's speed; `python -m benchmarks.predictions` compares them with
+measurements.
 """
 
 from typing import NamedTuple
@@ -10,6 +12,7 @@ from typing import NamedTuple
 from transformers import LlamaConfig, MllamaConfig
 
 from ov_mllama.export.settings import Settings
+from ov_mllama.runtime.measure import FORMATS, IMAGE, PROMPT, TOKEN, Speed
 from ov_mllama.runtime.memory import picture_memory
 from ov_mllama.runtime.shapes import MllamaShapes
 
@@ -24,6 +27,7 @@ TAKING_OVER_MEMORY_BYTES = 2.5e9  # of one matrix at a time, the largest of whic
 # Compression of the language model's weights, bytes per weight
 INT8_BYTES_PER_WEIGHT = 1.02  # with its share of scales and zero points
 INT4_SAVING = 0.47  # share of the INT8 size that INT4 with a scale per 64 weights saves
+INT4_BYTES_PER_WEIGHT = INT8_BYTES_PER_WEIGHT * (1 - INT4_SAVING)
 LM_HEAD_BYTES_PER_WEIGHT = 10.9  # peak while the head is compressed: float32, integers, and intermediate results
 AWQ_BYTES_PER_WEIGHT = 4  # of the scaled 16-bit copies of the two larger matrices of each MLP, per weight of one matrix
 PACKED_BYTES_PER_WEIGHT = 2.3  # of layers while NNCF runs the uncompressed model: 16 bit, repacked by the plugin
@@ -34,7 +38,7 @@ PIECE_BYTES_PER_BYTE = 11.6  # peak per byte of a piece's 16-bit weights: float3
 QUANTIZED_BYTES_PER_BYTE = 0.75  # of finished pieces in 8 bit, per byte of all layers' 16-bit weights
 
 
-# ---- Seconds, on two cores; encoding with a compressed vision encoder ----
+# ---- Seconds of making IRs, on two cores ----
 
 STEP_OVERHEAD_S = 5  # of each step that makes an IR, of any size
 TAKING_OVER_S_PER_BYTE = 2e-8  # of decoding quantised weights, and writing them twice, per byte of the IR
@@ -44,9 +48,14 @@ AWQ_TIME_FACTOR = 3.5  # of compression with AWQ, relative to without
 SAMPLE_S_PER_WEIGHT = 11e-9  # of compressing with data, per weight and sample; with scale estimation twice
 QUANTIZE_S_PER_WEIGHT = 14e-8  # of quantising the vision encoder, per weight of the tower and image
 LOAD_S_PER_BYTE = 5.2e-9  # of reading weights and having the plugin repack them
-TOKEN_S_PER_BYTE = 5.9e-11  # of computing a token, per byte of weights that it reads
-ONE_TILE_S_PER_WEIGHT_ROW = 1.22e-11  # of encoding a one-tile image, per weight of the tower and row of a tile
-FOUR_TILES_S_PER_WEIGHT_ROW = 5.12e-11  # likewise, a four-tile image
+
+# ---- Seconds of answering: shares of the measured speed, fitted with `benchmarks.predictions` (docs/costs.md) ----
+
+ATTENTION_EFFICIENCY = 0.7  # of 16-bit products, in the vision encoder's attention; its matrices reach all
+PROMPT_EFFICIENCY = 0.85  # of products, at a step of PROMPT tokens
+READ_EFFICIENCY = 0.7  # of memory's speed, at a token in 16 bit
+NOT_OVERLAPPED = 0.6  # of the shorter of reading and computing, at a token in 8 or 4 bit
+PREDICTION_ERROR = 0.3  # relative, of the seconds of answering
 
 
 class Cost(NamedTuple):
@@ -192,6 +201,64 @@ def answering_memory(config: MllamaConfig, weight_bytes: float) -> float:
     largest = picture_memory(shapes, shapes.max_num_tiles)
     cached = min(CACHE_BYTES, 4 * shapes.cross_kv_bytes(shapes.max_num_tiles * shapes.patches_per_tile))
     return LIBRARIES_BYTES + weight_bytes + largest + cached
+
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def measured_format(settings: Settings) -> str:
+    """Return the format of `measure.FORMATS` nearest to settings: groups of 64 for other 4-bit formats."""
+    name = f"{settings.algo}, groups of {settings.group_size}"
+    return (name if name in FORMATS else "int4_asym, groups of 64") if settings.is_int4 else "int8"
+
+
+def image_seconds(config: MllamaConfig, speed: Speed, tiles: int, form: str = "int8") -> float:
+    """Return the seconds of encoding an image.
+
+    Args:
+        tiles: of the image; of empty ones a single one is computed.
+        form: of the encoder's weights, "16 bit" or "int8"; attention has none.
+    """
+    vision, size = config.vision_config, weights(config)
+    rows = min(tiles + 1, vision.max_num_tiles) * MllamaShapes.from_config(config).patches_per_tile
+    layers = vision.num_hidden_layers + vision.num_global_layers
+    matrices = rows * size.vision / speed.rate("vision", form, IMAGE)
+    attention = 2 * rows**2 * vision.hidden_size * layers / speed.rate("vision", "16 bit", IMAGE)
+    return matrices + attention / ATTENTION_EFFICIENCY
+
+
+def prompt_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) -> float:
+    """Return the seconds of reading a prompt of PROMPT tokens.
+
+    Args:
+        form: of the layers' weights, of `measure.FORMATS`.
+    """
+    products = PROMPT * weights(config).layers / speed.rate("language", form, PROMPT)
+    return products / PROMPT_EFFICIENCY + head_seconds(config, speed, form)
+
+
+def token_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) -> float:
+    """Return the seconds of computing a token behind a short prompt.
+
+    Args:
+        form: as for `prompt_seconds`.
+    """
+    return step_seconds(weights(config).layers, speed, form) + head_seconds(config, speed, form)
+
+
+def head_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) -> float:
+    """Return the seconds of one token's logits; a head of 4-bit layers is in 8 bit."""
+    size = weights(config)
+    return step_seconds(size.head or size.embedding, speed, "16 bit" if form == "16 bit" else "int8")
+
+
+def step_seconds(count: float, speed: Speed, form: str) -> float:
+    """Return the seconds of multiplying one token by so many weights, once they are read and decompressed."""
+    if form == "16 bit":
+        return count * 2 / speed.read / READ_EFFICIENCY
+    size = INT8_BYTES_PER_WEIGHT if form == "int8" else INT4_BYTES_PER_WEIGHT
+    shorter, longer = sorted((size / speed.read, 1 / speed.rate("language", form, TOKEN)))
+    return count * (longer + NOT_OVERLAPPED * shorter)
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------

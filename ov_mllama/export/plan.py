@@ -1,66 +1,37 @@
 """The plan for a checkpoint on a machine: which IRs to make, and the cost of each step.
 
-Nothing is measured here but in `Machine.here`; the formulas are in `costs.py`.
+Nothing is measured here; the formulas are in `costs.py`.
 """
 
 import errno
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from transformers import LlamaConfig, MllamaConfig
 
 from ov_mllama.export.costs import (
-    FOUR_TILES_S_PER_WEIGHT_ROW,
     LOAD_S_PER_BYTE,
-    ONE_TILE_S_PER_WEIGHT_ROW,
-    TOKEN_S_PER_BYTE,
+    PREDICTION_ERROR,
     Cost,
     answering_memory,
     compression_cost,
     conversion_cost,
     duration,
     gigabytes,
+    image_seconds,
+    measured_format,
+    prompt_seconds,
     taking_over_cost,
+    token_seconds,
     vision_cost,
     weights,
 )
+from ov_mllama.export.machine import Machine
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, VISION_OPTIONS, Settings, own_name
-from ov_mllama.runtime.devices import cores
 from ov_mllama.runtime.errors import DiskError, OutOfMemoryError
 from ov_mllama.runtime.ir import DRAFT_MODEL_NAME, LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME
-from ov_mllama.runtime.memory import existing, free_disk, free_memory
-from ov_mllama.runtime.shapes import MllamaShapes
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Resources of a machine.
-
-    Attributes:
-        memory: free bytes, those of cached files included.
-        disk: free bytes on the model's disk.
-        cores: physical ones that this process may use.
-        downloads: free bytes on the disk that checkpoints are downloaded to; None if it is the model's.
-    """
-
-    memory: float
-    disk: float
-    cores: int = 2
-    downloads: float | None = None
-
-    @classmethod
-    def here(cls, folder: str | Path, cache: str | Path | None = None) -> "Machine":
-        """Measure this machine.
-
-        Args:
-            folder: of the model; it need not exist yet.
-            cache: folder that checkpoints are downloaded to, likewise; default: `folder`.
-        """
-        apart = cache is not None and existing(cache).stat().st_dev != existing(folder).stat().st_dev
-        return cls(free_memory(), free_disk(folder), cores(), free_disk(cache or folder) if apart else None)
-
+from ov_mllama.runtime.measure import PROMPT, Speed
 
 SYSTEM_BYTES = 4e9  # of a machine's memory, taken by its system and a browser
 
@@ -87,11 +58,9 @@ class Step:
         shortest, longest = duration(self.cost.seconds), duration(self.longest)
         return shortest if not self.longest or longest == shortest else f"{shortest} to {longest}"
 
-    def on(self, cores: int) -> "Step":
-        """Return the step on so many cores; more than two count as two, for which there are measurements."""
-        slower = 2 / min(cores, 2)
-        cost = self.cost._replace(seconds=slower * self.cost.seconds)
-        return replace(self, cost=cost, longest=slower * self.longest)
+    def on_one_core(self) -> "Step":
+        """Return the step on one core instead of two; on more it is as on two, for which there are measurements."""
+        return replace(self, cost=self.cost._replace(seconds=2 * self.cost.seconds))
 
     @property
     def disk(self) -> str:
@@ -198,8 +167,13 @@ class Plan:
             )
             for step in self.steps.values()
         ]
-        cores = "one core" if self.machine.cores == 1 else "two cores"  # more than two were not measured
-        return markdown(("step", f"time on {cores}", "memory", "disk"), rows)
+        table, speed = markdown(("step", "time", "memory", "disk"), rows), self.machine.speed
+        if not speed:
+            return table
+        return (
+            f"{table}\n\nImage, prompt and token are predicted from this CPU's speed, with {speed.threads} threads and "
+            f"{gigabytes(speed.read)} a second from memory; {PREDICTION_ERROR:.0%} off is usual."
+        )
 
 
 def plan(
@@ -226,11 +200,11 @@ def plan(
         files: of the checkpoint; default: those of 16-bit weights, as large as the config tells.
         draft_files: likewise, of the draft model.
     """
-    size, rows = weights(config), MllamaShapes.from_config(config).patches_per_tile
+    size = weights(config)
     original, made = 2 * (size.language + size.vision), {made} if isinstance(made, str) else made
     vision_name = VISION_ENCODER_NAME.replace(".xml", f"{VISION_OPTIONS[DEFAULT_VISION_OPTION]}.xml")
     smaller = vision_cost(DEFAULT_VISION_OPTION, config)
-    drafting = compression_cost(Settings(), draft) if draft else Cost()
+    drafting = compression_cost(settings, draft) if draft else Cost()
     files = files or Files(0 if downloaded else original)
     to_compress, small_name, small = smaller_language_model(config, settings, files)
     draft_files = draft_files or Files(2 * weights(draft).language if draft and not draft_downloaded else 0)
@@ -260,20 +234,30 @@ def plan(
     fits = not (for_chat or files.own_form) and answering_memory(config, original) <= machine.memory
     write_16_bit = fits and not disk_shortfalls(making(True), machine)
     answering = answering_memory(config, loaded)
-    steps = {
-        **making(write_16_bit),
-        "load": loading(config, loaded),
-        "picture": Step(
-            "encode an image of one to four tiles",
-            Cost(memory=answering, seconds=ONE_TILE_S_PER_WEIGHT_ROW * size.tower * rows),
-            FOUR_TILES_S_PER_WEIGHT_ROW * size.tower * rows,
-        ),
-        "token": Step(
-            "write a token", Cost(memory=answering, seconds=TOKEN_S_PER_BYTE * (small.disk - size.embedding))
-        ),
-    }
+    steps = {**making(write_16_bit), "load": loading(config, loaded)}
+    if machine.speed and machine.speed.threads == 1:
+        steps = {name: step.on_one_core() for name, step in steps.items()}
+    steps |= answers(config, machine.speed, answering, measured_format(settings))
     compare = write_16_bit and answering_memory(config, 2 * original) <= machine.memory
-    return Plan(machine, write_16_bit, compare, {name: step.on(machine.cores) for name, step in steps.items()})
+    return Plan(machine, write_16_bit, compare, steps)
+
+
+def answers(config: MllamaConfig, speed: Speed | None, memory: float, form: str) -> dict[str, Step]:
+    """Return the steps of answering, with their seconds if the CPU's speed is known.
+
+    Args:
+        memory: of answering, bytes.
+        form: of the language model's layers, of `measure.FORMATS`.
+    """
+    image, longest, prompt, token = 4 * (0.0,)
+    if speed:
+        image, longest = (image_seconds(config, speed, tiles) for tiles in (1, config.vision_config.max_num_tiles))
+        prompt, token = prompt_seconds(config, speed, form), token_seconds(config, speed, form)
+    return {
+        "picture": Step("encode an image of one to four tiles", Cost(memory=memory, seconds=image), longest),
+        "prompt": Step(f"read a prompt of {PROMPT} tokens", Cost(memory=memory, seconds=prompt)),
+        "token": Step("write a token", Cost(memory=memory, seconds=token)),
+    }
 
 
 def smaller_language_model(config: MllamaConfig, settings: Settings, files: Files) -> tuple[str, str, Cost]:

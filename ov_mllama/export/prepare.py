@@ -16,7 +16,8 @@ from ov_mllama.export.checkpoint import Checkpoint, every
 from ov_mllama.export.companion_files import check_companions_of
 from ov_mllama.export.convert import convert_mllama, of_vision_encoder, remains
 from ov_mllama.export.costs import gigabytes
-from ov_mllama.export.plan import Files, Machine, Plan, Step, loading, plan
+from ov_mllama.export.machine import Machine
+from ov_mllama.export.plan import Files, Plan, Step, loading, plan
 from ov_mllama.export.settings import DEFAULT_VISION_OPTION, Settings
 from ov_mllama.export.sources.model_id import OLLAMA, local_path, origin_of, short_name
 from ov_mllama.export.sources.ollama import all_models, folders
@@ -130,7 +131,7 @@ def plan_here(
     if not source.download_bytes and VISION_ENCODER_NAME not in made:
         check_companions_of(source)
     if not draft:
-        return plan(source.config, here, Settings(), made=made, for_chat=for_chat, files=files)
+        return plan(source.config, here, Settings.here(), made=made, for_chat=for_chat, files=files)
     small = Checkpoint(draft, "llama", with_weights=False)
     check_vocabulary(small.config.vocab_size, source.config.text_config.vocab_size)
     drafted = files_of(small, LlamaForCausalLM)
@@ -138,7 +139,7 @@ def plan_here(
     return plan(
         source.config,
         here,
-        Settings(),
+        Settings.here(),
         made=made,
         draft=small.config,
         for_chat=for_chat,
@@ -225,12 +226,13 @@ def prepare(
     if steps.makes and steps.shortfalls and not (yes() if callable(yes) else yes):
         steps.check()
     source = Checkpoint(checkpoint, base=base) if source.download_bytes else source
-    Settings().check(source.config)
+    settings = Settings.here()
+    settings.check(source.config)
     model_dir = convert_mllama(source, model_dir, language_model=steps.write_16_bit, reference=reference)
     # imported late: NNCF patches functions that torch traces, and torch then warns
     from ov_mllama.export.compress import compress_language_model, make_draft_model, make_vision_encoder
 
-    compress_language_model(model_dir, Settings(), checkpoint=source)
+    compress_language_model(model_dir, settings, checkpoint=source)
     if draft:
         make_draft_model(draft, model_dir / DRAFT_FOLDER)
     make_vision_encoder(model_dir, DEFAULT_VISION_OPTION)

@@ -231,7 +231,7 @@ def compare_references(checkpoint: str | Path, folder: Path, samples: list[dict]
         model_dir = convert_mllama(checkpoint, folder / name, steps.write_16_bit, reference=name)
         language = model_dir / LANGUAGE_MODEL_NAME
         if not steps.write_16_bit:
-            language = compress_language_model(model_dir, Settings(), checkpoint=checkpoint)
+            language = compress_language_model(model_dir, Settings.here(), checkpoint=checkpoint)
         for row, log_prob in zip(rows, caption_log_probs(model_dir, language.name, samples), strict=True):
             row[name] = log_prob
         trim_memory()

@@ -8,12 +8,16 @@ from dataclasses import dataclass, fields
 
 from transformers import LlamaConfig, MllamaConfig
 
+from ov_mllama.runtime.devices import Cpu
 from ov_mllama.runtime.errors import InputError
 
 INT4, INT8 = ("int4_asym", "int4_sym"), ("int8_asym", "int8_sym")
 GROUP_SIZES = (32, 64, 128, -1)
 # Options for the vision encoder, and the suffix of the file name of each
 VISION_OPTIONS = {"FP16": "", "INT8 quantization": "_int8", "INT8 weights compression": "_int8_wc"}
+# On a CPU without VNNI 4-bit weights become f32 again for each token: symmetric ones, with fewer scales, soonest
+# (docs/costs.md, "Defaults by CPU"); on other CPUs the defaults of `Settings`
+WITHOUT_VNNI = ("int4_sym", 128)
 # On all devices: the calibrated encoder takes 0.65 to 0.8 of the time, with up to ten times the error relative to 16
 # bit (benchmarks/README.md, "Precision")
 DEFAULT_VISION_OPTION = "INT8 weights compression"
@@ -21,6 +25,11 @@ DEFAULT_VISION_OPTION = "INT8 weights compression"
 DEFAULT_SOURCES = ("lmms-lab/flickr30k", "photographs of installed packages")
 DATA_FREE_METRIC = "weight_quantization_error"
 DATA_METRIC = "max_activation_variance"  # the default with data, as in the published notebook
+
+
+def vision_options(cpu: Cpu | None = None) -> list[str]:
+    """Return the VISION_OPTIONS to offer on a CPU: without VNNI the calibrated encoder is slower than 16 bit."""
+    return [option for option in VISION_OPTIONS if (cpu or Cpu.here()).in_8_bit or option != "INT8 quantization"]
 
 
 def own_name(form: str) -> str:
@@ -70,8 +79,18 @@ class Settings:
         object.__setattr__(self, "int8_layers", names)
 
     @classmethod
+    def here(cls, cpu: Cpu | None = None) -> "Settings":
+        """Return the default settings for a CPU, this machine's if none is given."""
+        if (cpu or Cpu.here()).in_8_bit:
+            return cls()
+        algo, group_size = WITHOUT_VNNI
+        return cls(algo, group_size=group_size)
+
+    @classmethod
     def of(cls, **settings) -> "Settings":
         """Return settings with the given values, and defaults that go with them for the rest.
+
+        Without `algo` and `group_size` these are the defaults for this machine's CPU.
 
         Raises:
             TypeError: for a setting that does not exist.
@@ -82,6 +101,8 @@ class Settings:
             raise TypeError(f"There is no setting {', '.join(unknown)}: there are {', '.join(known)}.")
         for name in ("algo", "sm"):
             settings[name] = getattr(settings.get(name), "value", settings.get(name))  # an NNCF enum's member, or text
+        if not (settings["algo"] or settings.get("group_size")):
+            settings |= {name: getattr(cls.here(), name) for name in ("algo", "group_size")}
         settings["algo"] = settings["algo"] or cls.algo
         settings["group_size"] = settings.get("group_size") or (64 if settings["algo"] in INT4 else -1)
         settings["sm"] = settings["sm"] or (DATA_METRIC if settings.get("dataset_size") else None)

@@ -4,10 +4,12 @@ By default OpenVINO's own: bf16 where the CPU has it, else f32. Exceptions are m
 `python -m benchmarks.precision` (benchmarks/README.md, "Precision"); a given `ov_config` overrides them.
 """
 
+import math
 import os
 import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import openvino as ov
@@ -15,6 +17,7 @@ import psutil
 import torch
 
 from .errors import InputError
+from .memory import CGROUPS, OWN_CGROUP, group_folders
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,33 @@ class Cpu:
     amd: bool = False
     arm: bool = False
 
+    @property
+    def in_8_bit(self) -> bool:
+        """True if products of compressed weights are computed in 8 bit; of ARM CPUs it is not known, and assumed."""
+        return self.vnni or self.arm
+
     @classmethod
     def here(cls) -> "Cpu":
-        """Detect this machine's, as far as oneDNN may use it (ONEDNN_MAX_CPU_ISA can exclude AMX)."""
+        """Detect this machine's, as far as OpenVINO and its oneDNN may use it (`may_use`)."""
         has, core = torch.cpu.get_capabilities(), ov.Core()
         name = core.get_property("CPU", "FULL_DEVICE_NAME")
         return cls(
-            amx=bool(has.get("amx_bf16")) and "AMX" in os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX").upper(),
-            bf16="BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-            vnni=bool(has.get("avx512_vnni") or has.get("avx_vnni")),
+            amx=bool(has.get("amx_bf16")) and may_use("amx"),
+            bf16="BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") and may_use("bf16"),
+            vnni=bool(has.get("avx512_vnni") or has.get("avx_vnni")) and may_use("vnni"),
             amd="AMD" in name,
             arm=platform.machine().lower() in ("aarch64", "arm64") or bool(re.search("ARM|Apple|Neoverse", name)),
         )
+
+
+# Instruction sets that include an attribute of `Cpu`, as OV_CPU_MAX_ISA and ONEDNN_MAX_CPU_ISA name them
+CAPS = {"amx": "AMX", "bf16": "AMX|FP16|BF16|VNNI_2", "vnni": "AMX|FP16|BF16|VNNI"}
+
+
+def may_use(attribute: str) -> bool:
+    """Return whether the variables that simulate an older CPU allow an attribute of `Cpu`."""
+    caps = (os.environ.get(name, "").upper() for name in ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA"))
+    return all(re.search(f"^$|ALL|DEFAULT|{CAPS[attribute]}", cap) for cap in caps)
 
 
 class Chosen(NamedTuple):
@@ -92,12 +110,16 @@ def choose(
         precision, why = "f32", "with AMX, a token takes half to three quarters of bf16's time"
     if part == "vision" and cpu.bf16 and not (cpu.amx or cpu.amd or cpu.arm):
         precision, why = "f32", "without AMX, an Intel CPU is slower in bf16"
+    if not (cpu.bf16 or cpu.arm):  # OpenVINO's choice too, unless ONEDNN_MAX_CPU_ISA alone simulates an older CPU
+        precision = "f32"
     properties: dict = {PRECISION: precision} if precision else {}
     reason = f"{weights} weights, in {precision or ('bf16' if cpu.bf16 else 'f32')}: {why}"
     by_row = part == "vision" or stamp.get("group_size") == "-1"
     group = ROW_GROUP if by_row else int(stamp.get("group_size", 0))  # 0: compressed before stamps had it
     # weights that are only stored in 8 or 4 bits; a static "int8" has its activations' scales in the graph
-    if weights.endswith("sym") and cpu.vnni and group:
+    if weights.endswith("sym") and not cpu.in_8_bit:
+        properties[GROUP] = 0  # likewise
+    elif weights.endswith("sym") and cpu.vnni and group:
         properties[GROUP] = group
         reason += f"; {group} activations share a scale" + ", as weights do" * (not by_row)
     overridden = [f"{name}={given[name]}" for name in properties if name in given]
@@ -108,9 +130,19 @@ def choose(
 
 
 def cores() -> int:
-    """Return the physical cores that this process may use, OpenVINO's number of threads."""
+    """Return the physical cores that this process may use: OpenVINO's threads on a CPU whose cores are alike."""
     physical = psutil.cpu_count(logical=False) or 1
     return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
+
+
+def quota(groups: Path = CGROUPS, own: Path = OWN_CGROUP) -> float:
+    """Return the cores' worth of time that control groups grant this process (`docker run --cpus`); infinity without a
+    limit."""
+    limits = []
+    for folder in group_folders(groups, own):
+        words = (folder / "cpu.max").read_text(encoding="utf-8").split() if (folder / "cpu.max").is_file() else ["max"]
+        limits += [int(words[0]) / int(words[1])] if words[0] != "max" else []
+    return min(limits, default=math.inf)
 
 
 def check_device(device: str) -> None:

@@ -47,11 +47,15 @@ def trim_memory() -> None:
 
 def group_memory(groups: Path = CGROUPS, own: Path = OWN_CGROUP) -> float:
     """Return the bytes left in the tightest control group (cgroup v2) of this process; infinity without one."""
+    return min(map(left_in, group_folders(groups, own)), default=math.inf)
+
+
+def group_folders(groups: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[Path]:
+    """Return the folders of this process's control groups (cgroup v2), from the top down."""
     lines = own.read_text(encoding="utf-8").splitlines() if own.is_file() else []
     paths = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
     # inside a container the path is the host's and leads nowhere: its own group is then the top
-    folders = [folder for path in paths for folder in accumulate(Path(path).parts[1:], Path.joinpath, initial=groups)]
-    return min(map(left_in, folders), default=math.inf)
+    return [folder for path in paths for folder in accumulate(Path(path).parts[1:], Path.joinpath, initial=groups)]
 
 
 def left_in(folder: Path) -> float:

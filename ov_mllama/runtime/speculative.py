@@ -15,14 +15,16 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .checks import check_vocabulary
+from .devices import Cpu
 from .generation import end_tokens, generation_config
 from .ir import DRAFT_MODEL_NAME, check_model_dir
 from .kv_cache import Prompt
 from .language import OVLanguageModel
 from .shapes import MllamaShapes
 
-# Relative time of a step by its tokens: the 11B in INT4, `step_ms` in benchmarks/results/11b-without-amx.json
+# Relative time of a step by its tokens, in INT4: the 11B, `step_ms` in benchmarks/results/11b-without-amx.json
 TOKENS, STEP = (1, 2, 4, 8, 16), (1.0, 1.23, 1.41, 1.65, 2.19)
+STEP_WITHOUT_VNNI = (1.0, 1.33, 2.33, 2.69, 4.7)  # a slice on a Zen 3, which computes rather than waits for memory
 
 
 class DraftLengthPolicy:
@@ -31,12 +33,13 @@ class DraftLengthPolicy:
     Attributes:
         acceptance_rate: share of accepted draft tokens.
         cost: time of a draft token, relative to the target model's step of one token.
+        step: relative time of the target model's steps of TOKENS.
     """
 
     MAX_DRAFT_TOKENS, PAUSES, RATE = 8, (4, 64), 0.15
 
-    def __init__(self):
-        self.acceptance_rate, self.cost = 0.5, 0.2
+    def __init__(self, step: tuple[float, ...] = STEP):
+        self.acceptance_rate, self.cost, self.step = 0.5, 0.2, step
         self.pause = self.remaining = 0
 
     def count(self) -> int:
@@ -49,13 +52,13 @@ class DraftLengthPolicy:
     def gain(self, drafts: int) -> float:
         """Return the speed with so many draft tokens, relative to none."""
         tokens = sum(self.acceptance_rate**number for number in range(drafts + 1))
-        return tokens / (np.interp(drafts + 1, TOKENS, STEP) + drafts * self.cost)
+        return tokens / (np.interp(drafts + 1, TOKENS, self.step) + drafts * self.cost)
 
     def update(self, drafted: int, accepted: int, seconds: float, step_seconds: float) -> None:
         """Record a draft of `seconds`, and the target model's step that checked it."""
         for hit in [1] * accepted + [0] * (accepted < drafted):  # tokens after a rejected one do not count
             self.acceptance_rate += self.RATE * (hit - self.acceptance_rate)
-        of_one = step_seconds / np.interp(drafted + 1, TOKENS, STEP)
+        of_one = step_seconds / np.interp(drafted + 1, TOKENS, self.step)
         self.cost += self.RATE * (seconds / drafted / of_one - self.cost)
         pays = max(map(self.gain, range(1, self.MAX_DRAFT_TOKENS + 1))) > 1
         self.pause = 0 if pays else min(max(2 * self.pause, self.PAUSES[0]), self.PAUSES[1])
@@ -84,7 +87,7 @@ class OVDraftModel:
             model_dir / DRAFT_MODEL_NAME, shapes, device, ov_config, stamps[DRAFT_MODEL_NAME]
         )
         self.session = self.language_model.session()
-        self.schedule, self.drafts = DraftLengthPolicy(), drafts
+        self.schedule, self.drafts = DraftLengthPolicy(STEP if Cpu.here().in_8_bit else STEP_WITHOUT_VNNI), drafts
 
     def draft_tokens(self, tokens: np.ndarray, count: int, ends: frozenset[int] = frozenset()) -> list[int]:
         """Generate up to `count` greedy tokens after the text i64 [query], until one of `ends`."""

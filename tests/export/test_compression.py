@@ -24,13 +24,15 @@ from demo_model import SAMPLES
 from ov_mllama.export import calibration, costs
 from ov_mllama.export.compress import nncf_arguments
 from ov_mllama.export.samples import calibration_samples
-from ov_mllama.export.settings import DEFAULT_SOURCES, GROUP_SIZES, INT4, INT8, Settings
+from ov_mllama.export.settings import DEFAULT_SOURCES, GROUP_SIZES, INT4, INT8, Settings, vision_options
+from ov_mllama.runtime.devices import Cpu
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME, check_model_dir, ir_stamp
 from ov_mllama.runtime.vision import OVImageEncoder
 from ov_mllama_compression import (
     compress,
     compression_widgets_helper,
     optimize_vision_encoder,
+    vision_encoder_selection_widget,
 )
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
 
@@ -459,3 +461,28 @@ def test_vision_encoder_options(model_dir, monkeypatch):
         optimize_vision_encoder(model_dir, "INT2")
     with pytest.raises(ValueError, match="INT8 quantization needs images: give samples"):
         ov_mllama.export.compress.make_vision_encoder(model_dir, "INT8 quantization", force=True)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "algo", "group_size"),
+    [
+        (Cpu(), "int4_sym", 128),  # AVX2 or AVX-512 alone
+        (Cpu(amd=True), "int4_sym", 128),
+        (Cpu(vnni=True), "int4_asym", 64),
+        (Cpu(bf16=True, vnni=True, amd=True), "int4_asym", 64),
+        (Cpu(amx=True, bf16=True, vnni=True), "int4_asym", 64),
+        (Cpu(arm=True), "int4_asym", 64),
+    ],
+)
+def test_defaults_by_cpu(cpu, algo, group_size, monkeypatch):
+    assert Settings.here(cpu) == Settings(algo, group_size=group_size)
+    monkeypatch.setattr(Cpu, "here", lambda: cpu)
+    assert Settings.of() == Settings.here(cpu)
+    assert Settings.of(algo="int4_asym") == Settings()  # what is given goes with its own defaults
+    assert Settings.of(algo="int8_asym").group_size == -1
+    widgets = compression_widgets_helper()[1]
+    assert (widgets["algo"].value, widgets["group_size"].value) == (algo, group_size)
+    calibrated = "INT8 quantization"
+    assert (calibrated in vision_encoder_selection_widget().options) == (calibrated in vision_options(cpu))
+    assert (calibrated in vision_options(cpu)) == cpu.in_8_bit
+    assert calibrated in vision_encoder_selection_widget("GPU").options

@@ -21,7 +21,8 @@ from ov_mllama.__main__ import main
 from ov_mllama.export import prepare as preparing
 from ov_mllama.export.checkpoint import Checkpoint
 from ov_mllama.export.convert import convert_mllama, of_language_model, of_vision_encoder
-from ov_mllama.export.plan import Files, Machine, plan
+from ov_mllama.export.machine import Machine
+from ov_mllama.export.plan import Files, plan
 from ov_mllama.export.prepare import default_folder, plan_here, prepare
 from ov_mllama.export.settings import Settings
 from ov_mllama.export.sources import hub as hubs
@@ -49,7 +50,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    monkeypatch.setattr("ov_mllama.export.plan.free_memory", lambda: LITTLE)
+    monkeypatch.setattr("ov_mllama.export.machine.free_memory", lambda: LITTLE)
 
 
 def weights_of(folder: Path) -> int:

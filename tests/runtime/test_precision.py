@@ -29,7 +29,9 @@ GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
         ("language", INT4, AMX, "f32", 64),
         ("language", INT4, ZEN, None, 64),
         ("language", INT4, INTEL, None, 64),
-        ("language", INT4, OLD, None, None),
+        ("language", INT4, OLD, "f32", 0),
+        ("language", {"format": "16 bit"}, OLD, "f32", None),
+        ("language", INT4, Cpu(arm=True), None, None),  # OpenVINO's choice: f16 where there is
         ("language", {**INT4, "group_size": "-1"}, ZEN, None, 128),
         ("language", {"format": "int8_asym", "group_size": "-1"}, INTEL, None, 128),
         ("language", {"format": "int4_sym", "group_size": "128"}, ZEN, None, 128),
@@ -41,12 +43,14 @@ GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
         ("vision", {"format": "int8"}, INTEL, "f32", None),
         ("vision", {"format": "int8_asym"}, INTEL, "f32", 128),
         ("vision", {"format": "int8_asym"}, ZEN, None, 128),
-        ("vision", {"format": "int8_asym"}, OLD, None, None),
+        ("vision", {"format": "int8_asym"}, OLD, "f32", 0),
     ],
 )
 def test_by_cpu_and_stamp(part, stamp, cpu, precision, group):
     properties, reason, _ = choose(part, stamp, cpu=cpu)
-    expected = ({"INFERENCE_PRECISION_HINT": precision} if precision else {}) | ({GROUP: group} if group else {})
+    expected = ({"INFERENCE_PRECISION_HINT": precision} if precision else {}) | (
+        {GROUP: group} if group is not None else {}
+    )
     assert properties == expected
     assert (precision or ("bf16" if cpu.bf16 else "f32")) in reason
     assert (f"{group} activations" in reason) == bool(group)
@@ -76,6 +80,34 @@ def test_amx_that_may_not_be_used(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     assert not Cpu.here().amx
     assert Cpu.here().vnni
+
+
+@pytest.mark.parametrize("variable", ["OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA"])
+@pytest.mark.parametrize(
+    ("isa", "allowed"),
+    [
+        ("avx2", ""),
+        ("AVX512_CORE", ""),
+        ("AVX2_VNNI", "vnni"),
+        ("AVX2_VNNI_2", "bf16 vnni"),
+        ("AVX512_CORE_VNNI", "vnni"),
+        ("AVX512_CORE_BF16", "bf16 vnni"),
+        ("AVX512_CORE_FP16", "bf16 vnni"),
+        ("avx512_core_amx", "amx bf16 vnni"),
+        ("ALL", "amx bf16 vnni"),
+        ("DEFAULT", "amx bf16 vnni"),
+        ("", "amx bf16 vnni"),
+    ],
+)
+def test_simulated_cpu_is_what_is_detected(monkeypatch, variable, isa, allowed):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_vnni": True})
+    answers = {"FULL_DEVICE_NAME": "Intel Xeon", "OPTIMIZATION_CAPABILITIES": ["FP32", "BF16"]}
+    monkeypatch.setattr(ov.Core, "get_property", lambda core, device, key: answers[key])
+    for name in ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, isa)
+    cpu = Cpu.here()
+    assert [name for name in ("amx", "bf16", "vnni") if getattr(cpu, name)] == allowed.split()
 
 
 @pytest.mark.parametrize("cpu", [AMX, INTEL])
