@@ -307,6 +307,7 @@ main()
 def test_installed_wheel_plans_without_the_extras_packages(bare_nursery, wheel, tmp_path):
     """As in an environment where `pip install .` was all: what only the extras bring cannot be imported."""
     extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,platformdirs,IPython,ipywidgets,matplotlib,pandas"
+    extras += ",pypdfium2"
     shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
     command = HIDING, extras, "plan", "demo_model"
     printed = run_alone(bare_nursery, tmp_path, tmp_path, wheel, *command, HOME=str(tmp_path))
@@ -330,7 +331,7 @@ def test_requirements_files_have_the_pins_of_pyproject():
 
 
 NEEDS = {
-    "runtime": [],
+    "runtime": ["pdf"],  # in one function, with a sentence where it is missing
     "sources": [],
     "export": [],
     "cli": [],

@@ -10,7 +10,7 @@ from ov_mllama.runtime.errors import ImageError, InputError, NumericalError, Out
 from ov_mllama.runtime.generation import end_tokens
 from ov_mllama.runtime.inference import Cancelled
 from ov_mllama.runtime.memory import trim_memory
-from ov_mllama.runtime.prompts import padded, prompt_inputs, prompt_text
+from ov_mllama.runtime.prompts import GREEDY, padded, prompt_inputs, prompt_text
 from ov_mllama.serving.images import ImageFile
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError, internal_error
@@ -239,9 +239,7 @@ class Scheduler:
             return
         self.model.generate(
             **padded(prompts, self.processor.tokenizer.pad_token_id),
-            do_sample=False,
-            temperature=None,
-            top_p=None,
+            **GREEDY,
             max_new_tokens=max(sequence.max_new_tokens for sequence in sequences),
             logits_processor=[Sampler(sequences)],
             stopping_criteria=[StopCheck(sequences, self.eos_token_ids)],
