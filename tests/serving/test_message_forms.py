@@ -172,7 +172,7 @@ def test_value_without_meaning_is_refused(client, options):
 
 
 def test_answer_without_a_limit_ends_where_the_context_does(client, slow_demo, scheduler, monkeypatch):
-    monkeypatch.setattr(scheduler, "eos_token_ids", [])
+    monkeypatch.setattr(scheduler._engine, "_eos_token_ids", [])
     monkeypatch.setattr(slow_demo.generation_config, "eos_token_id", None)
     context = slow_demo.config.text_config.max_position_embeddings
     question = user(text("word " * 1010))

@@ -23,6 +23,7 @@ from ov_mllama.serving.loading import Gate
 from ov_mllama.serving.ollama_protocol import Options, closed
 from ov_mllama.serving.protocol import NEUTRAL
 from ov_mllama.serving.scheduler import Scheduler
+from ov_mllama.serving.sequences import Sequence
 
 SAMPLES = demo_samples()
 IMAGE = path_of(SAMPLES[0])
@@ -228,12 +229,12 @@ def test_options_apply(llama):
     ],
 )
 def test_token_limit_fits_the_context(llama, slow_demo, monkeypatch, options, limit):
-    seen, generate = [], slow_demo.generate
-    monkeypatch.setattr(slow_demo, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs))
+    seen, start = [], Sequence.start
+    monkeypatch.setattr(Sequence, "start", lambda self, *given: seen.append(self) or start(self, *given))
     answer = llama.generate("demo", WHO, options={**GREEDY, **options})
     assert answer.response == SELF
     left = slow_demo.config.text_config.max_position_embeddings - answer.prompt_eval_count
-    assert seen[0]["max_new_tokens"] == min(limit or left, left)
+    assert seen[0].max_new_tokens == min(limit or left, left)
 
 
 def test_options_of_the_machine_and_neutral_ones_are_ignored(llama, server):
@@ -407,9 +408,9 @@ def test_errors_have_ollama_s_format(llama, server, slow_demo, monkeypatch):
     assert "Not Allowed" in rejection(HTTP.get(f"{server}/api/chat"), 405)
     assert "2 MB" in rejection(post(server, "/api/generate", b" " * 3_000_000), 413)
     assert "1 MB" in rejection(post(server, "/api/show", b" " * 1_500_000), 413)
-    monkeypatch.setattr(slow_demo, "generate", raises(OutOfMemoryError("2 GB too little: close other programs.")))
+    monkeypatch.setattr(slow_demo, "begin", raises(OutOfMemoryError("2 GB too little: close other programs.")))
     assert "2 GB too little" in rejection(post(server, "/api/generate", body), 503)
-    monkeypatch.setattr(slow_demo, "generate", raises(RuntimeError("sesame")))
+    monkeypatch.setattr(slow_demo, "begin", raises(RuntimeError("sesame")))
     assert "sesame" not in rejection(post(server, "/api/generate", body), 500)
 
 

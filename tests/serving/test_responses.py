@@ -113,6 +113,6 @@ def test_neutral_parameters_are_taken(client, scheduler):
 
 def test_error_amid_a_stream_is_an_event(client, slow_demo, monkeypatch):
     monkeypatch.setattr("ov_mllama.serving.streaming.KEEPALIVE_S", 0)
-    monkeypatch.setattr(slow_demo, "generate", raises(NumericalError("not finite")))
+    monkeypatch.setattr(slow_demo, "begin", raises(NumericalError("not finite")))
     *_, last = client.responses.create(model="demo", input=WHO, stream=True)
     assert (last.type, last.message) == ("error", "not finite")

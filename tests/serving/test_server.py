@@ -11,7 +11,7 @@ import pytest
 
 from chat_page import SELF, WHO, path_of
 from conftest import DEMO, demo_samples
-from openai_client import HTTP, KEY, about, alone, complete, picture, refusal, served, text, user
+from openai_client import HTTP, KEY, about, alone, complete, picture, raises, refusal, served, text, user
 from ov_mllama.serving.app import bind_socket, create_app, mount_chat
 from ov_mllama.serving.scheduler import Scheduler
 
@@ -275,10 +275,7 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(server):
 
 
 def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(client, slow_demo, monkeypatch):
-    def fails(**inputs):
-        raise RuntimeError("out of order")
-
-    monkeypatch.setattr(slow_demo, "generate", fails)
+    monkeypatch.setattr(slow_demo, "begin", raises(RuntimeError("out of order")))
     assert isinstance(refusal(client), openai.InternalServerError)
     with pytest.raises(openai.InternalServerError):
         list(complete(client, user(text(WHO)), stream=True))
