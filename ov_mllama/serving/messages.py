@@ -1,6 +1,7 @@
 """Messages of requests -> messages for the chat template and their images, in every form that is unambiguous."""
 
 import io
+import json
 import re
 from typing import Any
 
@@ -19,13 +20,13 @@ IMAGE_TYPES = ("image_url", "input_image", "image", "file", "input_file")
 # Fields of an image's part, in which it may be, and those of such a field, if it is an object
 IMAGE_FIELDS = ("image_url", "image", "source", "url", "data", "base64", "file", "file_data")
 URL_FIELDS = ("url", "data", "base64", "file_data")
+ROLES = {"developer": "system", "ipython": "tool"}  # other names of roles -> ours
 SYNONYMS = {"auto": "high", "original": "high"}  # values of `detail`
 # Fields of messages that would change the answer and are not supported -> what to do instead
 UNSUPPORTED = {
     "audio": "send text",
-    "function_call": "send it as text",
+    "function_call": "send it as tool_calls",
     "images": "send them as parts of the content, of type image_url",
-    "tool_calls": "send them as text",
 }
 
 
@@ -36,10 +37,9 @@ def convert_message(message: dict, param: str, images: list[ImageFile]) -> dict:
         ApiError: naming the field that is invalid or not supported.
     """
     role = message.get("role")
-    role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant"):
-        advice = ", send a tool's result as a user's text" if role in ("tool", "function") else ""
-        error = f"A role is system, user or assistant, not {brief(role)}{advice}."
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ("system", "user", "assistant", "tool"):
+        error = f"A role is system, user, assistant or tool, not {brief(role)}."
         raise ApiError(400, error, "invalid_value", f"{param}.role")
     for name, advice in UNSUPPORTED.items():
         if message.get(name):
@@ -62,7 +62,34 @@ def convert_message(message: dict, param: str, images: list[ImageFile]) -> dict:
             kind = part.get("type") if isinstance(part, dict) else part
             error = f"A part is a text, or in a user's message an image_url, not {brief(kind)}."
             raise ApiError(400, error, "invalid_value", path)
-    return {"role": role, "content": converted}
+    if role in ("system", "tool"):  # Meta's template writes them as a text
+        result = {"role": role, "content": "".join(part["text"] for part in converted)}
+        return {**result, "tool_call_id": message.get("tool_call_id")} if role == "tool" else result
+    calls = convert_calls(message.get("tool_calls"), f"{param}.tool_calls") if role == "assistant" else []
+    return {"role": role, "content": converted, **({"tool_calls": calls} if calls else {})}
+
+
+def convert_calls(calls: Any, param: str) -> list[dict]:
+    """Return an assistant's tool calls for the chat template, their arguments as objects.
+
+    Raises:
+        ApiError: if one is invalid.
+    """
+    converted = []
+    for i, call in enumerate(calls if isinstance(calls, list) else []):
+        function = call.get("function") if isinstance(call, dict) else None
+        name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else ("", "")
+        try:
+            arguments = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
+            function = {"name": name, "arguments": arguments}
+            function = json.loads(escape_special_tokens(json.dumps(function, ensure_ascii=False)))
+        except (ValueError, RecursionError):
+            function = {}
+        if not (name and isinstance(function.get("name"), str) and isinstance(function["arguments"], dict)):
+            error = "A call has a function with a name, and with arguments that are a JSON object."
+            raise ApiError(400, error, "invalid_value", f"{param}[{i}]")
+        converted.append({"id": call.get("id"), "type": "function", "function": function})
+    return converted
 
 
 def text_of(part: Any) -> str | None:

@@ -67,6 +67,8 @@ class Scheduler(RequestQueue):
         reservation = reservation or self.reserve()
         try:
             self.resize(reservation, request.nbytes)
+            if request.repetition_penalty is None:
+                request.repetition_penalty = self.model.generation_config.repetition_penalty or 1.0
             prompt = await asyncio.to_thread(self._prompt, request)  # a second for each megabyte
             matcher, tiles = None, {image.key: computed_tiles(self.model, image) for image in request.images}
             if request.schema is not None:

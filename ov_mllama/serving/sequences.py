@@ -14,7 +14,7 @@ from ov_mllama.serving.detokenizer import Detokenizer
 from ov_mllama.serving.logprobs import TokenLogprob, token_logprob
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError
-from ov_mllama.serving.sampling import adjust_logits, mask_logits, sample, schema_error
+from ov_mllama.serving.sampling import adjust_logits, grammar_error, mask_logits, sample
 
 
 class Reservation:
@@ -35,7 +35,7 @@ class Sequence:
 
     Args:
         put_chunk: called from the model's thread with each chunk of text, and with None at the end.
-        matcher: of the request's schema; None for free text.
+        matcher: of the request's grammar; None for free text.
 
     Attributes:
         cancelled: set it to end the answer after the current token.
@@ -111,7 +111,7 @@ class Sequence:
         if not self.num_tokens:
             self.first_token_s = time.perf_counter()
         if self.matcher and not (self.error or self.matcher.consume_token(token)):
-            self.error = schema_error(self.matcher.get_error())
+            self.error = grammar_error(self.matcher.get_error())
         if self.error:
             self._finish("error")
             return
@@ -142,13 +142,13 @@ class PendingRequest:
 
     Args:
         prompt: the messages in the chat template.
-        matcher: of the request's schema; None for free text.
+        matcher: of the request's grammar; None for free text.
         image_tiles: number of computed tiles by `ImageFile.key`.
 
     Attributes:
         sequence: the answer.
-        remarks: on its images, once they are decoded (`images.load_image`).
         prefill: its prompt, being prepared by another thread; None while it waits.
+        remarks: on its images, once they are decoded (`images.load_image`).
         exclusive: whether it must run without others, because a batch with it failed.
         finished: whether there will be no more chunks.
         on_finish: called once there will be no more, in any thread.

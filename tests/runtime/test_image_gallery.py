@@ -468,7 +468,7 @@ SENTENCES = {
     b"\0" * 500: "is empty",
     b"\xef\xbb\xbf\n<!DOCTYPE HTML>": "is a web page.*save the image itself",
     b'<?xml version="1.0"?>\n<!-- by hand -->\n<svg xmlns="x">': "is a drawing in SVG.*export it as PNG",
-    gzip.compress(b"<svg></svg>"): "is a drawing in SVG",
+    gzip.compress(b"<svg></svg>", mtime=0): "is a drawing in SVG",
     b"\x1f\x8bnothing": "is not an image that can be read: use an intact PNG",
     b"II*\0\x10\0\0\0CR\2\0": "raw data of a camera",
 }
