@@ -319,7 +319,7 @@ def test_an_address(address, path):
     ("path", "sentence"),
     [
         ("page", "is a page"),
-        ("page_named_png", "not an image that can be read"),
+        ("page_named_png", "is a web page, no image"),
         ("gone", "could not be fetched.*404"),
         ("broken", "could not be fetched.*500"),
         ("loop", "could not be fetched"),
