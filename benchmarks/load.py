@@ -2,8 +2,9 @@
 
 Starts `ov-mllama serve` and sends requests with OpenAI's client: photographs and plain questions at random, streamed or
 not; clients disconnect from every fifth stream after its first chunk. Keys of the JSON: answered, left (disconnected),
-refused (429: the queue is full), lost (other errors: should be 0), tokens_per_s, longest_s (slowest request),
-anonymous_gb (memory of the server by seconds since the first request).
+refused (429: the queue is full), lost (other errors: should be 0), tokens_per_s, first_token_s (median and 95th
+percentile of streams), longest_s (slowest request), anonymous_gb (memory of the server by seconds since the first
+request).
 """
 
 import argparse
@@ -12,6 +13,7 @@ import collections
 import io
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -64,6 +66,7 @@ class Clients:
         self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
         self.until, self.options = until, {"model": "model", "max_tokens": tokens}
         self.conversations = conversations()
+        self.first_token_s: list[float] = []
 
     def run(self, number: int) -> tuple[collections.Counter, float]:
         """Run one client; return counts of outcomes and "tokens", and the seconds of its slowest request."""
@@ -87,12 +90,16 @@ class Clients:
         create, messages = self.client.chat.completions.create, rng.choice(self.conversations)
         if rng.random() < 0.5:
             return "answered", create(messages=messages, **self.options).usage.completion_tokens
-        leaves = rng.random() < 0.2
+        leaves, started = rng.random() < 0.2, time.monotonic()
         more = {"stream": True, "stream_options": {"include_usage": True}}
         with create(messages=messages, **more, **self.options) as stream:
             for chunk in stream:
-                if leaves and chunk.choices and chunk.choices[0].delta.content:
-                    return "left", 0
+                if chunk.choices and chunk.choices[0].delta.content:
+                    if started:
+                        self.first_token_s.append(time.monotonic() - started)
+                        started = 0
+                    if leaves:
+                        return "left", 0
                 if chunk.usage:
                     return "answered", chunk.usage.completion_tokens
         return "lost", 0
@@ -127,11 +134,13 @@ def main() -> None:
         done.set()
         server.terminate()
         server.wait()
+    first = clients.first_token_s
     total, seconds = sum(counts, collections.Counter()), time.monotonic() - started
     result = {
         **provenance("benchmarks.load"),
         **{name: total[name] for name in ("answered", "left", "refused", "lost")},
         "tokens_per_s": total["tokens"] / seconds,
+        "first_token_s": {"median": statistics.median(first), "95%": statistics.quantiles(first, n=20)[-1]},
         "longest_s": max(longest_s),
         "anonymous_gb": memory,
     }

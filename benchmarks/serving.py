@@ -1,14 +1,18 @@
 """Throughput of a server and of captions: python -m benchmarks.serving MODEL_DIR [--json FILE]
 
 Clients ask one question after another about one kept picture, each answered with --tokens tokens; those that wait share
-the model's steps. Then a folder of photographs is captioned, in batches and with two processes. Keys of the JSON:
-tokens_per_s by clients, tokens_per_s_over_one; pictures_per_minute by "workers x batch".
+the model's steps. Then a short text question arrives while an answer of 200 tokens runs. At last a folder of
+photographs is captioned, in batches and with two processes. Keys of the JSON: tokens_per_s by clients,
+tokens_per_s_over_one; newcomer: seconds until its first token, seconds of the running answer's steps before, with and
+after it (medians); pictures_per_minute by "workers x batch".
 """
 
 import argparse
 import asyncio
 import io
+import itertools
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -46,6 +50,37 @@ async def ask_all(batches: Scheduler, picture, clients: int, rounds: int, tokens
     return total / (time.perf_counter() - started)
 
 
+async def token_times(batches: Scheduler, words: str, tokens: int, times: list[float]) -> None:
+    """Ask a question without an image; append the time of each token of its answer."""
+    pending = await batches.submit(GenerationRequest([{"role": "user", "content": words}], [], tokens))
+    while not pending.finished:
+        await asyncio.sleep(0.002)
+        times += [time.perf_counter()] * (pending.sequence.num_tokens - len(times))
+
+
+async def newcomer(batches: Scheduler, tokens: int = 200) -> dict[str, float]:
+    """Return the times of a short text question that arrives while an answer of so many tokens runs."""
+    alone, running, joined = [], [], []
+    started = time.perf_counter()
+    await token_times(batches, "Who was here before?", 1, alone)
+    alone_s = alone[0] - started
+    task = asyncio.create_task(token_times(batches, "Count the days of the year.", tokens, running))
+    while len(running) < tokens // 4:
+        await asyncio.sleep(0.002)
+    started = time.perf_counter()
+    await token_times(batches, "Who are you?", 32, joined)
+    await task
+    steps = {"alone": [], "of_two": []}
+    for begin, end in itertools.pairwise(running):
+        if end < started or begin > joined[-1]:
+            steps["alone"].append(end - begin)
+        elif joined[0] < begin and end < joined[-1]:
+            steps["of_two"].append(end - begin)
+    result = {f"step_{name}_s": statistics.median(each) for name, each in steps.items() if each}
+    longest = max(end - begin for begin, end in itertools.pairwise(running))
+    return {"first_token_alone_s": alone_s, "first_token_s": joined[0] - started, "longest_step_s": longest, **result}
+
+
 def captioned(model_dir: Path, pictures: Path, workers: int, batch: int, tokens: int) -> float:
     """Return images a minute, from the first results on, without loading the models."""
     from ov_mllama.serving.caption import caption
@@ -76,6 +111,8 @@ def main() -> None:
     for clients in options.clients:
         speed[clients] = asyncio.run(ask_all(batches, picture, clients, options.rounds, options.tokens))
         print(f"{clients} clients: {speed[clients]:.1f} tokens/s", flush=True)
+    joined = asyncio.run(newcomer(batches))
+    print(", ".join(f"{name}: {seconds:.3f}" for name, seconds in joined.items()), flush=True)
     rss = psutil.Process().memory_info().rss / 1e9
     batches.close()
     del model, batches
@@ -97,6 +134,7 @@ def main() -> None:
         **provenance("benchmarks.serving"),
         "tokens_per_s": speed,
         "tokens_per_s_over_one": {clients: each / speed[options.clients[0]] for clients, each in speed.items()},
+        "newcomer": joined,
         "rss_gb": rss,
         "pictures_per_minute": per_minute,
     }

@@ -3,6 +3,7 @@
 What takes seconds to import is imported in fixtures: the process that starts pytest-xdist's workers needs none of it.
 """
 
+import functools
 import gc
 import json
 import os
@@ -141,10 +142,12 @@ def pytest_collection_finish():
     gc.enable()
 
 
-# Files that take a worker 10 s or more, the slowest first: begun late, one would let the other worker wait at the end
+# Files that take a worker 5 s or more, the slowest first: begun late, one would let the other worker wait at the end
 SLOW = (
-    "scale notebook compression faults history checkpoints page proxies reference ending waiting source_lora "
-    "draft_model plan chat parity meta pieces reuse demo_model convert preview source_gptq house quality chunks"
+    "scale notebook compression faults history checkpoints reference house waiting proxies plan source_lora parity "
+    "ending meta draft_model copied reuse convert page preview newest pieces chat image_addresses demo_model "
+    "page_errors lures chunks source_gptq ollama clients source_gguf owners ahead quality properties published "
+    "gguf_settings gguf_faults finetunes deprecated images precision device padding loading"
 )
 SLOW = [f"test_{name}.py" for name in SLOW.split()]
 
@@ -225,9 +228,15 @@ def tiny_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tiny")
 
 
+@pytest.fixture(scope="session")
+def pairs(tiny_folder):
+    """`pairs(name)`: one of `CHECKPOINTS`, made once per worker; pytest itself forgets one parameter for the next."""
+    return functools.cache(lambda name: Pair(name, tiny_folder))
+
+
 @pytest.fixture(scope="session", params=tuple(CHECKPOINTS))
-def any_pair(request, tiny_folder):
-    return request.getfixturevalue("pair") if request.param == "gqa-llama3" else Pair(request.param, tiny_folder)
+def any_pair(request, pairs):
+    return request.getfixturevalue("pair") if request.param == "gqa-llama3" else pairs(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -317,12 +326,12 @@ def processor():
 
 @pytest.fixture(scope="module")  # while it is there, asyncio.run cannot be called
 def browser():
-    """Debian's chromium."""
+    """Debian's chromium, without a window where that is installed: it takes four fifths of the time."""
     from playwright.sync_api import sync_playwright
 
-    chromium = shutil.which("chromium")
+    chromium = shutil.which("chromium-headless-shell") or shutil.which("chromium")
     if not chromium:
-        pytest.skip("needs Debian's chromium: apt-get install chromium")
+        pytest.skip("needs Debian's chromium: apt-get install chromium-headless-shell")
     flags = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     flags += ["--in-process-gpu", "--process-per-site"]  # tabs of one profile share compiled scripts
     # else each profile loads two pages for an address bar that nobody sees
@@ -431,14 +440,24 @@ def client(server, slow_demo):
 # ---- TESTS-B: programs ----------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def the_nursery():
+    from programs import Nursery
+
+    return Nursery()
+
+
+def pytest_sessionstart():
+    """Start the nursery beside the only worker: it imports for seconds on the other core while tests are collected."""
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT") == "1":
+        the_nursery()
+
+
 @pytest.fixture(scope="session")
 def nursery():
     """The process that programs of tests are forked from."""
-    from programs import Nursery
-
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+    yield the_nursery()
+    the_nursery().close()
 
 
 @pytest.fixture(scope="session")

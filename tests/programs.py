@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from chat_page import wait_until
 from conftest import ROOT
 
 # Reads requests from stdin: a program to start, whose number is answered, or the number of one, whose status is
@@ -76,6 +75,8 @@ class Program:
         return self.returncode
 
     def wait(self, seconds: float = 60) -> int:
+        from chat_page import wait_until  # it imports for seconds, and the nursery may start before
+
         wait_until(lambda: self.poll() is not None, seconds)
         return self.returncode
 

@@ -241,8 +241,8 @@ from {package}.model import OVMLlamaForConditionalGeneration
 model_dir, picture = sys.argv[1:]
 model = OVMLlamaForConditionalGeneration(model_dir, check_golden=False)
 processor = AutoProcessor.from_pretrained(model_dir)
-from {package}.images import open_picture
-inputs = processor(text="<|image|>What?", images=[open_picture(picture)], return_tensors="pt")
+from {package}.images import load_image
+inputs = processor(text="<|image|>What?", images=[load_image(picture)], return_tensors="pt")
 print(model.generate(**inputs, do_sample=False, max_new_tokens=4, eos_token_id=None).tolist())
 loaded = {{name.split(".")[0] for name in sys.modules}} & {{"nncf", "gradio", "datasets", "ipywidgets", "IPython"}}
 assert not loaded, loaded
@@ -306,7 +306,8 @@ main()
 
 def test_installed_wheel_plans_without_the_extras_packages(bare_nursery, wheel, tmp_path):
     """As in an environment where `pip install .` was all: what only the extras bring cannot be imported."""
-    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,platformdirs,IPython,ipywidgets,matplotlib,pandas"
+    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,pypdfium2,platformdirs,IPython,ipywidgets"
+    extras += ",matplotlib,pandas"
     shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
     command = HIDING, extras, "plan", "demo_model"
     printed = run_alone(bare_nursery, tmp_path, tmp_path, wheel, *command, HOME=str(tmp_path))
@@ -324,13 +325,14 @@ def test_requirements_files_have_the_pins_of_pyproject():
     extras = {
         name: {pin for pin in pins if "ov-mllama" not in pin} for name, pins in project["optional-dependencies"].items()
     }
-    assert requirements("requirements.txt") == {*project["dependencies"], *extras["chat"], *extras["notebook"]}
+    notebook = {*extras["chat"], *extras["pdf"], *extras["notebook"]}
+    assert requirements("requirements.txt") == {*project["dependencies"], *notebook}
     assert requirements("requirements-scale.txt") == extras["serve"]
     assert requirements("requirements-dev.txt") == extras["dev"]
 
 
 NEEDS = {
-    "runtime": [],
+    "runtime": ["pdf"],  # imported once there is a PDF
     "sources": [],
     "export": [],
     "cli": [],
@@ -342,15 +344,20 @@ NEEDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def brought_by():
+    """Names of the distributions that bring each package; finding them takes half a second."""
+    return packages_distributions()
+
+
 @pytest.mark.parametrize("floor", FLOORS)
-def test_each_floor_imports_what_its_extra_installs(floor):
+def test_each_floor_imports_what_its_extra_installs(floor, brought_by):
     """By the metadata, not by what happens to be installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = [*project["dependencies"], *(pin for name in NEEDS[floor] for pin in project["optional-dependencies"][name])]
     installed = {canonical(re.match(r"[\w.-]+", pin)[0]) for pin in pins}
     used = {name for path in FILES if floor_of(path) == floor for name in tops(path)}
     used -= {"ov_mllama", *sys.stdlib_module_names}
-    brought_by = packages_distributions()
     assert not {name for name in used if not {*map(canonical, brought_by[name])} & installed}
 
 

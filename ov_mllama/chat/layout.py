@@ -40,7 +40,7 @@ DOWNLOAD = "() => document.querySelector('#exported').click()"
 LAUNCH = {
     "server_name": "127.0.0.1",
     "share": False,
-    "max_file_size": "20mb",
+    "max_file_size": "50mb",
     "quiet": True,
     "run_history": False,  # stores questions in the browser, and offers to send them to the hub
     "footer_links": [],
@@ -196,7 +196,7 @@ def lay_out(about: str, examples: list[dict]) -> SimpleNamespace:
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
-        file_types=[*SUFFIXES],
+        file_types=[*SUFFIXES, ".pdf"],
         file_count="multiple",
         sources=["upload"],
         placeholder="Ask a question or add pictures",

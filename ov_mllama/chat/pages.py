@@ -20,7 +20,7 @@ from ov_mllama.chat.page_input import MAX_QUESTION, bounded_text, checked_settin
 from ov_mllama.chat.render import CONTINUE, describe_model, escape_markup, to_gradio, write_export
 from ov_mllama.chat.store import MAX_TITLE, Conversation, Turn
 from ov_mllama.chat.tabs import Page, Tabs
-from ov_mllama.runtime.images import PictureError, open_picture
+from ov_mllama.runtime.images import PictureError, load_image
 from ov_mllama.runtime.inference import Progress
 
 POLL_S = 0.3  # during an answer; about one token of the 11B
@@ -117,7 +117,7 @@ class Pages(Tabs):
 
     def _store(self, talk: Conversation, image: Path) -> tuple[Path, str]:
         """Store an image, in a thread; return its file and a remark, such as on its frames."""
-        opened = open_picture(image)
+        opened = load_image(image)
         return self.conversations.store_image(talk, opened, image.stem), opened.info.get("remark", "")
 
     async def example(self, chosen: gr.SelectData, request: gr.Request, *settings) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import platformdirs
 from PIL import Image
 
-from ov_mllama.runtime.images import open_picture
+from ov_mllama.runtime.images import load_image
 
 DAY_S = 24 * 60 * 60
 TITLE_LENGTH = 60  # characters of a title made from the first question
@@ -265,7 +265,7 @@ class Conversations:
             PictureError: if it is missing, or no image.
             OSError: if it could not be written.
         """
-        return self.store_image(conversation, open_picture(file), file.stem)
+        return self.store_image(conversation, load_image(file), file.stem)
 
     def store_image(self, conversation: Conversation, image: Image.Image, name: str) -> Path:
         """Store an image for a conversation's lifetime, as a PNG without metadata, and return its path.

@@ -29,7 +29,7 @@ from ov_mllama.export.samples import QUESTION, calibration_samples, photographs
 from ov_mllama.export.settings import DEFAULT_SOURCES
 from ov_mllama.runtime.cross_attention import tiles_seen, visible_kv
 from ov_mllama.runtime.errors import InputError, NotFoundError
-from ov_mllama.runtime.images import open_picture
+from ov_mllama.runtime.images import load_image
 from ov_mllama.runtime.ir import VISION_ENCODER_NAME, ir_stamp
 from ov_mllama.runtime.language import language_inputs
 from ov_mllama.runtime.prompts import load_processor
@@ -120,7 +120,7 @@ def questions_about(checkpoint: str | Path) -> list[dict]:
             return list(samples)
     elif golden.is_file():
         sample = json.loads(golden.read_text(encoding="utf-8"))
-        return [{**sample, "image": open_picture(golden.with_name(sample["picture"]))}]
+        return [{**sample, "image": load_image(golden.with_name(sample["picture"]))}]
     return photographs()
 
 
@@ -163,7 +163,7 @@ def load_samples(source: str | Path | IterableDataset | None, count: int, seed: 
                 skipped["no caption"] += 1
                 continue
             try:
-                image = open_picture(datasets.Image().decode_example(row[image_column]))
+                image = load_undecoded(row[image_column])
             except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
                 if getattr(error, "errno", None) is not None:  # of the disk, not of the image
                     raise
@@ -177,6 +177,13 @@ def load_samples(source: str | Path | IterableDataset | None, count: int, seed: 
                 bar.write(f"One sample takes {seconds:.0f} s, all {count} about {seconds * count / 60:.0f} minutes")
     if skipped:
         logger.warning("Skipped: %s", ", ".join(f"{number} × {reason}" for reason, number in skipped.items()))
+
+
+def load_undecoded(value: dict) -> PIL.Image.Image:
+    """Return an image of a data set's column that is not decoded, {"bytes", "path"}."""
+    source = Path(value["path"]) if value["bytes"] is None else value["bytes"]
+    in_archive = isinstance(source, Path) and not source.is_file()  # or on the hub
+    return load_image(datasets.Image().decode_example(value) if in_archive else source)
 
 
 def count_samples(source: str | Path, count: int) -> int:

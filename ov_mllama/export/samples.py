@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ov_mllama.runtime.errors import NotFoundError
-from ov_mllama.runtime.images import open_picture
+from ov_mllama.runtime.images import load_image
 
 QUESTION = "Describe this image."  # about crops
 SKIMAGE = "https://scikit-image.org/docs/stable/api/skimage.data.html"
@@ -123,7 +123,7 @@ def calibration_samples() -> list[dict]:
 
 def sample(view: View) -> dict:
     """Return the image of a view with its question and caption."""
-    image = open_picture(installed(FILES[view.file][0])).crop(view.box)
+    image = load_image(installed(FILES[view.file][0])).crop(view.box)
     image = image.resize((image.width * view.zoom, image.height * view.zoom), Image.Resampling.BICUBIC)
     return {"image": image, "question": view.question, "caption": view.caption}
 

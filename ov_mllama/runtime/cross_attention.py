@@ -101,6 +101,30 @@ def visible_kv(encoded: Encoded, mask: np.ndarray, shapes: MllamaShapes, row_mas
     return CrossAttention(key_values, bias, sees_image=sees_any.astype(np.float32))
 
 
+def stack(views: list[CrossAttention | None], batches: list[int]) -> CrossAttention | None:
+    """Join the views of one-token steps, of `batches` rows each, into one; K/V are padded with rows that count nothing.
+    The views' own K/V are released name by name, as they are large."""
+    parts = [replace(view, key_values=dict(view.key_values)) for view in views if view]
+    if not parts:  # a plain Llama
+        return None
+    ends = np.cumsum(batches)
+    rows = [next(iter(part.key_values.values())).shape[-1] for part in parts]  # a key's last axis
+    bias = np.full((ends[-1], 1, 1, max(rows)), MASKED, np.float32)
+    sees_image = np.zeros((ends[-1], 1, 1), np.float32)
+    for part, count, end, length in zip(parts, batches, ends, rows, strict=True):
+        bias[end - count : end, ..., :length] = part.bias
+        sees_image[end - count : end] = part.sees_image
+    key_values = {}
+    for name in list(parts[0].key_values):
+        arrays = [part.key_values.pop(name) for part in parts]
+        shape = [int(ends[-1]), *arrays[0].shape[1:]]
+        shape[rows_axis(name)] = max(rows)
+        key_values[name] = np.zeros(shape, arrays[0].dtype)
+        for array, count, end in zip(arrays, batches, ends, strict=True):
+            key_values[name][end - count : end, :, : array.shape[2], : array.shape[3]] = array
+    return CrossAttention(key_values, bias if bias.any() else np.zeros((1, 1, 1, 1), np.float32), sees_image)
+
+
 def to_ov_tensor(key_value):
     """Wrap the bits of bf16, which numpy lacks, in an OpenVINO tensor."""
     if isinstance(key_value, np.ndarray) and key_value.dtype == np.uint16:

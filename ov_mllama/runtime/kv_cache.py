@@ -158,6 +158,12 @@ class OVCache:
         by_slot[:, [*self.positions, *range(self.num_slots, self.num_slots + new)]] = attention_mask
         return by_slot
 
+    def continues(self, other: "OVCache") -> bool:
+        """Return whether all tokens of another cache, about the same images, begin these."""
+        if not self.tokens or not other.tokens or self.image_keys != other.image_keys:
+            return False
+        return self.tokens[: len(other.tokens)] == other.tokens
+
     def common_prefix(self, prompt: Prompt, row_mask: bool = False) -> int:
         """Return the length of the prefix that a new prompt shares, its tokens with logits excluded.
 

@@ -6,6 +6,7 @@ prompt, encoded images -> Session.prefill -> logits -> Session.decode -> logits 
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -169,12 +170,13 @@ class Session:
 
     Attributes:
         cache: bookkeeping of the tokens in the state; None before the first prompt and after a failed step.
+        request: infer request with the state; created by the first step.
     """
 
     def __init__(self, model: OVLanguageModel):
         self.model = model
         self.cache: OVCache | None = None
-        self._request: ov.InferRequest | None = None  # created lazily
+        self.request: ov.InferRequest | None = None
         self._device_tensors = DeviceTensors(model.context) if model.context else None
 
     def prefill(
@@ -197,21 +199,25 @@ class Session:
         Raises:
             Cancelled: if `stop` was set.
         """
-        cache = OVCache() if cache is None else cache
+        logits = [rows for rows in self.chunks(prompt, encoded, cache or OVCache(), stop, progress) if rows is not None]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+
+    def chunks(
+        self, prompt: Prompt, encoded: Encoded | None, cache: OVCache, stop=None, progress=None, step: int = 0
+    ) -> Iterator[np.ndarray | None]:
+        """Compute a prompt as `prefill` does, `step` tokens of each row at a time (default `prefill_step`); yield after
+        each chunk the logits of its tokens, or None if they need none."""
         reused, previous, self.cache = self.reusable(prompt), self.cache, None
         cache.session, cache.batch, cache.image_keys = self, len(prompt.input_ids), prompt.image_keys
         cache.seen, cache.last_seen = prompt.seen[0], prompt.seen[:, -1:]
         if reused and previous:
             previous.truncate(reused)
-            cache.positions, cache.tokens, cache.num_slots = (
-                [*previous.positions],
-                [*(previous.tokens or ())],
-                previous.num_slots,
-            )
+            cache.positions, cache.tokens = [*previous.positions], [*(previous.tokens or ())]
+            cache.num_slots = previous.num_slots
         else:
             cache.positions, cache.tokens, cache.num_slots = [], [], 0
-            if self._request:
-                self._request.reset_state()
+            if self.request:
+                self.request.reset_state()
         cache.stats.reused_tokens = reused
         cache.tokens = cache.tokens if prompt.prefix_cacheable else None
         rest = prompt.seen[:, reused:]
@@ -221,19 +227,12 @@ class Session:
         else:
             if previous:
                 previous.cross_attention = None  # 0.1 GB per tile of the 11B: not both at once
-            view = self._view(encoded, cache.last_seen)
+            view = self.view(encoded, cache.last_seen)
         cache.cross_attention = view
         if not (rest == cache.last_seen).all():
-            view = self._view(encoded, rest)
-        return self._in_chunks(cache, prompt, reused, view, stop, progress or Progress())
-
-    def _in_chunks(
-        self, cache: OVCache, prompt: Prompt, reused: int, view: CrossAttention | None, stop, progress: Progress
-    ) -> np.ndarray:
-        """Compute a prompt's tokens after the `reused` ones, `prefill_step` at a time so that it can be cancelled."""
-        batch, length = prompt.input_ids.shape
-        step = prefill_step(batch)
-        logits, seconds = [], 0.0
+            view = self.view(encoded, rest)
+        length, seconds, progress = prompt.input_ids.shape[1], 0.0, progress or Progress()
+        step = step or prefill_step(cache.batch)
         for start in range(reused, length, step):
             check_stop(stop)
             progress.enter(f"Reading {length - start} tokens")
@@ -245,11 +244,10 @@ class Session:
             needed = min(prompt.logits_to_keep - (length - chunk.stop), chunk.stop - start)  # of this chunk
             rows, took = self._compute(cache, prompt.input_ids[:, chunk], read, mask, positions, max(needed, 1))
             seconds += took
-            if needed > 0:
-                logits.append(rows)
-        cache.stats.count_step(seconds)
-        progress.enter("Writing")
-        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+            if chunk.stop == length:
+                cache.stats.count_step(seconds)
+                progress.enter("Writing")
+            yield rows if needed > 0 else None
 
     def decode(
         self,
@@ -309,9 +307,11 @@ class Session:
 
     def reset(self) -> None:
         """Drop the sequence and the request, which holds the memory of its last inputs."""
-        self.cache = self._request = None
+        self.cache = self.request = None
 
-    def _view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
+    def view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
+        """Return the image K/V for tokens that see so many tiles, bool [batch, query, images * tiles]; None for a plain
+        Llama."""
         shapes = self.model.shapes
         if not shapes.cross_layers:
             return None
@@ -334,9 +334,9 @@ class Session:
             input_ids, view, cache.hide(attention_mask), position_ids, cache.beam_idx, past, logits_to_keep
         )
         with self.model.turn:
-            if past and self._request is None:
+            if past and self.request is None:
                 raise InputError(NO_SEQUENCE)
-            request = self._request = self._request or self.model.compiled.create_infer_request()
+            request = self.request = self.request or self.model.compiled.create_infer_request()
             self.cache = None  # until the step succeeds
             seconds = self.model.infer(request, inputs)
             # copied: the next step writes into the same memory

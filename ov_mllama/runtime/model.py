@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoConfig, GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -237,24 +236,29 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             else:
                 if not use_cache:
                     self.session.reset()
-                logits = self._begin(cache, images, Prompt(ids, mask, positions, logits_to_keep=last), drafts)
+                warn_of_double_bos(ids, self.config.text_config.bos_token_id)
+                prompt = prompt_of(self, ids, images, mask, positions, last)
+                session, encoded = self.begin(cache, prompt, images, drafts=drafts)
+                logits = session.prefill(prompt, encoded, cache, *self._watched)
             cache.stats.drafted_tokens += drafts
         logits = slice_logits_to_keep(torch.from_numpy(logits), logits_to_keep)
         loss = None if labels is None else ForCausalLMLoss(logits, labels, self.shapes.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
-    def _begin(self, cache: OVCache, images: ImageInputs | None, prompt: Prompt, drafts: int) -> np.ndarray:
-        """Compute a prompt, whose last `drafts` tokens are drafts, in the cache's session or one with its prefix."""
-        if images:
-            check_images(images, prompt.input_ids.shape, self.image_encoder.pixels_shape, self.config)
-            prompt.seen = tiles_seen(images.cross_attention_mask, prompt.input_ids.shape[1])
-            prompt.image_keys = image_keys(images)
+    def begin(self, cache: OVCache, prompt: Prompt, images: ImageInputs | None, encoded=None, drafts: int = 0):
+        """Return the session for a prompt (the cache's, else the one with its longest prefix) once its memory is free,
+        and its encoded images unless the session holds them. For a thread that holds `turn`.
+
+        Args:
+            images, encoded: of the prompt, as `Encoded` if encoded already.
+            drafts: number of the prompt's last tokens that are drafts.
+        """
         rows = self.image_encoder.rows_read(images, prompt.seen, self.language_model.row_mask) if images else 0
-        warn_of_double_bos(prompt.input_ids, self.config.text_config.bos_token_id)
         session = cache.session or self.sessions.acquire(prompt, rows)
         images = None if session.holds_images(prompt) else images
-        evict_for(prompt, session, self.sessions, self.image_encoder, self.config, rows, images)
-        encoded = self.image_encoder.encode(images, prompt.image_keys, *self._watched) if images else None
+        new = None if encoded else images
+        evict_for(prompt, session, self.sessions, self.image_encoder, self.config, rows, new)
+        encoded = self.image_encoder.encode(new, prompt.image_keys, *self._watched) if new else images and encoded
         held = len({key for row in prompt.image_keys for key in row})  # in the session, if none is encoded
         self.stats = cache.stats = GenerationStats(
             load_s=self._load_s,
@@ -263,7 +267,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             images_cached=encoded.cached if encoded else held,
             prompt_tokens=prompt.input_ids.shape[1] - drafts,
         )
-        return session.prefill(prompt, encoded, cache, *self._watched)
+        return session, encoded
 
     @contextlib.contextmanager
     def _in_turn(self, stop=None):
@@ -321,3 +325,14 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, GenerationMixin):
             if isinstance(processor, RepetitionPenaltyLogitsProcessor):
                 processors[index] = InVocabularyProcessor(processor)
         return processors
+
+
+def prompt_of(
+    model: OVMLlamaForConditionalGeneration, ids, images: ImageInputs | None, mask=None, positions=None, last: int = 1
+) -> Prompt:
+    """Return the prompt of arrays (`checks.token_arrays`, `checks.image_arrays`); its `last` tokens get logits."""
+    prompt = Prompt(ids, mask, positions, logits_to_keep=last)
+    if images:
+        check_images(images, ids.shape, model.image_encoder.pixels_shape, model.config)
+        prompt.seen, prompt.image_keys = tiles_seen(images.cross_attention_mask, ids.shape[1]), image_keys(images)
+    return prompt

@@ -15,7 +15,7 @@ from transformers.generation.streamers import AsyncTextIteratorStreamer
 
 from .errors import InputError, TemplateError
 from .generation import token_ids
-from .images import at_detail, open_picture
+from .images import at_detail, load_image
 from .inference import POLL_S, Cancelled, Progress, acquire
 
 STOP_WITHIN_S = 0.5  # longest wait for the current step after a stop, see `stream_words`
@@ -106,18 +106,18 @@ def prompt_text(model, processor, messages: list[dict], max_new_tokens: int) -> 
 
 
 def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_new_tokens: int, detail: str = "high"):
-    """Return the processor's tensors for a conversation, and remarks on its images (`open_picture`).
+    """Return the processor's tensors for a conversation, and remarks on its images (`load_image`).
 
     Args:
         messages: for the chat template; texts after `escape_special_tokens`.
-        pictures: for `open_picture`, in the template's order.
+        pictures: for `load_image`, in the template's order.
         max_new_tokens: of the answer, which the context must hold too.
         detail: "high" or "low", see `images.at_detail`.
     Raises:
         InputError: for an invalid image or `detail`, or as `prompt_text`.
     """
     text = prompt_text(model, processor, messages, max_new_tokens)
-    opened = [open_picture(picture) for picture in pictures]
+    opened = [load_image(picture) for picture in pictures]
     tile = model.config.vision_config.image_size
     images = [at_detail(image, detail, tile) for image in opened] or None
     inputs = processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
@@ -126,7 +126,7 @@ def prompt_tensors(model, processor, messages: list[dict], pictures: list, max_n
 
 def picture_tensors(model, processor, picture, detail: str = "high") -> dict[str, torch.Tensor]:
     """Return an image's tensors for `encode_images`, equal to those of `prompt_tensors`."""
-    image = at_detail(open_picture(picture), detail, model.config.vision_config.image_size)
+    image = at_detail(load_image(picture), detail, model.config.vision_config.image_size)
     inputs = processor(text=processor.image_token, images=[image], add_special_tokens=False, return_tensors="pt")
     return {name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
 

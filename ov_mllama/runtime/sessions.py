@@ -45,6 +45,21 @@ class SessionPool:
             self._sessions.append(session)
             self._in_use.add(id(session))
 
+    def detach(self, session: Session) -> None:
+        """Remove a session from the pool until `attach`."""
+        self._sessions.remove(session)
+        self._in_use.discard(id(session))
+
+    def attach(self, session: Session) -> None:
+        """Put a session into the pool, as the most recently used one, in place of those with a prefix of its tokens;
+        evict down to the budget."""
+        if session.cache:
+            for prefix in [each for each in self._sessions if each.cache and session.cache.continues(each.cache)]:
+                self._sessions.remove(prefix)
+                prefix.reset()
+            self._sessions.append(session)
+            self.release()
+
     def _fits(self, prompt: Prompt, rows: int) -> bool:
         needed = self.model.token_bytes * prompt.input_ids.size + self.model.shapes.cross_kv_bytes(rows)
         return len(self._sessions) < self.MAX_SESSIONS and self.held_bytes + needed <= self.cache_bytes

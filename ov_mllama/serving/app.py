@@ -2,8 +2,8 @@
 
 POST /v1/chat/completions, /v1/responses and /v1/completions (text and images, streamed or not, JSON schemas), GET
 /v1/models, /health and /metrics; Ollama's POST /api/chat and /api/generate with their neighbours; and with --chat the
-chat page. By default it listens on this machine only and fetches no image URLs. Requests that wait together run as one
-batch.
+chat page. By default it listens on this machine only and fetches no image URLs. Requests share
+steps of one batch, which they join and leave.
 """
 
 import argparse

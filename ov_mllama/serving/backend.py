@@ -1,5 +1,6 @@
 """The model behind the endpoints of both APIs: access to it, and the way of a request into its queue."""
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
@@ -12,7 +13,9 @@ from ov_mllama.serving.parsing import Body, GenerationRequest, RequestParser, ch
 from ov_mllama.serving.protocol import ChatCompletionRequest
 from ov_mllama.serving.scheduler import Scheduler
 from ov_mllama.serving.sequences import PendingRequest, Reservation
+from ov_mllama.serving.tools import apply_tools
 
+KEY_HEADERS = ("x-api-key", "api-key")  # in place of Authorization
 MAX_SHORT_BODY_BYTES = 1_000_000  # of requests that do not enter the queue
 
 
@@ -35,7 +38,8 @@ class Backend:
         Raises:
             ApiError: if it is wrong or missing.
         """
-        check_key(http.headers.get("authorization", ""), self.key)
+        given = [http.headers.get(name) for name in KEY_HEADERS]
+        check_key(http.headers.get("authorization") or f"Bearer {next(filter(None, given), '')}", self.key)
 
     @contextlib.asynccontextmanager
     async def receive(self, http: HttpRequest, body_type: type[Body]) -> AsyncIterator[tuple[Body, Reservation]]:
@@ -88,7 +92,8 @@ class Backend:
         try:
             for i, prompt in enumerate(prompt for prompt in request.prompts for _ in range(request.n or 1)):
                 seed = None if generation.seed is None else generation.seed + i
-                choice = dataclasses.replace(generation, seed=seed, raw_prompt=prompt)
+                raw_prompt = generation.raw_prompt if prompt is None else prompt
+                choice = dataclasses.replace(generation, seed=seed, raw_prompt=raw_prompt)
                 pendings.append(await self.scheduler.submit(choice, None if i else reservation))
                 self.metrics.watch(pendings[-1])
         except BaseException:
@@ -99,4 +104,7 @@ class Backend:
 
     async def _convert(self, request: ChatCompletionRequest, reservation: Reservation) -> GenerationRequest:
         size = reservation.nbytes
-        return await self.parser.convert(request, lambda fetched: self.scheduler.resize(reservation, size + fetched))
+        generation = await self.parser.convert(
+            request, lambda fetched: self.scheduler.resize(reservation, size + fetched)
+        )
+        return await asyncio.to_thread(apply_tools, self.scheduler.processor, generation)

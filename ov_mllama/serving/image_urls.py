@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import httpx
 
+from ov_mllama.runtime.downloads import fetch
 from ov_mllama.runtime.errors import ImageError
-from ov_mllama.runtime.images import fetch
 from ov_mllama.serving.images import MAX_REQUEST_IMAGES
 from ov_mllama.serving.messages import is_image, is_web_url, normalize_image
 from ov_mllama.serving.protocol import ApiError

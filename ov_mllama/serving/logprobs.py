@@ -1,6 +1,7 @@
 """Log probabilities of an answer's tokens, by the model alone: before penalties, temperature and schemas."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,6 +34,19 @@ def chat_logprobs(tokenizer, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         for each in logprobs
     ]
     return {"content": content, "refusal": None}
+
+
+def text_logprobs(tokenizer, logprobs: list[TokenLogprob], offset: int) -> dict[str, Any]:
+    """Return log probabilities as text completions have them.
+
+    Args:
+        offset: where the first token begins in the answer's text.
+    """
+    tokens = [tokenizer.decode([each.token]) for each in logprobs]
+    offsets = list(accumulate(map(len, tokens), initial=offset))
+    top = [{tokenizer.decode([token]): value for token, value in each.top} for each in logprobs]
+    values = [each.logprob for each in logprobs]
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets[:-1]}
 
 
 def as_openai(tokenizer, token: int, logprob: float) -> dict[str, Any]:

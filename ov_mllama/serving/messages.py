@@ -1,11 +1,12 @@
 """Messages of requests -> messages for the chat template and their images, in every form that is unambiguous."""
 
-import base64
+import io
+import json
 import re
 from typing import Any
-from urllib.parse import unquote
 
 from ov_mllama.runtime.errors import ImageError
+from ov_mllama.runtime.image_sources import decode_base64, is_pdf
 from ov_mllama.runtime.images import DETAILS
 from ov_mllama.runtime.prompts import escape_special_tokens
 from ov_mllama.serving.images import MAX_REQUEST_IMAGES, ImageFile
@@ -15,16 +16,17 @@ MAX_REQUEST_PIXELS = 100_000_000  # of all images: 0.3 GB while they are decoded
 MIN_BASE64_CHARS = 40  # of an image without "data:"; shorter strings are names of files
 DATA_URI = re.compile(r"data:([\w.+-]+(/[\w.+-]+)?)?(;[^,;]+)*;base64,\s*", re.ASCII | re.IGNORECASE)
 TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
-IMAGE_TYPES = ("image_url", "input_image", "image")
-IMAGE_FIELDS = ("image_url", "image", "source", "url", "data", "base64")  # of an image's part, in which it may be
-URL_FIELDS = ("url", "data", "base64")  # of such a field, if it is an object
+IMAGE_TYPES = ("image_url", "input_image", "image", "file", "input_file")
+# Fields of an image's part, in which it may be, and those of such a field, if it is an object
+IMAGE_FIELDS = ("image_url", "image", "source", "url", "data", "base64", "file", "file_data")
+URL_FIELDS = ("url", "data", "base64", "file_data")
+ROLES = {"developer": "system", "ipython": "tool"}  # other names of roles -> ours
 SYNONYMS = {"auto": "high", "original": "high"}  # values of `detail`
 # Fields of messages that would change the answer and are not supported -> what to do instead
 UNSUPPORTED = {
     "audio": "send text",
-    "function_call": "send it as text",
+    "function_call": "send it as tool_calls",
     "images": "send them as parts of the content, of type image_url",
-    "tool_calls": "send them as text",
 }
 
 
@@ -35,10 +37,9 @@ def convert_message(message: dict, param: str, images: list[ImageFile]) -> dict:
         ApiError: naming the field that is invalid or not supported.
     """
     role = message.get("role")
-    role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant"):
-        advice = ", send a tool's result as a user's text" if role in ("tool", "function") else ""
-        error = f"A role is system, user or assistant, not {brief(role)}{advice}."
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ("system", "user", "assistant", "tool"):
+        error = f"A role is system, user, assistant or tool, not {brief(role)}."
         raise ApiError(400, error, "invalid_value", f"{param}.role")
     for name, advice in UNSUPPORTED.items():
         if message.get(name):
@@ -54,13 +55,41 @@ def convert_message(message: dict, param: str, images: list[ImageFile]) -> dict:
         if text is not None:
             converted.append({"type": "text", "text": escape_special_tokens(text)})
         elif role == "user" and is_image(part):
-            add_image(part, path, images)
-            converted.append({"type": "image"})
+            before = len(images)
+            add_images(part, path, images)
+            converted += [{"type": "image"}] * (len(images) - before)
         else:
             kind = part.get("type") if isinstance(part, dict) else part
             error = f"A part is a text, or in a user's message an image_url, not {brief(kind)}."
             raise ApiError(400, error, "invalid_value", path)
-    return {"role": role, "content": converted}
+    if role in ("system", "tool"):  # Meta's template writes them as a text
+        result = {"role": role, "content": "".join(part["text"] for part in converted)}
+        return {**result, "tool_call_id": message.get("tool_call_id")} if role == "tool" else result
+    calls = convert_calls(message.get("tool_calls"), f"{param}.tool_calls") if role == "assistant" else []
+    return {"role": role, "content": converted, **({"tool_calls": calls} if calls else {})}
+
+
+def convert_calls(calls: Any, param: str) -> list[dict]:
+    """Return an assistant's tool calls for the chat template, their arguments as objects.
+
+    Raises:
+        ApiError: if one is invalid.
+    """
+    converted = []
+    for i, call in enumerate(calls if isinstance(calls, list) else []):
+        function = call.get("function") if isinstance(call, dict) else None
+        name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else ("", "")
+        try:
+            arguments = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
+            function = {"name": name, "arguments": arguments}
+            function = json.loads(escape_special_tokens(json.dumps(function, ensure_ascii=False)))
+        except (ValueError, RecursionError):
+            function = {}
+        if not (name and isinstance(function.get("name"), str) and isinstance(function["arguments"], dict)):
+            error = "A call has a function with a name, and with arguments that are a JSON object."
+            raise ApiError(400, error, "invalid_value", f"{param}[{i}]")
+        converted.append({"id": call.get("id"), "type": "function", "function": function})
+    return converted
 
 
 def text_of(part: Any) -> str | None:
@@ -110,30 +139,34 @@ def is_web_url(url: Any) -> bool:
     return isinstance(url, str) and url[:8].lower().startswith(("http://", "https://"))
 
 
-def add_image(part: dict, param: str, images: list[ImageFile]) -> None:
-    """Append a part's image to `images`.
+def add_images(part: dict, param: str, images: list[ImageFile]) -> None:
+    """Append a part's image, or the pages of its PDF, to `images`.
 
     Raises:
         ApiError: if it is invalid, or there are too many images or pixels.
     """
     source, param = normalize_image(part, param)
-    if len(images) == MAX_REQUEST_IMAGES:
+    added = parse_images(source, param)
+    if len(images) + len(added) > MAX_REQUEST_IMAGES:
         raise ApiError(400, f"A request takes at most {MAX_REQUEST_IMAGES} images.", "too_large", param)
-    images.append(parse_image(source, param))
+    images += added
     if sum(image.width * image.height for image in images) > MAX_REQUEST_PIXELS:
         message = f"A request takes at most {MAX_REQUEST_PIXELS // 1_000_000} million pixels in all its images."
         raise ApiError(400, message, "too_large", param)
 
 
-def parse_image(source: dict, param: str) -> ImageFile:
-    """Return an image of `normalize_image`, which it is moved out of."""
+def parse_images(source: dict, param: str) -> list[ImageFile]:
+    """Return an image of `normalize_image`, or the pages of a PDF, which is moved out of it."""
     detail = str(source.get("detail") or "auto").strip().lower()
     detail = SYNONYMS.get(detail, detail)
     if detail not in DETAILS:
         message = f"detail is {', '.join(SYNONYMS)}, {' or '.join(DETAILS)}, not {brief(detail)}."
         raise ApiError(400, message, "invalid_image", param)
+    data = image_bytes(source.pop("url"), param)
     try:
-        return ImageFile.from_bytes(image_bytes(source.pop("url"), param), detail, param)
+        if is_pdf(io.BytesIO(data)):
+            return ImageFile.pages_of(data, detail, param)
+        return [ImageFile.from_bytes(data, detail, param)]
     except ImageError as error:
         raise ApiError(400, str(error), "invalid_image", param) from error
 
@@ -156,16 +189,5 @@ def image_bytes(url: Any, param: str) -> bytes:
         raise ApiError(400, "An image must be a data URI: data:image/...;base64,...", "invalid_image_url", param)
     try:
         return decode_base64(encoded)
-    except ValueError as error:  # also for characters beyond ASCII
+    except ImageError as error:
         raise ApiError(400, "The image is not valid base64.", "invalid_base64", param) from error
-
-
-def decode_base64(text: str) -> bytes:
-    """Decode base64 of both alphabets, in lines or percent-encoded, with or without its padding.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    text = "".join((unquote(text) if "%" in text else text).split())
-    alphabet = b"-_" if "-" in text or "_" in text else None
-    return base64.b64decode(text + "=" * (-len(text) % 4), alphabet, validate=True)

@@ -17,7 +17,8 @@ from ov_mllama.serving.backend import Backend
 from ov_mllama.serving.ollama_protocol import DEFAULTS, ChatBody, GenerateBody, GenerationBody, NameBody
 from ov_mllama.serving.protocol import ApiError
 from ov_mllama.serving.sequences import PendingRequest
-from ov_mllama.serving.streaming import complete_texts, finish_reason_of, stream_response
+from ov_mllama.serving.streaming import complete_texts, finish_reason_of, remarks_of, stream_response
+from ov_mllama.serving.tools import CallSplitter, knows_tools
 
 PORT = 11434  # Ollama's
 VERSION = "0.24.0"  # the last release of Ollama that ran this model; some clients require a minimum
@@ -156,7 +157,11 @@ class OllamaApi:
                 "mllama.vision.max_num_tiles": vision.max_num_tiles,
                 "mllama.vision.patch_size": vision.patch_size,
             },
-            "capabilities": ["completion", "vision"],
+            "capabilities": [
+                "completion",
+                "vision",
+                *(["tools"] if knows_tools(self.backend.scheduler.processor) else []),
+            ],
             "modified_at": self.started,
         }
 
@@ -218,18 +223,24 @@ class Lines:
 
     def __init__(self, pending: PendingRequest, model: str, wrap: Callable[[str], dict[str, Any]], received_s: float):
         self._pending, self._model, self._wrap, self._received_s = pending, model, wrap, received_s
+        self._splitter = CallSplitter(pending)
 
     def begin(self) -> str:
         return ""
 
     def waiting(self) -> str:
-        return self.chunk("")
+        return as_line({**head(self._model), **self._wrap(""), "done": False})
 
     def chunk(self, text: str, index: int = 0) -> str:
-        return as_line({**head(self._model), **self._wrap(text), "done": False})
+        return as_line({**head(self._model), **self._wrap(self._splitter.put(text)), "done": False})
 
     def end(self) -> str:
-        return as_line(self.last(""))
+        last = self.last("")
+        calls = last.get("message", {}).pop("tool_calls", None)
+        if not calls:
+            return as_line(last)
+        message = {**last["message"], "tool_calls": calls}
+        return as_line({**head(self._model), "message": message, "done": False}) + as_line(last)
 
     def error(self, error: ApiError) -> str:
         return as_line({"error": str(error)})
@@ -238,9 +249,14 @@ class Lines:
         """Return the last object. `load_duration` is the time until the request's batch began, and
         `prompt_eval_duration` includes the encoding of images."""
         sequence = self._pending.sequence
+        text = self._splitter.put(text)
+        rest, calls = self._splitter.end()
+        wrapped = self._wrap(text + rest)
+        if calls:
+            wrapped["message"]["tool_calls"] = [call.as_ollama() for call in calls]
         return {
             **head(self._model),
-            **self._wrap(text),
+            **wrapped,
             "done": True,
             "done_reason": finish_reason_of(self._pending),
             "total_duration": nanoseconds(time.perf_counter() - self._received_s),
@@ -249,6 +265,7 @@ class Lines:
             "prompt_eval_duration": nanoseconds(sequence.first_token_s - sequence.started_s),
             "eval_count": sequence.num_tokens,
             "eval_duration": nanoseconds(sequence.ended_s - sequence.first_token_s),
+            **remarks_of([self._pending]),
         }
 
 

@@ -23,7 +23,7 @@ UNSUPPORTED = {
     "suffix": "this model cannot fill in text, leave it out",
     "template": "the model's own chat template is used, leave it out",
     "think": "this model has no thinking mode, leave it out",
-    "tools": "describe the fields that you need as a JSON schema in `format`",
+    "tools": "send messages to /api/chat",
     "top_logprobs": "leave it out",
     "width": "this model makes no images",
 }
@@ -131,8 +131,14 @@ class GenerationBody(BaseModel):
             model=model_name,
             messages=self.messages_with_parts(),
             response_format=self._response_format(),
+            tools=self.offered_tools,
             **(self.options or Options()).parameters(),
         )
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """Tools that the model may call, in OpenAI's format."""
+        return None
 
     def _response_format(self) -> Any:
         if self.format is None or self.format == "":
@@ -141,7 +147,7 @@ class GenerationBody(BaseModel):
             return {"type": "json_object"}
         if not isinstance(self.format, dict):
             raise ApiError(400, f'format is "json" or a JSON schema, not {brief(self.format)}.')
-        return {"type": "json_schema", "json_schema": {"schema": closed(self.format)}}
+        return {"type": "json_schema", "json_schema": {"schema": self.format}}
 
 
 class GenerateBody(GenerationBody):
@@ -168,21 +174,28 @@ class ChatMessage(BaseModel):
     images: list[str] | None = None
     tool_calls: list[Any] | None = None
 
+    def with_parts(self) -> dict[str, Any]:
+        """Return the message in OpenAI's format."""
+        calls = {"tool_calls": self.tool_calls} if self.tool_calls else {}
+        return {"role": self.role, "content": parts(self.content, self.images), **calls}
+
 
 class ChatBody(GenerationBody):
     """Body of POST /api/chat."""
 
     messages: list[ChatMessage] | None = None
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def is_empty(self) -> bool:
         return not self.messages
 
     def messages_with_parts(self) -> list[dict[str, Any]]:
-        messages = self.messages or []
-        if any(message.role == "tool" or message.tool_calls for message in messages):
-            raise ApiError(400, "Tools' calls and results are not supported: send them as a user's text.")
-        return [{"role": each.role, "content": parts(each.content, each.images)} for each in messages]
+        return [message.with_parts() for message in self.messages or []]
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        return self.tools
 
 
 class NameBody(BaseModel):
@@ -206,23 +219,6 @@ class NameBody(BaseModel):
         if name := self.model or self.name:
             return name
         raise ApiError(400, "model is required: give a name that GET /api/tags lists.")
-
-
-def closed(schema: Any) -> Any:
-    """Return a JSON schema whose objects have only the properties that it names, unless it says otherwise. Ollama reads
-    schemas so, and pydantic's rely on it; by the standard other properties are allowed, which some models add without
-    end."""
-    if not isinstance(schema, dict) or "allOf" in schema:  # whose parts would exclude each other's properties
-        return schema
-    result: dict[str, Any] = {}
-    for keyword, value in schema.items():
-        if keyword in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            result[keyword] = {name: closed(each) for name, each in value.items()}
-        elif keyword in ("anyOf", "oneOf", "prefixItems") and isinstance(value, list):
-            result[keyword] = [closed(each) for each in value]
-        else:
-            result[keyword] = closed(value) if keyword == "items" else value
-    return {"additionalProperties": False, **result} if "properties" in result else result
 
 
 def parts(text: str | None, images: list[str] | None) -> list[dict[str, Any]]:

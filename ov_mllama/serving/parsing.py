@@ -1,6 +1,7 @@
 """An HTTP request -> its pydantic model -> `GenerationRequest`, in bounded time and memory."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request as HttpRequest
 
+from ov_mllama.serving.grammars import Grammar
 from ov_mllama.serving.image_urls import fetch_images
 from ov_mllama.serving.images import ImageFile
 from ov_mllama.serving.messages import convert_message
 from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, brief
+from ov_mllama.serving.tool_requests import tools_of
 
 MAX_CHARS_PER_TOKEN = 16  # far more than any language needs: longer text is rejected before it is tokenized
 BODY_TIMEOUT_S = 120.0  # for a body to arrive: the request occupies the queue meanwhile
@@ -28,14 +31,16 @@ class GenerationRequest:
         images: encoded, in the template's order.
         max_new_tokens: token limit of the answer, which may exceed what the model's context leaves.
         temperature, top_k, top_p, min_p, seed: sampling parameters; a temperature of 0 is greedy.
-        presence_penalty, frequency_penalty, repetition_penalty, logit_bias: see `sampling.adjust_logits`.
+        presence_penalty, frequency_penalty, repetition_penalty, logit_bias: see `sampling.adjust_logits`; a
+            repetition_penalty of None is that of generation_config.json.
         penalty_window: number of last tokens that the penalties regard; 0 for all.
         logprobs: number of most probable tokens of which log probabilities are returned; None for none at all.
         stop: strings before which the answer ends.
         stop_token_ids: tokens after which it ends, beside the model's.
         raw_prompt: text to continue without the chat template, in place of messages.
         prefill: beginning of the answer, which the model continues.
-        schema: JSON schema that the answer must match; None for free text.
+        schema: grammar that the answer must match; None for free text.
+        tools: that the model may call, as for the chat template.
     """
 
     messages: list[dict]
@@ -48,7 +53,7 @@ class GenerationRequest:
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     penalty_window: int = 0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
@@ -56,12 +61,13 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     raw_prompt: str | None = None
     prefill: str = ""
-    schema: dict | None = None
+    schema: Grammar | None = None
+    tools: list[dict] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the encoded images."""
-        return sum(len(image.data) for image in self.images)
+        return sum(len(data) for data in {id(image.data): image.data for image in self.images}.values())
 
 
 class RequestParser:
@@ -123,10 +129,12 @@ class RequestParser:
     def _convert(self, request: ChatCompletionRequest) -> GenerationRequest:
         messages, request.messages = request.messages, []
         request.check_supported()
-        self._check_length([*messages, *({"content": prompt} for prompt in request.prompts if prompt)])
+        tools = [{"content": json.dumps(each)} for each in (request.tools or [])]
+        self._check_length([*messages, *tools, *({"content": prompt} for prompt in request.prompts if prompt)])
         images: list[ImageFile] = []
         converted = [convert_message(message, f"messages[{i}]", images) for i, message in enumerate(messages)]
         prefill = take_prefill(converted) if request.continue_final_message else ""
+        tools, grammar = tools_of(request)
         greedy = request.top_p == 0  # the most probable token, as in OpenAI's API
         return GenerationRequest(
             converted,
@@ -142,7 +150,8 @@ class RequestParser:
             logprobs=request.num_logprobs,
             stop=request.stops,
             stop_token_ids=tuple(request.stop_token_ids or ()),
-            schema=request.schema_of_answer,
+            schema=grammar,
+            tools=tools,
             prefill=prefill,
         )
 
@@ -156,6 +165,8 @@ class RequestParser:
         for message in messages:
             content = message.get("content")
             parts = content if isinstance(content, list) else [{"text": content}]
+            if calls := message.get("tool_calls"):
+                parts = [*parts, json.dumps(calls)]
             length += MAX_CHARS_PER_TOKEN * (1 + len(parts))
             for part in parts:
                 texts = [part.get("text"), part.get("refusal")] if isinstance(part, dict) else [part]
@@ -170,8 +181,8 @@ def take_prefill(messages: list[dict]) -> str:
     Raises:
         ApiError: if it is not an assistant's.
     """
-    if messages[-1]["role"] != "assistant":
-        error = "continue_final_message needs an assistant's message at the end."
+    if messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]:
+        error = "continue_final_message needs an assistant's text at the end."
         raise ApiError(400, error, "invalid_value", "continue_final_message")
     return "".join(part["text"] for part in messages.pop()["content"])
 
@@ -190,13 +201,16 @@ def check_model_name(name: str | None, served: str) -> str:
 
 
 def check_content_type(http: HttpRequest) -> None:
-    """Check that a request is declared to be JSON.
+    """Check that a request is declared to be JSON, or that it has no type and is not of a web page (litellm's).
 
     Raises:
         ApiError: if it is not.
     """
-    # any web page can make its reader's browser send other types, here too; for this one the browser asks first (CORS)
-    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    # any web page can make its reader's browser send other types, here too, but not without its origin; for this one
+    # the browser asks first (CORS)
+    declared = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    from_page = "origin" in http.headers or "sec-fetch-site" in http.headers
+    if declared != "application/json" and ("content-type" in http.headers or from_page):
         raise ApiError(415, "A request must be JSON: send the header 'Content-Type: application/json' (curl: -H).")
 
 

@@ -1,6 +1,5 @@
 """OpenAI's wire format: the body of a chat completion request, checks of its parameters, and errors."""
 
-import json
 import logging
 import secrets
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 logger = logging.getLogger(__name__)
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 200
-MAX_SCHEMA_CHARS = 100_000
 MAX_CHOICES = 8  # `n`
 MAX_LOGPROBS = 20  # `top_logprobs`
 MAX_TOKEN_IDS = 1024  # in logit_bias and stop_token_ids
@@ -18,8 +16,6 @@ MAX_TOKEN_IDS = 1024  # in logit_bias and stop_token_ids
 # and empty ones
 NEUTRAL: dict[str, tuple] = {
     # OpenAI's
-    "tools": (),
-    "tool_choice": ("none", "auto"),
     "functions": (),
     "function_call": ("none", "auto"),
     "audio": (),
@@ -38,9 +34,6 @@ NEUTRAL: dict[str, tuple] = {
     "ebnf": (),
     "echo": (False,),
     "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
@@ -147,8 +140,14 @@ class ChatCompletionRequest(BaseModel):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    guided_json: dict[str, Any] | str | None = None  # a JSON schema, as in earlier versions of vLLM
-    structured_outputs: dict[str, Any] | None = None  # vLLM's present name: {"json": schema}
+    guided_json: dict[str, Any] | str | None = None  # this and the next three as in earlier versions of vLLM
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None  # vLLM's present name: {"json": schema}, {"regex": ...}, ...
+    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)  # vLLM's name
@@ -193,14 +192,14 @@ class ChatCompletionRequest(BaseModel):
             ApiError: if the same one is given twice.
         """
         if self.repeat_last_n == 0:
-            return {}
+            return {"repetition_penalty": 1.0}
         if None not in (self.repetition_penalty, self.repeat_penalty):
             message = "Give repetition_penalty or repeat_penalty, not both."
             raise ApiError(400, message, "invalid_value", "repeat_penalty")
         return {
             "presence_penalty": self.presence_penalty or 0.0,
             "frequency_penalty": self.frequency_penalty or 0.0,
-            "repetition_penalty": self.repetition_penalty or self.repeat_penalty or 1.0,
+            "repetition_penalty": self.repetition_penalty or self.repeat_penalty,
             "penalty_window": max(0, self.repeat_last_n or 0),
         }
 
@@ -227,50 +226,6 @@ class ChatCompletionRequest(BaseModel):
             raise ApiError(400, "top_logprobs needs logprobs: true.", "invalid_value", "top_logprobs")
         return self.top_logprobs or 0 if self.logprobs else None
 
-    @property
-    def schema_of_answer(self) -> dict | None:
-        """JSON schema that the answer must match; None for free text.
-
-        Raises:
-            ApiError: if it is missing, given twice, no JSON object or too long.
-        """
-        form = self.response_format
-        if vllm := self._vllm_schema():
-            schema, param = vllm
-            if form is not None and form.type != "text":
-                raise ApiError(400, f"Give response_format or {param}, not both.", "invalid_value", param)
-            return parse_schema(schema, param)
-        if form is None:
-            return None
-        schema = form.schema_
-        if form.json_schema:
-            schema = {} if form.json_schema.schema_ is None else form.json_schema.schema_
-        if form.type == "text":
-            if schema:
-                message = "A schema needs a response_format of type json_schema or json_object."
-                raise ApiError(400, message, "invalid_value", "response_format.type")
-            return None
-        if schema is None and form.type == "json_schema":
-            message, param = "response_format lacks its json_schema.", "response_format.json_schema"
-            raise ApiError(400, message, "invalid_value", param)
-        return parse_schema({"type": "object"} if schema is None else schema, "response_format.json_schema")
-
-    def _vllm_schema(self) -> tuple[Any, str] | None:
-        """Return a schema of `guided_json` or `structured_outputs`, and the path of its field."""
-        given = {name: value for name, value in (self.structured_outputs or {}).items() if value not in (None, False)}
-        for name in given:
-            if name not in ("json", "json_object"):
-                message = f"structured_outputs.{name} is not supported: describe the answer as a schema in its json."
-                raise ApiError(400, message, "unsupported_parameter", "structured_outputs")
-        if len(given) + (self.guided_json is not None) > 1:
-            message = "Give one of guided_json, structured_outputs.json and structured_outputs.json_object."
-            raise ApiError(400, message, "invalid_value", "structured_outputs")
-        if "json_object" in given:
-            return {"type": "object"}, "structured_outputs"
-        if "json" in given:
-            return given["json"], "structured_outputs"
-        return None if self.guided_json is None else (self.guided_json, "guided_json")
-
     def check_supported(self) -> None:
         """Check that no parameter would change the answer without being supported.
 
@@ -290,38 +245,30 @@ class CompletionRequest(ChatCompletionRequest):
 
     Attributes:
         prompt: text to continue, or several.
+        logprobs: what `top_logprobs` is in chat completions.
     """
 
     messages: list[dict[str, Any]] = Field(default_factory=list, max_length=0)
     prompt: str | list[str]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)  # type: ignore[assignment]
 
     @property
     def prompts(self) -> list[str | None]:
         return [self.prompt] if isinstance(self.prompt, str) else [*self.prompt]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     def check_supported(self) -> None:
         super().check_supported()
         if not 0 < len(self.prompts) * (self.n or 1) <= MAX_CHOICES:
             message = f"A request has 1 to {MAX_CHOICES} prompts and choices in all."
             raise ApiError(400, message, "invalid_value", "prompt")
-        for name in ("logprobs", "suffix", "continue_final_message"):
+        for name in ("suffix", "continue_final_message", "tools"):
             if getattr(self, name, None):
                 message = f"{name} is not supported by /v1/completions: leave it out."
                 raise ApiError(400, message, "unsupported_parameter", name)
-
-
-def parse_schema(schema: dict | str, param: str) -> dict:
-    """Return a JSON schema of bounded length; a string is parsed, as vLLM does."""
-    try:
-        if isinstance(schema, str):
-            schema = json.loads(schema[: MAX_SCHEMA_CHARS + 1])
-        length = len(json.dumps(schema))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The schema is not valid JSON.", "invalid_json_schema", param) from error
-    if not isinstance(schema, dict) or length > MAX_SCHEMA_CHARS:
-        message = f"A schema is a JSON object of at most {MAX_SCHEMA_CHARS} characters."
-        raise ApiError(400, message, "invalid_json_schema", param)
-    return schema
 
 
 def brief(value) -> str:

@@ -1,11 +1,13 @@
-"""The next token of a sequence: JSON schemas as grammars (llguidance), penalties, temperature, top_k, top_p, min_p."""
+"""The next token of a sequence: grammars (llguidance), penalties, temperature, top_k, top_p, min_p."""
 
 import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ov_mllama.serving.grammars import Grammar
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError
 
@@ -13,7 +15,7 @@ MIN_TEMPERATURE = 1e-5  # lower ones are greedy: logits divided by them may be i
 
 
 class GrammarCompiler:
-    """Compiler of JSON schemas for a tokenizer.
+    """Compiler of grammars for a tokenizer.
 
     Args:
         eos_token_ids: tokens that end an answer.
@@ -23,42 +25,53 @@ class GrammarCompiler:
         self._tokenizer, self._eos_token_ids = tokenizer, eos_token_ids
         self._ll_tokenizer: LLTokenizer | None = None
 
-    def compile(self, schema: dict) -> LLMatcher:
+    def compile(self, grammar: Grammar) -> LLMatcher:
         """Return the matcher of a new answer. For one thread at a time: the largest schemas take a second.
 
         Raises:
-            ApiError: if the schema is invalid or too complex.
+            ApiError: if the grammar is invalid or too complex.
         """
         if self._ll_tokenizer is None:
             self._ll_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer, eos_token=self._eos_token_ids or None)
         try:
-            # or an unsure model writes blanks without end
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
-        except ValueError as error:
-            raise schema_error(str(error)) from error
-        matcher = LLMatcher(self._ll_tokenizer, grammar, limits=LLParserLimits(verbose_errors=False))
+            source = source_of(grammar)
+        except (ValueError, GbnfToLarkError, RecursionError) as error:
+            raise grammar_error(str(error), grammar) from error
+        matcher = LLMatcher(self._ll_tokenizer, source, limits=LLParserLimits(verbose_errors=False))
         if not matcher.is_error():
-            matcher.compute_bitmask()  # some schemas turn out too complex only here
+            matcher.compute_bitmask()  # some grammars turn out too complex only here
         if matcher.is_error():
-            raise schema_error(matcher.get_error())
+            raise grammar_error(matcher.get_error(), grammar)
         return matcher
 
 
-def schema_error(reason: str) -> ApiError:
-    """Return the error of a schema that cannot be matched."""
-    message = f"The schema cannot be matched: {reason[:300]}"
-    return ApiError(400, message, "invalid_json_schema", "response_format.json_schema")
+def source_of(grammar: Grammar) -> str:
+    """Return a grammar as llguidance reads it; GBNF, llama.cpp's language, becomes Lark."""
+    if grammar.kind == "json":
+        # or an unsure model writes blanks without end
+        return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_flexible": False})
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.source)
+    return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
+
+
+def grammar_error(reason: str, grammar: Grammar | None = None) -> ApiError:
+    """Return the error of a grammar that cannot be matched."""
+    schema = grammar is None or grammar.kind == "json"
+    message = f"The {'schema' if schema else 'grammar'} cannot be matched: {reason[:300]}"
+    code = "invalid_json_schema" if schema else "invalid_value"
+    return ApiError(400, message, code, grammar.param if grammar else "response_format.json_schema")
 
 
 def mask_logits(logits: torch.Tensor, matcher: LLMatcher) -> torch.Tensor:
-    """Return logits [vocabulary] that are -inf for tokens which the schema does not allow.
+    """Return logits [vocabulary] that are -inf for tokens which the grammar does not allow.
 
     Raises:
-        ApiError: if the schema becomes too complex here.
+        ApiError: if the grammar becomes too complex here.
     """
     bitmask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
     if matcher.is_error():
-        raise schema_error(matcher.get_error())
+        raise grammar_error(matcher.get_error())
     allowed = torch.zeros(len(logits), dtype=torch.bool)
     bits = np.unpackbits(bitmask, bitorder="little")[: len(logits)]
     allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
@@ -75,14 +88,15 @@ def adjust_logits(
             in vLLM; the others are for the answer, as in OpenAI's API.
     """
     logits, first = logits.clone(), -request.penalty_window
-    if request.repetition_penalty != 1:
-        seen = torch.tensor([*{*(prompt + answer)[first:]}], dtype=torch.long)
+    if request.repetition_penalty not in (None, 1):
+        tokens = {token for token in (prompt + answer)[first:] if token < len(logits)}  # an image's has no logit
+        seen = torch.tensor([*tokens], dtype=torch.long)
         scores = logits[seen]
         factor = request.repetition_penalty
         logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
     if request.presence_penalty or request.frequency_penalty:
-        tokens, counts = torch.tensor(answer[first:], dtype=torch.long).unique(return_counts=True)
-        logits[tokens] -= request.presence_penalty + request.frequency_penalty * counts
+        generated, counts = torch.tensor(answer[first:], dtype=torch.long).unique(return_counts=True)
+        logits[generated] -= request.presence_penalty + request.frequency_penalty * counts
     for token, bias in request.logit_bias.items():
         logits[token] += bias
     return logits

@@ -1,19 +1,20 @@
-"""State of each request from its place in the queue to its last token, and its part in a batch of `generate`."""
+"""State of each request from its place in the queue to its last token."""
 
 import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 
 import torch
 from llguidance import LLMatcher
-from transformers import LogitsProcessor, StoppingCriteria
 
+from ov_mllama.runtime.batch import Prefill
 from ov_mllama.serving.detokenizer import Detokenizer
 from ov_mllama.serving.logprobs import TokenLogprob, token_logprob
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError
-from ov_mllama.serving.sampling import adjust_logits, mask_logits, sample, schema_error
+from ov_mllama.serving.sampling import adjust_logits, grammar_error, mask_logits, sample
 
 
 class Reservation:
@@ -34,16 +35,16 @@ class Sequence:
 
     Args:
         put_chunk: called from the model's thread with each chunk of text, and with None at the end.
-        matcher: of the request's schema; None for free text.
+        matcher: of the request's grammar; None for free text.
 
     Attributes:
         cancelled: set it to end the answer after the current token.
         finish_reason: OpenAI's, or "cancelled" or "error"; None before the end.
         error: why the sequence failed while others of its batch continue.
-        prompt_tokens: those of the prompt, once the batch has begun.
+        prompt_tokens: those of the prompt, once it has begun.
         logprobs: of the answer's tokens, if the request has `logprobs`; without the end token's.
         max_new_tokens: the request's, or fewer if the context leaves fewer.
-        started_s, first_token_s, ended_s: times (`time.perf_counter`) of its batch's start, its first and last token.
+        started_s, first_token_s, ended_s: times (`time.perf_counter`) of its prompt's start, its first and last token.
     """
 
     def __init__(
@@ -75,12 +76,16 @@ class Sequence:
         return len(self.detokenizer.tokens)
 
     @property
+    def last_token(self) -> int:
+        return self.detokenizer.tokens[-1]
+
+    @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt; 0 before the batch has begun."""
+        """Tokens of the prompt; 0 before it has begun."""
         return len(self.prompt_tokens)
 
     def start(self, started_s: float, prompt_tokens: list[int], context_length: int) -> None:
-        """Set what is known once the batch has begun."""
+        """Set what is known once its prompt begins."""
         self.started_s, self.prompt_tokens = started_s, prompt_tokens
         self.max_new_tokens = min(self.request.max_new_tokens, context_length - len(prompt_tokens))
 
@@ -106,7 +111,7 @@ class Sequence:
         if not self.num_tokens:
             self.first_token_s = time.perf_counter()
         if self.matcher and not (self.error or self.matcher.consume_token(token)):
-            self.error = schema_error(self.matcher.get_error())
+            self.error = grammar_error(self.matcher.get_error())
         if self.error:
             self._finish("error")
             return
@@ -137,11 +142,13 @@ class PendingRequest:
 
     Args:
         prompt: the messages in the chat template.
-        matcher: of the request's schema; None for free text.
+        matcher: of the request's grammar; None for free text.
         image_tiles: number of computed tiles by `ImageFile.key`.
 
     Attributes:
         sequence: the answer.
+        prefill: its prompt, being prepared by another thread; None while it waits.
+        remarks: on its images, once they are decoded (`images.load_image`).
         exclusive: whether it must run without others, because a batch with it failed.
         finished: whether there will be no more chunks.
         on_finish: called once there will be no more, in any thread.
@@ -160,9 +167,21 @@ class PendingRequest:
         self.request, self.prompt = request, prompt
         self.sequence = Sequence(request, self._put_chunk, matcher, tokenizer)
         self.reservation, self.image_tiles = reservation, image_tiles
+        self.prefill: Future[Prefill] | None = None
         self.exclusive = self.finished = False
+        self.remarks: list[str] = []
         self.on_finish: Callable[[], None] = lambda: None
         self.error: Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        """True if there will be no more tokens."""
+        return self.finished or self.sequence.finish_reason is not None or self.sequence.cancelled.is_set()
+
+    @property
+    def prefilled(self) -> Prefill | None:
+        """The prompt once it is prepared; None after an error too."""
+        return self.prefill.result() if self.prefill and self.prefill.done() and not self.prefill.exception() else None
 
     def _put_chunk(self, chunk: str | None) -> None:
         try:
@@ -191,42 +210,3 @@ class PendingRequest:
             self.sequence.cancelled.set()
         if error := self.error or self.sequence.error:
             raise error
-
-
-class AllCancelled:
-    """Event-like object that is set once all sequences of a batch are cancelled."""
-
-    def __init__(self, sequences: list[Sequence]):
-        self.sequences = sequences
-
-    def is_set(self) -> bool:
-        return all(sequence.cancelled.is_set() for sequence in self.sequences)
-
-
-class Sampler(LogitsProcessor):
-    """Logits processor that samples each sequence's token and leaves greedy `generate` no other."""
-
-    def __init__(self, sequences: list[Sequence]):
-        self.sequences = sequences
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        sampled = torch.full_like(scores, -torch.inf)
-        for sequence, logits, row in zip(self.sequences, scores, sampled, strict=True):
-            row[0 if sequence.finish_reason else sequence.sample(logits)] = 0
-        return sampled
-
-
-class StopCheck(StoppingCriteria):
-    """Stopping criterion that appends each sequence's token, and ends its row of the batch with it.
-
-    Args:
-        eos_token_ids: tokens that end an answer.
-    """
-
-    def __init__(self, sequences: list[Sequence], eos_token_ids: list[int]):
-        self.sequences, self.eos_token_ids = sequences, eos_token_ids
-
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        for sequence, token in zip(self.sequences, input_ids[:, -1].tolist(), strict=True):
-            sequence.append_token(token, self.eos_token_ids)
-        return torch.tensor([sequence.finish_reason is not None for sequence in self.sequences])

@@ -41,6 +41,12 @@ def finish_reason_of(pending: PendingRequest) -> Literal["length", "stop"]:
     return "length" if pending.sequence.finish_reason == "length" else "stop"
 
 
+def remarks_of(pendings: Sequence[PendingRequest]) -> dict[str, list[str]]:
+    """Return the field with remarks on a request's images, such as further pages; no field if there are none."""
+    remarks = dict.fromkeys(remark for pending in pendings for remark in pending.remarks)
+    return {"remarks": [*remarks]} if remarks else {}
+
+
 @contextlib.asynccontextmanager
 async def cancel_on_disconnect(pendings: Sequence[PendingRequest], http: HttpRequest) -> AsyncIterator[None]:
     """Cancel requests when their client disconnects, which nothing else detects before there is a response."""

@@ -21,7 +21,7 @@ from ov_mllama.chat.answers import Chat, GenerationSettings
 from ov_mllama.chat.owners import COOKIE
 from ov_mllama.chat.pages import Pages
 from ov_mllama.chat.store import ANSWERED, CUT, MIGRATIONS, STOPPED, WAITING, Conversation, Conversations, Turn
-from ov_mllama.runtime.images import open_picture
+from ov_mllama.runtime.images import load_image
 
 ME, OTHER = "me", "somebody else"
 PROGRAMS, SAVES = 2, 15
@@ -46,7 +46,7 @@ def noise(seed: int) -> Image.Image:
 
 def same(one: Path, other) -> bool:
     """Return whether two images have the same pixels."""
-    return ImageChops.difference(Image.open(one), open_picture(other)).getbbox() is None
+    return ImageChops.difference(Image.open(one), load_image(other)).getbbox() is None
 
 
 def talk(kept, *questions: str, owner=ME) -> Conversation:

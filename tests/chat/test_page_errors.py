@@ -77,7 +77,7 @@ def test_picture_that_the_machine_cannot_open_is_said(page, says, tmp_path, monk
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("ov_mllama.chat.pages.open_picture", fails)
+        patch.setattr("ov_mllama.chat.pages.load_image", fails)
         page.send.click()
         expect(page.tab.locator(".block.foot")).to_contain_text(said)
     expect(page.box).to_have_value("What is it?")

@@ -424,7 +424,7 @@ def test_disk_that_fails_is_no_unreadable_picture(monkeypatch):
     def failing(picture):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(calibration, "open_picture", failing)
+    monkeypatch.setattr(calibration, "load_image", failing)
     with pytest.raises(OSError, match="Input/output error"):
         list(load_samples(SAMPLES, 1))
 

@@ -61,14 +61,17 @@ def test_pieces_joined_are_the_model(model, samples, layers, tmp_path):
     assert ports(joined) == ports(model) == before
     pixels = np.random.default_rng(0).normal(size=samples[0]["pixel_values"].shape).astype(np.float32)
     # real tiles, canvas, and how many tiles each stands for; the last may be a padding tile that stands for several
-    for real, ratio, counts in [(1, 1, [1]), (1, 1, [1, 3]), (2, 2, [1, 1]), (2, 2, [1, 1, 2]), (4, 6, [1] * 4)]:
-        sample = {
+    tiles = [(1, 1, [1]), (1, 1, [1, 3]), (2, 2, [1, 1]), (2, 2, [1, 1, 2]), (4, 6, [1] * 4)]
+    each = [
+        {
             "pixel_values": pixels[: len(counts)],
             "aspect_ratio_ids": np.array([ratio]),
             "real_tiles": np.array(real),
             "tile_counts": np.array(counts),
         }
-        (expected,), (actual,) = outputs(model, [sample]), outputs(joined, [sample])
+        for real, ratio, counts in tiles
+    ]
+    for expected, actual in zip(outputs(model, each), outputs(joined, each), strict=True):
         assert all(np.array_equal(*pair) for pair in zip(expected, actual, strict=True))
 
 

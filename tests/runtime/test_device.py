@@ -54,7 +54,7 @@ def test_the_language_model_reads_device_memory(pair, model):
     tensors = session.cache.cross_attention.key_values
     assert all(isinstance(tensor, ov.Tensor) for tensor in tensors.values())
     name, tensor = next(iter(tensors.items()))
-    assert session._request.get_tensor(name).data.ctypes.data == tensor.data.ctypes.data
+    assert session.request.get_tensor(name).data.ctypes.data == tensor.data.ctypes.data
 
 
 def test_device_memory_is_used_where_asked_for_and_there(pair, monkeypatch):

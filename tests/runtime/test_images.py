@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from conftest import DEMO
-from ov_mllama.runtime import images
-from ov_mllama.runtime.images import PictureError, open_picture
+from ov_mllama.runtime import downloads, image_files
+from ov_mllama.runtime.images import PictureError, load_image
 
 pytestmark = pytest.mark.torture
 SAMPLE = DEMO / "samples" / "02-describe-224x112.png"
@@ -80,7 +80,7 @@ def test_files_are_opened(kind, tmp_path, tally):
     data, colour = FILES[kind]
     (tmp_path / "picture.txt").write_bytes(data)  # the name says nothing
     for source in (data, tmp_path / "picture.txt", str(tmp_path / "picture.txt"), Image.open(io.BytesIO(data))):
-        image = open_picture(source)
+        image = load_image(source)
         assert (image.mode, image.size) == ("RGB", (6, 4))
         assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
     tally("kinds of pictures", 4)
@@ -90,19 +90,20 @@ def test_pictures_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     Image.new("L", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+    assert load_image(tmp_path / "turned.jpg").size == (20, 40)
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes().replace(b"Exif\0\0", b"Exif\0\0?"))
-    assert open_picture(tmp_path / "broken.jpg").size == (40, 20)
+    assert load_image(tmp_path / "broken.jpg").size == (40, 20)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_of_several_frames_the_first(form):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     data = contents(frames[0], form, save_all=True, append_images=frames[1:])
-    with pytest.warns(UserWarning, match="several frames"):
-        image = open_picture(data)
+    parts = "pages" if form == "TIFF" else "frames"
+    with pytest.warns(UserWarning, match=f"several {parts}"):
+        image = load_image(data)
     assert np.abs(np.asarray(image).astype(int) - RED).max() <= 2
-    assert "several frames" in image.info["remark"]
+    assert f"several {parts}" in image.info["remark"]
 
 
 def test_a_photograph_with_its_preview_is_one_picture():
@@ -110,12 +111,12 @@ def test_a_photograph_with_its_preview_is_one_picture():
     data = contents(frames[0], "MPO", save_all=True, append_images=frames[1:])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert open_picture(data).info == {}
+        assert load_image(data).info == {}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 10_000)])
 def test_extreme_shapes_reach_the_model(pair, size):
-    image = open_picture(Image.new("RGB", size, "red"))
+    image = load_image(Image.new("RGB", size, "red"))
     inputs = pair.processor(text="<|image|>what", images=[image], return_tensors="pt")
     assert torch.isfinite(pair.ov(**inputs, logits_to_keep=1).logits).all()
 
@@ -146,38 +147,40 @@ ARRAYS = {
 
 @pytest.mark.parametrize("kind", ARRAYS)
 def test_arrays_are_opened(kind, tally):
-    assert np.array_equal(np.asarray(open_picture(ARRAYS[kind])), RGB)
+    assert np.array_equal(np.asarray(load_image(ARRAYS[kind])), RGB)
     tally("kinds of pictures", 1)
 
 
 def test_grey_arrays():
     grey = array(5, 7)
     for source in (grey, grey[..., None], grey[None], torch.tensor(grey), torch.tensor(grey)[None].to(torch.bfloat16)):
-        assert np.array_equal(np.asarray(open_picture(source))[..., 0], grey)
-    assert np.asarray(open_picture(np.eye(3, dtype=bool)))[..., 1].tolist() == (255 * np.eye(3)).tolist()
+        assert np.array_equal(np.asarray(load_image(source))[..., 0], grey)
+    assert np.asarray(load_image(np.eye(3, dtype=bool)))[..., 1].tolist() == (255 * np.eye(3)).tolist()
 
 
 def test_where_both_could_be_meant_channels_are_last_in_arrays_and_first_in_tensors():
     both = array(3, 5, 3)
-    assert np.array_equal(np.asarray(open_picture(both)), both)
-    assert np.array_equal(np.asarray(open_picture(torch.tensor(both))), both.transpose(1, 2, 0))
+    assert np.array_equal(np.asarray(load_image(both)), both)
+    assert np.array_equal(np.asarray(load_image(torch.tensor(both))), both.transpose(1, 2, 0))
 
 
 # ---- Refused ----
 
 PNG = SAMPLE.read_bytes()
 REFUSED = {
-    "no bytes": (b"", "not an image that can be read"),
+    "no bytes": (b"", "is empty"),
     "half a PNG": (PNG[: len(PNG) // 2], "not an image that can be read"),
     "half a JPEG": (contents(Image.open(SAMPLE).convert("RGB"), "JPEG")[:500], "not an image that can be read"),
-    "a page": (b"<!DOCTYPE html><html></html>", "not an image that can be read"),
-    "a drawing in text": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
-    "PostScript, which would be run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-    "a zip": (b"PK\x03\x04" + bytes(100), "not an image that can be read"),
-    "8000 x 8000": (contents(Image.new("1", (8000, 8000))), "8000 × 8000 pixels: make it smaller"),
-    "20000 x 20000": (contents(Image.new("1", (20_000, 20_000))), "too many pixels: make it smaller"),
-    "an array with NaN": (np.full((4, 4, 3), np.nan), "values from nan to nan"),
-    "an array with infinity": (np.full((4, 4, 3), np.inf), "values from inf"),
+    "a page": (b"<!DOCTYPE html><html></html>", "is a web page, no image that can be read"),
+    "a drawing in text": (
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "is a drawing in SVG, no image",
+    ),
+    "PostScript, which would be run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is PostScript, no image"),
+    "a zip": (b"PK\x03\x04" + bytes(100), "is a ZIP archive or an Office document, no image"),
+    "20000 x 20000": (contents(Image.new("1", (20_000, 20_000))), "20000 × 20000 pixels: make it smaller"),
+    "an array of NaN": (np.full((4, 4, 3), np.nan), "no finite value"),
+    "an array of infinity": (np.full((4, 4, 3), np.inf), "no finite value"),
     "normalised pixels": (np.linspace(-1.8, 2.1, 48).reshape(3, 4, 4), "pixel_values are for the model"),
     "an array of five channels": (array(6, 6, 5), r"shape \[6, 6, 5\] is no image"),
     "an array of two pictures": (array(2, 4, 4, 3), r"shape \[2, 4, 4, 3\] is no image"),
@@ -194,11 +197,11 @@ REFUSED = {
 def test_refused_with_a_sentence(kind, tmp_path, tally):
     source, sentence = REFUSED[kind]
     with pytest.raises(PictureError, match=sentence):
-        open_picture(source)
+        load_image(source)
     if isinstance(source, bytes):
         (tmp_path / "picture.png").write_bytes(source)
         with pytest.raises(PictureError, match="picture.png.*" + sentence):
-            open_picture(tmp_path / "picture.png")
+            load_image(tmp_path / "picture.png")
     tally("kinds of pictures", 1)
 
 
@@ -208,12 +211,12 @@ def test_paths_that_lead_nowhere(tmp_path):
         (tmp_path / "gone.png", "gone.png is missing"),
         ("a\0b", "not an image"),
         ("x" * 5000, "not an image"),
-        ("file:///etc/passwd", "no URL of an image"),
+        ("file:///etc/passwd", "passwd is not an image"),
         ("ftp://example.org/x.png", "no URL of an image"),
         ("data://x", "no URL of an image"),
     ]:
         with pytest.raises(PictureError, match=sentence):
-            open_picture(path)
+            load_image(path)
 
 
 # ---- From the network ----
@@ -309,7 +312,7 @@ def address():
 
 @pytest.mark.parametrize("path", ["picture.png", "unnamed", "elsewhere"])
 def test_an_address(address, path):
-    assert np.array_equal(np.asarray(open_picture(f"{address}/{path}")), np.asarray(open_picture(SAMPLE)))
+    assert np.array_equal(np.asarray(load_image(f"{address}/{path}")), np.asarray(load_image(SAMPLE)))
 
 
 @pytest.mark.parametrize(
@@ -329,10 +332,10 @@ def test_an_address(address, path):
     ],
 )
 def test_addresses_that_give_no_picture(address, path, sentence, monkeypatch, tally):
-    monkeypatch.setattr(images, "SECONDS", 1)
-    monkeypatch.setattr(images, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(downloads, "SECONDS", 1)
+    monkeypatch.setattr(downloads, "MAX_BYTES", 1_000_000)
     with pytest.raises(PictureError, match=sentence):
-        open_picture(f"{address}/{path}")
+        load_image(f"{address}/{path}")
     assert "1 second" not in sentence or path not in Server.ended
     tally("addresses", 1)
 
@@ -340,7 +343,7 @@ def test_addresses_that_give_no_picture(address, path, sentence, monkeypatch, ta
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.png", "http://", "http://[", "https://\ud800/", "http://a b/"])
 def test_addresses_that_are_none(url):
     with pytest.raises(PictureError, match="could not be fetched"):
-        open_picture(url)
+        load_image(url)
 
 
 def test_a_certificate_that_nobody_vouches_for(tmp_path):
@@ -353,7 +356,7 @@ def test_a_certificate_that_nobody_vouches_for(tmp_path):
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     server = serve(context)
     with pytest.raises(PictureError, match="could not be fetched.*certificate"):
-        open_picture(f"https://localhost:{server.server_port}/picture.png")
+        load_image(f"https://localhost:{server.server_port}/picture.png")
     server.shutdown()
 
 
@@ -362,7 +365,7 @@ def test_in_a_running_loop(address):
     import asyncio
 
     async def cell():
-        return open_picture(f"{address}/picture.png")
+        return load_image(f"{address}/picture.png")
 
     assert asyncio.run(cell()).mode == "RGB"
 
@@ -404,8 +407,8 @@ def test_broken_files(times, tally):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                image = open_picture(data)
-            right = image.mode == "RGB" and image.width * image.height <= images.MAX_PIXELS
+                image = load_image(data)
+            right = image.mode == "RGB" and image.width * image.height <= image_files.MAX_PIXELS
         except PictureError:
             right = True
         except Exception as error:
@@ -446,11 +449,11 @@ def test_failures_of_the_machine_are_not_the_pictures(case, place, monkeypatch):
         raise raised
 
     if place == "open":
-        monkeypatch.setattr(images.Image, "open", failing)
+        monkeypatch.setattr(image_files.Image, "open", failing)
     else:
         monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", failing)
     with pytest.raises(kind, match=said) as error:
-        open_picture(SAMPLE)
+        load_image(SAMPLE)
     assert isinstance(error.value, PictureError) == (kind is PictureError)
     if isinstance(raised, OSError) and kind is OSError:
         assert error.value.errno == raised.errno
@@ -465,9 +468,9 @@ def test_picture_without_permission_or_file_handles_is_reported_as_that(tmp_path
             while True:
                 opened.append(SAMPLE.open("rb"))
         with pytest.raises(OSError, match="Too many open files"):
-            open_picture(SAMPLE)
+            load_image(SAMPLE)
     finally:
         for file in opened:
             file.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert open_picture(SAMPLE).size == (224, 112)
+    assert load_image(SAMPLE).size == (224, 112)

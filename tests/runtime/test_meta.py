@@ -3,6 +3,7 @@
 Features within 1e-5, logits within 1e-4, in f32 and with weights carried over to Meta's modules.
 """
 
+import functools
 import io
 import os
 
@@ -75,14 +76,20 @@ class Pair:
         return self.meta.logits(tokens or inputs["input_ids"][0].tolist(), pixels, canvases, prompt)
 
 
+@pytest.fixture(scope="module")
+def meta_pairs(tmp_path_factory):
+    """`meta_pairs(name)`: one of `CHECKPOINTS`, made once."""
+    return functools.cache(lambda name: Pair(name, tmp_path_factory.mktemp("meta")))
+
+
 @pytest.fixture(scope="module", params=tuple(CHECKPOINTS))
-def meta_pair(request, tmp_path_factory):
-    return Pair(request.param, tmp_path_factory.mktemp("meta"))
+def meta_pair(request, meta_pairs):
+    return meta_pairs(request.param)
 
 
 @pytest.fixture(scope="module")
-def one_pair(tmp_path_factory):
-    return Pair("eight layers", tmp_path_factory.mktemp("one"))
+def one_pair(meta_pairs):
+    return meta_pairs("eight layers")
 
 
 # ---- The picture ----

@@ -118,7 +118,7 @@ def test_a_template_that_refuses_is_shown_as_its_sentence(processor, caplog):
 
 
 def test_too_long_for_the_context_is_refused_before_pictures_are_opened(processor, monkeypatch):
-    monkeypatch.setattr(prompts, "open_picture", lambda _: pytest.fail("opened a picture"))
+    monkeypatch.setattr(prompts, "load_image", lambda _: pytest.fail("opened a picture"))
     turn = ask(Idle(), processor, "word " * 20_000, [Path("large.png")])  # 100 000 characters
     assert turn.state == FAILED
     assert "exceed the model's context of 512" in turn.note

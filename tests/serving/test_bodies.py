@@ -76,14 +76,12 @@ def test_hostile_body_is_refused_briefly(client, server, body):
 
 
 CHANGES = {
-    "guided_regex": "a+",
-    "guided_choice": ["a", "b"],
-    "guided_grammar": "root ::= 'a'",
+    "guided_whitespace_pattern": " *",
     "best_of": 2,
     "ignore_eos": True,
     "min_tokens": 5,
-    "tools": [{"type": "function"}],
-    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
     "skip_special_tokens": False,
     "include_stop_str_in_output": True,
     "modalities": ["text", "audio"],

@@ -11,6 +11,7 @@ import pytest
 from chat_page import SELF, WHO, wait_until
 from conftest import demo_samples
 from openai_client import BEARER, HTTP, about, alone, complete, is_busy, picture, text, user
+from ov_mllama.runtime.batch import Batch
 from ov_mllama.runtime.errors import InputError, NumericalError
 from ov_mllama.runtime.prompts import prompt_text
 
@@ -143,11 +144,11 @@ def test_a_stream_that_takes_long_to_begin_is_not_silent(client, slow_demo, serv
     chunks = complete(client, about(SAMPLES[0]), stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SAMPLES[0]["answer"]
 
-    def fails(**inputs):
+    def fails(*given):
         time.sleep(0.3)
         raise InputError("out of order")
 
-    monkeypatch.setattr(slow_demo, "generate", fails)
+    monkeypatch.setattr(slow_demo, "begin", fails)
     with pytest.raises(openai.APIError, match="out of order"):
         list(complete(client, user(text(WHO)), stream=True))
 
@@ -156,15 +157,15 @@ def test_a_stream_that_takes_long_to_begin_is_not_silent(client, slow_demo, serv
 
 
 def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, scheduler, slow_demo, processor, monkeypatch):
-    generate, sizes = slow_demo.generate, []
+    join, sizes = Batch.join, []
 
-    def poisoned(**inputs):
-        sizes.append(len(inputs["input_ids"]))
-        if any("poison" in words for words in processor.batch_decode(inputs["input_ids"])):
+    def poisoned(self, prefill):
+        sizes.append(len(scheduler._engine.running))
+        if "poison" in processor.decode(prefill.prompt.input_ids[0]):
             raise NumericalError("not finite")
-        return generate(**inputs)
+        return join(self, prefill)
 
-    monkeypatch.setattr(slow_demo, "generate", poisoned)
+    monkeypatch.setattr(Batch, "join", poisoned)
     slow_demo.step_s = 60
     with ThreadPoolExecutor(5) as pool:
         first = pool.submit(complete, client, user(text(WHO)))
@@ -180,15 +181,15 @@ def test_what_goes_wrong_with_one_question_is_not_said_to_others(client, schedul
 
 
 def test_what_does_not_fit_into_memory_together_is_answered_one_by_one(client, scheduler, slow_demo, monkeypatch):
-    generate, sizes = slow_demo.generate, []
+    decode, sizes = Batch.decode, []
 
-    def small(**inputs):
-        sizes.append(len(inputs["input_ids"]))
+    def small(self, tokens):
+        sizes.append(len(tokens))
         if sizes[-1] > 1:
             raise MemoryError("2 GB too little")
-        return generate(**inputs)
+        return decode(self, tokens)
 
-    monkeypatch.setattr(slow_demo, "generate", small)
+    monkeypatch.setattr(Batch, "decode", small)
     slow_demo.step_s = 60
     with ThreadPoolExecutor(5) as pool:
         asked = [pool.submit(complete, client, user(text(WHO)))]
@@ -257,7 +258,7 @@ def test_who_leaves_before_the_first_word_frees_the_model_and_the_line(client, s
     with ThreadPoolExecutor(7) as pool:
         looking = pool.submit(leave, about(SAMPLES[0]))
         wait_until(lambda: slow_demo.looks)
-        waiting = [pool.submit(leave, user(text(WHO))) for _ in range(6)]  # as many as there is room for
+        waiting = [pool.submit(leave, about(SAMPLES[1])) for _ in range(6)]  # as many as there is room for
         for left in [looking, *waiting]:
             left.result()
     wait_until(lambda: slow_demo.given_up)
@@ -271,14 +272,14 @@ def test_who_leaves_the_line_leaves_room(client, scheduler, slow_demo):
     with ThreadPoolExecutor(8) as pool:
         looking = pool.submit(complete, client, about(SAMPLES[0]))
         wait_until(lambda: slow_demo.looks)
-        waiting = [pool.submit(complete, client, user(text(WHO)), timeout=0.6) for _ in range(6)]
+        waiting = [pool.submit(complete, client, about(SAMPLES[1]), timeout=0.6) for _ in range(6)]
         assert all(isinstance(left.exception(), openai.APITimeoutError) for left in waiting)
         wait_until(lambda: all(asked.sequence.cancelled.is_set() for asked in list(scheduler._waiting)))
-        another = pool.submit(complete, client, user(text(WHO)))
+        another = pool.submit(complete, client, about(SAMPLES[4]))
         wait_until(lambda: len(scheduler._waiting) == 1)
         slow_demo.picture_s = 0
         assert looking.result().choices[0].message.content == SAMPLES[0]["answer"]
-        assert another.result().choices[0].message.content == SELF
+        assert another.result().choices[0].message.content == SAMPLES[4]["answer"]
 
 
 def test_pictures_of_those_who_left_are_not_looked_at(client, scheduler, slow_demo):

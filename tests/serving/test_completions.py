@@ -50,7 +50,8 @@ def test_several_prompts_have_their_own_choices(client, prompt):
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a"] * 9}, "prompt"),
         ({"prompt": [1, 2]}, "prompt.str"),
-        ({"prompt": "?", "logprobs": 1}, "logprobs"),
+        ({"prompt": "?", "logprobs": 21}, "logprobs"),
+        ({"prompt": "?", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"prompt": "?", "suffix": "!"}, "suffix"),
         ({"prompt": "?", "echo": True}, "echo"),
         ({"prompt": "?", "continue_final_message": True}, "continue_final_message"),
@@ -62,6 +63,22 @@ def test_what_is_not_supported_is_refused_by_name(server, options, param):
     answer = HTTP.post(f"{server}/v1/completions", json={"model": "demo", **options}, headers=BEARER)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+def test_log_probabilities_are_those_of_the_chat(client, prompt):
+    chat = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": WHO}], logprobs=True, top_logprobs=2, max_tokens=4
+    )
+    expected = chat.choices[0].logprobs.content
+    options = dict(model="demo", prompt=prompt, logprobs=2, max_tokens=4)
+    whole = client.completions.create(**options).choices[0].logprobs
+    assert whole.tokens == [each.token for each in expected]
+    assert whole.token_logprobs == pytest.approx([each.logprob for each in expected], abs=1e-4)
+    assert [len(top) for top in whole.top_logprobs] == [2] * 4
+    assert all(SELF[at:].startswith(token) for at, token in zip(whole.text_offset, whole.tokens, strict=True))
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(stream=True, **options)]
+    for field in ("tokens", "text_offset"):
+        assert sum((getattr(chunk, field) for chunk in chunks if chunk), []) == getattr(whole, field)
 
 
 def test_token_of_an_image_is_text(client, scheduler):

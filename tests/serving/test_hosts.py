@@ -89,7 +89,7 @@ def test_mounted_chat_refuses_foreign_hosts_and_carries_the_security_headers(slo
 
 
 def test_errors_carry_the_security_headers(server, slow_demo, monkeypatch):
-    monkeypatch.setattr(slow_demo, "generate", raises(RuntimeError(SECRET)))
+    monkeypatch.setattr(slow_demo, "begin", raises(RuntimeError(SECRET)))
     answers = [
         HTTP.get(f"{server}/health"),
         HTTP.get(f"{server}/nothing"),

@@ -21,7 +21,7 @@ from openai_client import (
     text,
     user,
 )
-from ov_mllama.runtime.images import open_picture
+from ov_mllama.runtime.images import load_image
 from ov_mllama.serving import image_urls
 from ov_mllama.serving.app import create_app
 from ov_mllama.serving.scheduler import Scheduler
@@ -206,4 +206,4 @@ def test_certificate_is_checked_for_the_name(fetching, web, public, tmp_path):
 
 
 def test_library_reaches_the_users_own_network(web):
-    assert open_picture(f"http://127.0.0.1:{web[0]}/x.png").size == SAMPLES[0]["image"].size
+    assert load_image(f"http://127.0.0.1:{web[0]}/x.png").size == SAMPLES[0]["image"].size

@@ -13,6 +13,13 @@ def test_bearer_is_taken_in_any_case(server, given):
     assert HTTP.get(f"{server}/v1/models", headers={"Authorization": given}).is_success
 
 
+@pytest.mark.parametrize("name", ["x-api-key", "api-key", "X-API-Key"])
+def test_key_is_taken_from_the_headers_of_other_apis(server, name):
+    assert HTTP.get(f"{server}/v1/models", headers={name: KEY}).is_success
+    assert HTTP.get(f"{server}/v1/models", headers={name: "wrong"}).status_code == 401
+    assert HTTP.get(f"{server}/v1/models", headers={name: KEY, "Authorization": "Bearer wrong"}).status_code == 401
+
+
 @pytest.mark.parametrize(
     "given",
     [None, KEY, "", "Bearer", f"Basic {KEY}", f"Bearer{KEY}", f"Bearer Bearer {KEY}", f"Token {KEY}"],

@@ -92,8 +92,13 @@ def test_detail_is_taken_in_any_case(given, expected):
         ({"content": [{"type": "document", "source": {"data": B64}}]}, "content[0]"),
         ({"content": [{"type": "text", "text": 5}]}, "content[0]"),
         ({"content": "?", "images": [B64]}, "images"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"),
-        ({"role": "tool", "content": "?"}, "role"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}, "tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": 5, "arguments": "{}"}}]}, "tool_calls[0]"),
+        ({"role": "tool", "content": [{"type": "image_url", "image_url": URI}]}, "content[0]"),
+        ({"role": "function", "content": "?"}, "role"),
+        ({"role": ["tool"], "content": "?"}, "role"),
     ],
 )
 def test_ambiguous_or_unsupported_message_is_refused_by_its_field(message, param):
@@ -172,7 +177,7 @@ def test_value_without_meaning_is_refused(client, options):
 
 
 def test_answer_without_a_limit_ends_where_the_context_does(client, slow_demo, scheduler, monkeypatch):
-    monkeypatch.setattr(scheduler, "eos_token_ids", [])
+    monkeypatch.setattr(scheduler._engine, "_eos_token_ids", [])
     monkeypatch.setattr(slow_demo.generation_config, "eos_token_id", None)
     context = slow_demo.config.text_config.max_position_embeddings
     question = user(text("word " * 1010))
@@ -188,3 +193,11 @@ def test_option_sets_another_limit_of_answers_without_one(slow_demo, processor):
     with served(create_app(Scheduler(slow_demo, processor), "demo", "secret", max_tokens=7)) as url:
         for options, expected in (({}, 7), ({"max_tokens": 0}, 7), ({"max_tokens": 9}, 9)):
             assert post(url, {**ASKED, **options}).json()["usage"]["completion_tokens"] == expected
+
+
+def test_system_message_is_a_text_as_metas_template_writes_it():
+    """A list of parts would be written as Python prints it."""
+    for content in ("Be brief.", [{"type": "text", "text": "Be "}, "brief."]):
+        for role in ("system", "developer"):
+            converted = convert_message({"role": role, "content": content}, "messages[0]", [])
+            assert converted == {"role": "system", "content": "Be brief."}

@@ -61,7 +61,7 @@ def test_queue_and_errors_are_shown(client, server, scheduler, slow_demo, monkey
         assert [each.result().choices[0].message.content for each in [first, *others]] == [SELF] * 3
     assert shown["requests_running"] == 1
     assert shown["queue_bytes"] >= 0
-    monkeypatch.setattr(slow_demo, "generate", raises(RuntimeError("out of order")))
+    monkeypatch.setattr(slow_demo, "begin", raises(RuntimeError("out of order")))
     errors = metrics(server).get('answers_total{reason="error"}', 0)
     refusal(client)
     wait_until(lambda: metrics(server)['answers_total{reason="error"}'] == errors + 1)

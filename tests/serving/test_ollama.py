@@ -19,10 +19,12 @@ from openai_client import BEARER, HTTP, about, complete, is_busy, raises, served
 from openai_client import text as text_part
 from ov_mllama.runtime.errors import OutOfMemoryError
 from ov_mllama.serving.app import create_app, parse_arguments
+from ov_mllama.serving.grammars import closed
 from ov_mllama.serving.loading import Gate
-from ov_mllama.serving.ollama_protocol import Options, closed
+from ov_mllama.serving.ollama_protocol import Options
 from ov_mllama.serving.protocol import NEUTRAL
 from ov_mllama.serving.scheduler import Scheduler
+from ov_mllama.serving.sequences import Sequence
 
 SAMPLES = demo_samples()
 IMAGE = path_of(SAMPLES[0])
@@ -228,12 +230,12 @@ def test_options_apply(llama):
     ],
 )
 def test_token_limit_fits_the_context(llama, slow_demo, monkeypatch, options, limit):
-    seen, generate = [], slow_demo.generate
-    monkeypatch.setattr(slow_demo, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs))
+    seen, start = [], Sequence.start
+    monkeypatch.setattr(Sequence, "start", lambda self, *given: seen.append(self) or start(self, *given))
     answer = llama.generate("demo", WHO, options={**GREEDY, **options})
     assert answer.response == SELF
     left = slow_demo.config.text_config.max_position_embeddings - answer.prompt_eval_count
-    assert seen[0]["max_new_tokens"] == min(limit or left, left)
+    assert seen[0].max_new_tokens == min(limit or left, left)
 
 
 def test_options_of_the_machine_and_neutral_ones_are_ignored(llama, server):
@@ -268,7 +270,11 @@ def test_option_that_would_change_the_answer_is_rejected_by_name(llama, option):
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
 def test_field_that_would_change_the_answer_is_rejected_by_name(llama, server, path, name):
     body = {"model": "demo", "prompt": "?", "messages": SAY, name: [1] if name in ("context", "tools") else 1}
-    assert rejection(post(server, path, body)).startswith(f"{name} is not supported: ")
+    message = rejection(post(server, path, body))
+    if (name, path) == ("tools", "/api/chat"):
+        assert "tool" in message
+    else:
+        assert message.startswith(f"{name} is not supported: ")
 
 
 @pytest.mark.parametrize(
@@ -286,8 +292,9 @@ def test_field_that_would_change_the_answer_is_rejected_by_name(llama, server, p
         ({"prompt": "?", "images": ["!"]}, "not valid base64"),
         ({"prompt": "?", "images": ["AAAA"]}, "image"),
         ({"prompt": "?", "images": ["http://127.0.0.1:1/x.png"]}, "does not fetch"),
-        ({"messages": [{"role": "tool", "content": "5"}]}, "not supported"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "not supported"),
+        ({"messages": [{"role": "tool", "content": "5"}]}, "does not support tools"),
+        ({"messages": SAY, "tools": [{"type": "function", "function": {"name": "f"}}]}, "does not support tools"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "A call has a function"),
         ({"messages": [{"role": "assistant", "images": [BASE64]}]}, "in a user's message"),
         ({"messages": [{"role": "king", "content": "?"}]}, "A role is"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content"),
@@ -407,9 +414,9 @@ def test_errors_have_ollama_s_format(llama, server, slow_demo, monkeypatch):
     assert "Not Allowed" in rejection(HTTP.get(f"{server}/api/chat"), 405)
     assert "2 MB" in rejection(post(server, "/api/generate", b" " * 3_000_000), 413)
     assert "1 MB" in rejection(post(server, "/api/show", b" " * 1_500_000), 413)
-    monkeypatch.setattr(slow_demo, "generate", raises(OutOfMemoryError("2 GB too little: close other programs.")))
+    monkeypatch.setattr(slow_demo, "begin", raises(OutOfMemoryError("2 GB too little: close other programs.")))
     assert "2 GB too little" in rejection(post(server, "/api/generate", body), 503)
-    monkeypatch.setattr(slow_demo, "generate", raises(RuntimeError("sesame")))
+    monkeypatch.setattr(slow_demo, "begin", raises(RuntimeError("sesame")))
     assert "sesame" not in rejection(post(server, "/api/generate", body), 500)
 
 

@@ -9,7 +9,7 @@ import pytest
 from chat_page import WHO, wait_until
 from conftest import demo_samples
 from openai_client import ASKED, KEY, complete, encoded, is_busy, photograph, post, small_server, text, user
-from ov_mllama.runtime.images import open_picture
+from ov_mllama.runtime.images import load_image
 from ov_mllama.serving import guards
 
 SAMPLES = demo_samples()
@@ -18,7 +18,7 @@ SAMPLES = demo_samples()
 def test_waiting_images_are_held_encoded(slow_demo, processor, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        "ov_mllama.serving.images.open_picture", lambda data: opened.append(len(data)) or open_picture(data)
+        "ov_mllama.serving.images.load_image", lambda data: opened.append(len(data)) or load_image(data)
     )
     slow_demo.as_new(step_s=60)
     data = photograph(1200, 800)

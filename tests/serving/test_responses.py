@@ -77,12 +77,13 @@ def test_schema_is_followed(client):
     ("options", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"background": True}, "background"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"include": ["message.output_text.logprobs"]}, "include"),
-        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "x"}]}, "input[0]"),
+        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "x"}]}, "input"),
         ({"input": [5]}, "input[0]"),
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input"),
@@ -102,7 +103,7 @@ def test_neutral_parameters_are_taken(client, scheduler):
         "tool_choice": "auto",
         "truncation": "auto",
         "background": False,
-        "include": [],
+        "include": ["reasoning.encrypted_content"],
         "store": True,
     }
     assert client.responses.create(model="demo", input=WHO, **neutral).output_text == SELF
@@ -113,6 +114,6 @@ def test_neutral_parameters_are_taken(client, scheduler):
 
 def test_error_amid_a_stream_is_an_event(client, slow_demo, monkeypatch):
     monkeypatch.setattr("ov_mllama.serving.streaming.KEEPALIVE_S", 0)
-    monkeypatch.setattr(slow_demo, "generate", raises(NumericalError("not finite")))
+    monkeypatch.setattr(slow_demo, "begin", raises(NumericalError("not finite")))
     *_, last = client.responses.create(model="demo", input=WHO, stream=True)
     assert (last.type, last.message) == ("error", "not finite")

@@ -1,6 +1,7 @@
 """JSON schemas: hostile ones, those that are followed, and those that cannot be."""
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -159,9 +160,45 @@ def test_schema_is_followed_wherever_it_stands(client, options):
     assert 0 <= fields["shapes"] <= 9
 
 
+GRAMMARS = [
+    ("regex", "[ab]{3}-x", r"[ab]{3}-x"),
+    ("choice", ["red", 'a "b"', "1/2 ::= x"], r"red|a \"b\"|1/2 ::= x"),
+    ("grammar", 'start: "n" DIGIT\nDIGIT: /[0-4]/', "n[0-4]"),
+    ("grammar", 'root ::= "n" digit\ndigit ::= [0-4]', "n[0-4]"),  # llama.cpp's
+]
+
+
+@pytest.mark.parametrize(("kind", "grammar", "pattern"), GRAMMARS)
+def test_grammar_is_followed_under_both_names(client, kind, grammar, pattern):
+    for options in (
+        {f"guided_{kind}": grammar},
+        {"structured_outputs": {kind: grammar, "disable_any_whitespace": True}},
+    ):
+        [choice] = complete(client, user(text(WHO)), extra_body=options).choices
+        assert re.fullmatch(pattern, choice.message.content)
+        assert choice.finish_reason == "stop"
+
+
+def test_object_has_only_the_properties_that_its_schema_names(client):
+    """As instructor sends a pydantic model."""
+    schema = {name: value for name, value in ONE_SHAPE.items() if name != "additionalProperties"}
+    form = {"type": "json_schema", "json_schema": {"name": "P", "schema": schema}}
+    completion = complete(client, about(SAMPLES[0]), response_format=form, max_tokens=60)
+    assert set(json.loads(completion.choices[0].message.content)) == {"shapes"}
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [
+        ({"guided_regex": "(a"}, "guided_regex"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex"),
+        ({"guided_regex": "a" * 200_000}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_grammar": "root ::= ("}, "guided_grammar"),
+        ({"guided_grammar": "start: x"}, "guided_grammar"),
+        ({"guided_grammar": "root ::= " + "(" * 3000}, "guided_grammar"),
+        ({"structured_outputs": {"grammar": "start: ("}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
         ({"guided_json": ONE_SHAPE, "response_format": {"type": "json_object"}}, "guided_json"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": "[]"}, "guided_json"),

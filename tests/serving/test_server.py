@@ -11,7 +11,7 @@ import pytest
 
 from chat_page import SELF, WHO, path_of
 from conftest import DEMO, demo_samples
-from openai_client import HTTP, KEY, about, alone, complete, picture, refusal, served, text, user
+from openai_client import HTTP, KEY, about, alone, complete, picture, raises, refusal, served, text, user
 from ov_mllama.serving.app import bind_socket, create_app, mount_chat
 from ov_mllama.serving.scheduler import Scheduler
 
@@ -188,7 +188,7 @@ def test_models_and_health(client, server):
 @pytest.mark.parametrize(
     ("messages", "options", "param"),
     [
-        ([{"role": "tool", "content": "x"}], {}, "messages[0].role"),
+        ([{"role": "tool", "content": "x"}], {}, "messages"),
         (user({"type": "input_audio"}), {}, "messages[0].content[0]"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}), {}, None),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), {}, None),
@@ -275,12 +275,18 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(server):
 
 
 def test_what_goes_wrong_in_the_model_is_an_error_and_the_next_is_answered(client, slow_demo, monkeypatch):
-    def fails(**inputs):
-        raise RuntimeError("out of order")
-
-    monkeypatch.setattr(slow_demo, "generate", fails)
+    monkeypatch.setattr(slow_demo, "begin", raises(RuntimeError("out of order")))
     assert isinstance(refusal(client), openai.InternalServerError)
     with pytest.raises(openai.InternalServerError):
         list(complete(client, user(text(WHO)), stream=True))
     monkeypatch.undo()
     assert complete(client, user(text(WHO))).choices[0].message.content == SELF
+
+
+def test_request_without_a_type_is_taken_unless_a_web_page_sends_it(client, server):
+    """As litellm sends it to Ollama's API; pages can too, but browsers name them."""
+    body, path = json.dumps({"model": "demo", "prompt": WHO, "max_tokens": 2}).encode(), f"{server}/v1/completions"
+    bearer = {"Authorization": f"Bearer {KEY}"}
+    assert HTTP.post(path, content=body, headers=bearer).is_success
+    for header in ({"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert HTTP.post(path, content=body, headers={**bearer, **header}).status_code == 415

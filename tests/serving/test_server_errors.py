@@ -33,8 +33,9 @@ INSIDE = [
     "ov_mllama.serving.messages.escape_special_tokens",
     "ov_mllama.serving.scheduler.prompt_text",
     "ov_mllama.serving.scheduler.prompt_inputs",
-    "ov_mllama.serving.scheduler.padded",
+    "ov_mllama.serving.scheduler.Prefill",
 ]
+BEHIND_FIRST_TOKEN = ("ov_mllama.runtime.batch.Batch.join", "ov_mllama.runtime.batch.Batch.decode")
 
 
 @pytest.mark.parametrize("where", INSIDE)
@@ -79,7 +80,7 @@ def test_connection_survives_an_unexpected_error(client, server, monkeypatch):
 
 
 def test_too_little_memory_says_when_to_come_again(client, server, slow_demo, monkeypatch):
-    monkeypatch.setattr(slow_demo, "generate", raises(OutOfMemoryError("2 GB too little: close other programs.")))
+    monkeypatch.setattr(slow_demo, "begin", raises(OutOfMemoryError("2 GB too little: close other programs.")))
     answer = post(server, ASKED)
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "30"
@@ -93,8 +94,8 @@ PLACES = [
         "ov_mllama.serving.sequences.Sequence.append_token",
     ),
     *(
-        "ov_mllama.serving.scheduler.padded",
-        "ov_mllama.serving.scheduler.Sampler",
+        *BEHIND_FIRST_TOKEN,
+        "ov_mllama.serving.engine.Engine.step",
         "ov_mllama.serving.scheduler.api_error_for",
         "ov_mllama.serving.detokenizer.Detokenizer.put",
     ),
@@ -111,12 +112,15 @@ def test_no_error_ends_the_answering_thread(client, server, slow_demo, where, er
     monkeypatch.setattr("ov_mllama.serving.scheduler.ERROR_PAUSE_S", 0.02)
     with monkeypatch.context() as patched:
         if where.endswith("api_error_for"):
-            patched.setattr(slow_demo, "generate", raises(RuntimeError()))
+            patched.setattr(slow_demo, "begin", raises(RuntimeError()))
         patched.setattr(where, raises(error))
         if where.endswith("_admit"):
             post(server, ASKED)  # whose thread has been within it before
         for stream in (False, True):
             answer = post(server, {**ASKED, "stream": stream})
+            if stream and where in BEHIND_FIRST_TOKEN:
+                assert '{"error":' in answer.text.strip().splitlines()[-1]
+                continue
             assert answer.status_code in (500, 503)
             assert is_openai_error(answer)
     assert HTTP.get(f"{server}/health").is_success
@@ -124,15 +128,15 @@ def test_no_error_ends_the_answering_thread(client, server, slow_demo, where, er
 
 
 def test_error_between_batches_is_of_the_first_that_waits_only(client, scheduler, slow_demo, monkeypatch):
-    failing = [1]
-    most = Scheduler._max_tiles
-    monkeypatch.setattr(Scheduler, "_max_tiles", lambda self: 1 / 0 if failing and failing.pop() else most(self))
+    failing, admissible = [], Scheduler._admissible
+    monkeypatch.setattr(Scheduler, "_admissible", lambda self: 1 / 0 if failing and failing.pop() else admissible(self))
     slow_demo.step_s = 60
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(complete, client, user(text(WHO)))
         wait_until(lambda: is_busy(slow_demo))
         asked = [pool.submit(complete, client, user(text(WHO))) for _ in range(3)]
         wait_until(lambda: len(scheduler._waiting) == 3)
+        failing.append(1)
         slow_demo.step_s = 0
         errors = [each.exception() for each in [first, *asked]]
     assert not failing
@@ -141,7 +145,7 @@ def test_error_between_batches_is_of_the_first_that_waits_only(client, scheduler
 
 def test_error_of_all_kinds_in_a_batch_ends_its_requests(client, slow_demo, monkeypatch):
     """None of them waits for ever."""
-    monkeypatch.setattr(slow_demo, "generate", raises(SystemExit(3)))
+    monkeypatch.setattr(slow_demo, "begin", raises(SystemExit(3)))
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(complete, client, user(text(WHO)), timeout=20) for _ in range(4)]
         assert all(isinstance(each.exception(), openai.InternalServerError) for each in asked)
