@@ -171,8 +171,8 @@ class Plan:
         if not speed:
             return table
         return (
-            f"{table}\n\nImage, prompt and token are predicted from this CPU's speed, with {speed.threads} threads and "
-            f"{gigabytes(speed.read)} a second from memory; {PREDICTION_ERROR:.0%} off is usual."
+            f"{table}\n\nImage, prompt and token: predicted from this CPU's speed, with {speed.threads} threads and "
+            f"{gigabytes(speed.read)} a second from memory, within about {100 * PREDICTION_ERROR:.0f} %."
         )
 
 
