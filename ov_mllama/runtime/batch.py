@@ -65,11 +65,22 @@ class Prefill:
         """
         if self._chunks is None:
             cache = OVCache()
-            self.session, encoded = self.model.begin(cache, self.prompt, self.images, self._encoded)
+            try:
+                self.session, encoded = self.model.begin(cache, self.prompt, self.images, self._encoded)
+            except BaseException:
+                self.model.sessions.release()  # or the one that it has acquired is never evicted
+                raise
             self.model.sessions.detach(self.session)
             self._chunks = self.session.chunks(self.prompt, encoded, cache, step=step)
         logits = next(self._chunks)
-        return None if logits is None else logits[0, -1]
+        if logits is None:
+            return None
+        self._free()
+        return logits[0, -1]
+
+    def _free(self) -> None:
+        """Release what only the prompt needs: its images, and their K/V before those that the answer sees."""
+        self._chunks = self.images = self._encoded = None
 
     @property
     def lost(self) -> bool:
@@ -80,7 +91,8 @@ class Prefill:
         """Return the session to the model's pool, where its tokens are a prefix for other prompts."""
         if self.session:
             self.model.sessions.attach(self.session)
-        self.session = self._encoded = None
+        self.session = None
+        self._free()
 
 
 class Batch:
@@ -183,8 +195,8 @@ def merge(target: Session, sources: list[Session], lengths: np.ndarray) -> None:
     merged.append(np.zeros((len(lengths), slots), np.int64))
     merged.batch, merged.last_seen = len(lengths), np.zeros((len(lengths), 1, 0), bool)
     merged.image_keys = [key for cache in caches for key in row_keys(cache)]
-    if len(set(merged.image_keys)) == 1:
-        merged.cross_attention = views[0]  # one row for all
+    if len(set(merged.image_keys)) == 1:  # one row for all: there are more if others have left
+        merged.cross_attention = views[0] and views[0].rows(np.array([0]))
     else:
         merged.cross_attention = stack(views, [cache.batch for cache in caches])
     target.cache = merged

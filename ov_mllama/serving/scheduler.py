@@ -171,10 +171,11 @@ class Scheduler(RequestQueue):
         engine = self._engine
         engine.collect()
         while pending := self._admissible():
+            # first: it raises if the system has no thread left
+            pending.prefill = self._pools[bool(pending.request.images)].submit(self._prepare, pending)
             self._waiting.remove(pending)
             pending.reservation.waiting = False
             engine.preparing.append(pending)
-            pending.prefill = self._pools[bool(pending.request.images)].submit(self._prepare, pending)
             pending.prefill.add_done_callback(self._wake)
         engine.collect()  # what was prepared before its callback was added, which then notified nobody
         return bool(engine.prefilling or engine.running)
@@ -229,7 +230,8 @@ class Scheduler(RequestQueue):
         if error is not None and not isinstance(error, ApiError):
             error = None if isinstance(error, Cancelled) else api_error_for(error)
         self._finish(pending, error)
-        self._last_batch_s = time.perf_counter() - pending.sequence.started_s
+        if started_s := pending.sequence.started_s:  # else its prompt could not be prepared
+            self._last_batch_s = time.perf_counter() - started_s
 
     def _requeue(self, pendings: list[PendingRequest]) -> None:
         """Put active requests in front of those that wait."""

@@ -8,7 +8,20 @@ import pytest
 
 from chat_page import WHO, wait_until
 from conftest import demo_samples
-from openai_client import ASKED, KEY, complete, encoded, is_busy, photograph, post, small_server, text, user
+from openai_client import (
+    ASKED,
+    KEY,
+    complete,
+    encoded,
+    is_busy,
+    photograph,
+    post,
+    raises,
+    small_server,
+    text,
+    user,
+)
+from ov_mllama.runtime.errors import ImageError
 from ov_mllama.runtime.images import load_image
 from ov_mllama.serving import guards
 
@@ -18,7 +31,7 @@ SAMPLES = demo_samples()
 def test_waiting_images_are_held_encoded(slow_demo, processor, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        "ov_mllama.serving.images.load_image", lambda data: opened.append(len(data)) or load_image(data)
+        "ov_mllama.serving.images.load_image", lambda data, page: opened.append(len(data)) or load_image(data, page)
     )
     slow_demo.as_new(step_s=60)
     data = photograph(1200, 800)
@@ -112,3 +125,20 @@ def test_freed_memory_is_given_back_after_each_batch(client, monkeypatch):
     for count in (1, 2):
         complete(client, user(text(WHO)))
         wait_until(lambda count=count: len(given) == count)
+
+
+def test_request_without_a_thread_gets_an_error(client, server, scheduler, monkeypatch):
+    """Not a place among the active ones, which it would hold forever."""
+    monkeypatch.setattr(scheduler._pools[False], "submit", raises(RuntimeError("can't start new thread")))
+    assert post(server, ASKED, timeout=5).status_code == 500
+    monkeypatch.undo()
+    assert not scheduler._engine.active
+    assert post(server, ASKED).is_success
+
+
+def test_broken_image_does_not_change_retry_after(client, server, scheduler, monkeypatch):
+    monkeypatch.setattr(scheduler, "_last_batch_s", 7.4)
+    monkeypatch.setattr("ov_mllama.serving.images.load_image", raises(ImageError("broken")))
+    assert post(server, {"model": "demo", "messages": user(encoded(photograph(80, 80)), text("?"))}).status_code == 400
+    wait_until(lambda: not scheduler._reservations)
+    assert scheduler._last_batch_s == 7.4
