@@ -92,7 +92,7 @@ def victim(target: Target, question: str) -> dict[str, str]:
     call(client, target, "open", "", session=session)
     upload = client.post("gradio_api/upload", files={"files": ("a.png", SAMPLE)}).json()[0]
     message = {"text": question, "files": [{"path": upload, "meta": {"_type": "gradio.FileData"}}]}
-    call(client, target, "ask", message, "", 8, 0, 0.9, session=session)
+    call(client, target, "ask", message, "", 8, 0, 0.9, "high", session=session)
     deadline = time.monotonic() + 60
     while "Yes." not in (shown := json.dumps(call(client, target, "refresh", "", session=session))):
         assert time.monotonic() < deadline

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_hub import Hub, serving
 from huggingface_hub import constants, snapshot_download
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import DEMO
@@ -280,6 +281,7 @@ def test_plan_that_lacks_memory_stops_before_the_download(hub, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     given = {"prepare": ["owner/demo"], "caption": [".", "--checkpoint", "owner/demo"]}
+    Image.new("RGB", (9, 9)).save("image.png")
     with pytest.raises(SystemExit, match=r"of memory and 0.3 GB are free: close other programs.*--yes") as refused:
         commands(monkeypatch, command, *given.get(command, ["--checkpoint", "owner/demo"]))
     assert str(refused.value).startswith("❌")

@@ -234,7 +234,7 @@ def test_given_base_is_used_from_plan_to_chat(base, adapter, tmp_path, monkeypat
     set_in(adapter / "adapter_config.json", base_model_name_or_path="nowhere/at-all")
     with pytest.raises(ValueError, match="no LoRA adapter: leave the base out"):
         Checkpoint(base, base=base)
-    monkeypatch.setattr(preparing, "Settings", partial(Settings, group_size=32))  # as the widths of 64 and 96 need
+    monkeypatch.setattr(preparing.Settings, "here", partial(Settings, group_size=32))  # as the widths of 64 and 96 need
     model_dir = prepare(adapter, tmp_path / "ov", base=base)
     assert "done already" in str(plan_here(adapter, model_dir, for_chat=True, base=base))
     before = {path: path.stat().st_mtime_ns for path in model_dir.glob("*.xml")}
