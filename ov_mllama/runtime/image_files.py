@@ -188,7 +188,9 @@ def decode(image: Image.Image, name: str, remarks: list[str]) -> Image.Image:
     """Decode an opened image to a new one in RGB, upright by EXIF, and append to `remarks`."""
     check_size(name, *image.size)
     try:
-        image.load()
+        # TIFF's size is checked again, with its tiles', which may be larger than the image
+        with pillow_limit(MAX_PIXELS // 2) if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         result = to_rgb(image, name, remarks, reduction(*image.size))
         result.info = {}

@@ -12,6 +12,7 @@ STRIP_PIXELS = 1_000_000  # that are converted at a time
 BIT_RANGES = {255: 8, 1023: 10, 4095: 12, 16383: 14, 65535: 16}  # greatest value -> bits
 GREY_DEEP = ("I", "F")  # first letters of the modes with more than 8 bits
 MIN_8_BIT_FLOAT = 128  # greatest value from which floats beyond 1 are taken for 0 to 255
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value, as in X-rays
 LIGHT, DARK = 200, 55  # luminance that cannot be told from white, from black
 VISIBLE_ALPHA = 32
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
@@ -121,6 +122,8 @@ def deep_to_rgb(image: Image.Image, name: str, remarks: list[str], factor: int) 
         remarks.append(range_remark(name, low, high, black, white))
     if gaps:
         remarks.append(f"{name} has {gaps} values that are not finite: they are shown black.")
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC, 1) == WHITE_IS_ZERO:  # Pillow inverts 8 bits only
+        black, white = white, black
     grey = assemble(image.size, factor, "L", lambda box: Image.fromarray(to_8_bits(rows(box), black, white)))
     return grey.convert("RGB")
 

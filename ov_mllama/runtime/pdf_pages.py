@@ -73,7 +73,8 @@ def page_sizes(file: Path | io.BytesIO, name: str, limit: int) -> list[tuple[int
 def scale_of(page) -> float:
     """Return the pixels per point of 1/72 inch at which a page is drawn."""
     width, height = page.get_size()
-    return min(DPI / 72, math.sqrt(MAX_PAGE_PIXELS / max(1, width * height)))
+    longer = MAX_PAGE_PIXELS / max(1, width, height)  # the other side may be far below a pixel, and becomes one
+    return min(DPI / 72, math.sqrt(MAX_PAGE_PIXELS / max(1, width * height)), longer)
 
 
 def drawn(page) -> Image.Image:

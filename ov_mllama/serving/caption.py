@@ -308,6 +308,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = Settings(questions_of(options), printable(options.system), **chosen, schema=schema)
     sidecars, output = sidecars_of(options, len(settings.questions)), output_for(options.out)
     folder = check_folder(options.images)
+    if output.path.resolve() == folder:
+        raise InputError(f"--out is {folder}, the folder of the images: choose another one, such as captions.csv.")
     images = find_images(folder, options.recursive, options.include, options.exclude)
     images = select(images, options.limit, options.shuffle)
     if sidecars:

@@ -220,7 +220,7 @@ def parse_schema_file(path: Path) -> str:
         InputError: if it is no JSON object.
     """
     try:
-        schema = json.loads(path.read_text(encoding="utf-8"))
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise InputError(f"{path} holds no valid JSON: {error}.") from error
     if not isinstance(schema, dict):

@@ -199,6 +199,7 @@ class CsvFile(JsonLinesFile):
                 values: dict[str, Any] = {name: row.get(name) or None for name in COLUMNS}
                 for name, kind in (("max_new_tokens", int), ("temperature", float)):
                     values[name] = None if values[name] is None else kind(float(values[name]))
+                values["question"] = row["question"]  # may be empty
                 if values["answer"] is None and values["error"] is None:
                     values["answer"] = ""
                 yield values
@@ -206,9 +207,10 @@ class CsvFile(JsonLinesFile):
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows, and the header to an empty file."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        # Python 3.11 leaves a carriage return alone unquoted, which readers take for the end of the row
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         if not self.path.exists() or not self.path.stat().st_size:
-            writer.writeheader()
+            text.write(",".join(COLUMNS) + "\n")
         writer.writerows(rows)
         self._append(text.getvalue())
 
@@ -281,6 +283,7 @@ def opened(output: Output) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    temporary = path.with_name(f".{path.name}.partial")
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]  # the name itself may be as long as one can be
+    temporary = path.with_name(f".{digest}.partial")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -159,6 +159,12 @@ def test_large_array_is_made_smaller(small_limits):
         assert np.abs(pixels(array) - averaged(SMOOTH)).max() <= 1
 
 
+def test_tiff_of_one_strip_is_accepted_up_to_the_limit_of_pixels(monkeypatch):
+    """Pillow has its own limit for what it decodes at once."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert pixels(contents(PICTURE, "TIFF", compression="tiff_lzw")).shape == SMOOTH.shape
+
+
 def jpeg_of(width: int, height: int, **options) -> bytes:
     """A JPEG whose header promises so many pixels."""
     data = contents(PICTURE, "JPEG", **options)
@@ -284,6 +290,13 @@ def test_deep_image_is_scaled_by_its_own_range(bits, form):
         assert load_image(source).info == {}
 
 
+@pytest.mark.parametrize("kind", ["u1", "u2", "f4"])
+def test_tiff_in_which_zero_is_white_is_inverted(kind):
+    values, file = (RAMP * {"u1": 255, "u2": 65535, "f4": 1}[kind]).astype(kind), io.BytesIO()
+    tifffile.imwrite(file, values, photometric="miniswhite")
+    assert np.abs(pixels(file.getvalue())[..., 0] - (1 - RAMP) * 255).max() <= 1
+
+
 @pytest.mark.parametrize(("low", "high"), [(-1024, 3071), (0, 10), (0, 1e6), (-1, 1)])
 def test_float_image_is_scaled_by_its_own_range(low, high):
     values = (low + RAMP * (high - low)).astype(np.float32)
@@ -358,6 +371,11 @@ def test_pdf_is_drawn_at_150_dpi_from_any_source(tmp_path):
         assert np.abs(averaged(shown) - SMOOTH).max() <= 16
     large = contents(PICTURE, "PDF", resolution=0.1)  # of 10 inches by 32 meters
     assert 4.9e6 < load_image(large).width ** 2 < 5.1e6
+
+
+def test_page_of_a_pdf_that_is_a_hairline_is_not_drawn_large():
+    data = contents(PICTURE, "PDF").replace(b"/MediaBox [", b"/MediaBox [ 0 0 10000000 .1 ] /Unused [")
+    assert load_image(data).size == (5_000_000, 1)
 
 
 def test_pdf_that_cannot_be_read_says_why(monkeypatch):

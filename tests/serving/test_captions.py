@@ -651,3 +651,32 @@ def test_csv_is_read_by_pythons_own_module(stub, tmp_path):
     run(pictures, out)
     with out.open(encoding="utf-8", newline="") as file:
         assert [row["answer"] for row in csv.DictReader(file)] == read(out)["answer"].tolist()
+
+
+@pytest.mark.parametrize("question", ["", "one\rtwo", "one\r\ntwo"])
+def test_csv_with_any_question_is_completed(stub, tmp_path, question):
+    pictures, out = draw(tmp_path / "in", "a.png", "b\r.png"), tmp_path / "captions.csv"
+    for _ in range(2):
+        run(pictures, out, "--question", question)
+    assert len(stub.asked) == 2
+    table = pd.read_csv(out, keep_default_na=False)
+    assert [*table.question] == [question] * 2
+    assert [*table.path] == [str(path) for path in find_images(pictures)]
+
+
+def test_text_beside_an_image_with_the_longest_name(stub, tmp_path):
+    name = "n" * 251
+    run(draw(tmp_path / "in", f"{name}.png"), tmp_path / "captions.csv", "--sidecar")
+    assert (tmp_path / "in" / f"{name}.txt").exists()
+
+
+def test_folder_of_images_is_no_output(stub, tmp_path):
+    pictures = draw(tmp_path / "in", "a.png")
+    with pytest.raises(InputError, match="the folder of the images: choose another"):
+        run(pictures, pictures)
+    assert len([*pictures.iterdir()]) == 1
+
+
+def test_schema_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA), encoding="utf-8-sig")
+    assert json.loads(caption_answers.parse_schema_file(tmp_path / "schema.json")) == SCHEMA
