@@ -125,7 +125,7 @@ def measured_seconds(model, processor, picture, rounds: int) -> dict[str, float]
             resized = picture.resize((across * tile, down * tile))
             batch = processor(text="<|image|>", images=[resized], return_tensors="pt")
             pixels = (batch[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
-            times.setdefault(f"picture, {across * down} tiles", []).append(sum(model.encode_images(*pixels)))
+            times.setdefault(f"{across * down}-tile picture", []).append(sum(model.encode_images(*pixels)))
         model.forget()
         model.generate(**prompt, do_sample=False, max_new_tokens=8, min_new_tokens=8)
         first, *rest = model.llm_infer_time
