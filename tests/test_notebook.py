@@ -77,7 +77,7 @@ def for_the_demo(folder, times):
     what is measured in it."""
     notebook = with_solutions(apart(folder))
     insert_behind(notebook, '"INT4 AWQ + scales"', THREE)
-    if times(True, False):  # Ray takes half a minute to start; tests/serving/test_scale.py writes captions
+    if times(True, False):  # a process that loads the model again; tests/serving/test_captions.py has captions
         notebook.cells.remove(cell_with(notebook, '"caption",'))
     return notebook
 
