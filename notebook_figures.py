@@ -33,7 +33,8 @@ def show_picture(picture, alt: str) -> None:
     display(HTML(f'<img alt="{escape(alt)}" src="{source}" style="max-width: 100%; height: auto">'))
 
 
-CPUS = {  # files of `benchmarks.predictions`
+RESULTS = Path(__file__).resolve().parent / "benchmarks/results"
+CPUS = {  # files of `benchmarks.predictions` in RESULTS
     "native": "Zen 5, AVX-512",
     "avx2_vnni": "AVX2 with VNNI,\nsimulated",
     "avx2": "AVX2 alone,\nsimulated",
@@ -45,12 +46,8 @@ PREDICTED = {  # parts of its figures: format, number of tiles or tokens
 }
 
 
-def show_predictions(results: Path) -> None:
-    """Draw predicted and measured times of a slice of the 11B on three CPUs.
-
-    Args:
-        results: folder with the files of `benchmarks.predictions`.
-    """
+def show_predictions(results: Path = RESULTS) -> None:
+    """Draw predicted and measured times of a slice of the 11B on three CPUs."""
     figures = {name: json.loads(Path(results, f"predictions-{file}.json").read_text()) for file, name in CPUS.items()}
     figure, axes = plt.subplots(1, len(PREDICTED), figsize=(11, 2.6), layout="constrained", sharey=True)
     places, words = np.arange(len(CPUS)), []
