@@ -41,7 +41,7 @@ def committed():
 
 def apart(folder):
     """A folder with all that the notebook needs and nothing that it has made; the notebook itself."""
-    for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "demo_model", ROOT / "docs", ROOT / "benchmarks"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "ov_mllama", ROOT / "demo_model", ROOT / "docs"]:
         (folder / path.name).symlink_to(path)
     return read(NOTEBOOK)
 
