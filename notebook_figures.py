@@ -1,9 +1,11 @@
-"""Figures of the notebook, each with alternative text: answers, tiles, a layer's weights, what variants lose."""
+"""Figures of the notebook, each with alternative text: predictions, answers, tiles, weights, what variants lose."""
 
 import base64
 import io
+import json
 import textwrap
 from html import escape
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,6 +31,41 @@ def show_picture(picture, alt: str) -> None:
     data = base64.b64encode(file.getvalue()).decode()
     source = f"data:image/png;base64,{data}"
     display(HTML(f'<img alt="{escape(alt)}" src="{source}" style="max-width: 100%; height: auto">'))
+
+
+RESULTS = Path(__file__).resolve().parent / "benchmarks/results"
+CPUS = {  # files of `benchmarks.predictions` in RESULTS
+    "native": "Zen 5, AVX-512",
+    "avx2_vnni": "AVX2 with VNNI,\nsimulated",
+    "avx2": "AVX2 alone,\nsimulated",
+}
+PREDICTED = {  # parts of its figures: format, number of tiles or tokens
+    "picture of 1 tile, INT8": ("vision", {"format": "int8_asym"}, 1),
+    "prompt of 128 tokens, INT4": ("language", {"format": "int4_asym", "group_size": "64"}, 128),
+    "a token, INT4": ("language", {"format": "int4_asym", "group_size": "64"}, 1),
+}
+
+
+def show_predictions(results: Path = RESULTS) -> None:
+    """Draw predicted and measured times of a slice of the 11B on three CPUs."""
+    figures = {name: json.loads(Path(results, f"predictions-{file}.json").read_text()) for file, name in CPUS.items()}
+    figure, axes = plt.subplots(1, len(PREDICTED), figsize=(11, 2.6), layout="constrained", sharey=True)
+    places, words = np.arange(len(CPUS)), []
+    for axis, (title, part) in zip(axes, PREDICTED.items(), strict=True):
+        found = [
+            next(f for f in cpu["figures"] if (f["part"], f["stamp"], f["count"]) == part) for cpu in figures.values()
+        ]
+        for offset, kind, colour in ((-0.2, "predicted", "0.7"), (0.2, "measured", "tab:blue")):
+            times = [1000 * row[f"{kind}_s"] for row in found]
+            bars = axis.barh(places + offset, times, 0.38, color=colour, label=kind)
+            axis.bar_label(bars, [f"{time:.0f}" for time in times], padding=2, fontsize=8)
+            words.append(f"{title}, {kind}: {', '.join(f'{time:.0f}' for time in times)} ms")
+        axis.set(title=title, xlabel="ms", yticks=places, yticklabels=list(CPUS.values()))
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    axes[-1].legend(frameon=False, fontsize=8)
+    show_picture(figure, f"{'; '.join(name.replace(chr(10), ' ') for name in CPUS.values())}. {'. '.join(words)}")
 
 
 def show_answers(samples, answers: list[str]) -> None:

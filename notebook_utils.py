@@ -1,4 +1,4 @@
-"""Helpers of notebook cells: versions, the log, a plan, a device list, ports and sizes of IRs, headless execution.
+"""Helpers of notebook cells: versions, the log, a plan, devices, ports, sizes and times of IRs, headless execution.
 
 Figures are in `notebook_figures.py`.
 """
@@ -20,6 +20,7 @@ from IPython.display import Markdown, display
 from tqdm.auto import tqdm
 
 from ov_mllama import cli
+from ov_mllama.runtime.measure import PROMPT
 
 GB = 1e9
 
@@ -105,6 +106,32 @@ def show_sizes(original: Path, smaller: Path) -> None:
         print(f"{whole:10.1f} MB: {original.name}")
     times = f", {whole / size:.1f} times smaller" * (whole > 1.05 * size)
     print(f"{size:10.1f} MB{times}: {smaller.name}")
+
+
+def measured_seconds(model, processor, picture, rounds: int) -> dict[str, float]:
+    """Return the fastest seconds of encoding a picture of one, two and four tiles, of a text prompt, and of a token.
+
+    Args:
+        model: `OVMLlamaForConditionalGeneration`; its caches are emptied.
+        processor: that belongs to it.
+        picture: PIL picture, resized to fill the tiles.
+        rounds: measurements of each.
+    """
+    tile, times = processor.image_processor.size["height"], {}
+    prompt = processor.tokenizer("word " * PROMPT, max_length=PROMPT, truncation=True, return_tensors="pt")
+    for _ in range(rounds):
+        for across, down in ((1, 1), (2, 1), (2, 2)):
+            model.forget()
+            resized = picture.resize((across * tile, down * tile))
+            batch = processor(text="<|image|>", images=[resized], return_tensors="pt")
+            pixels = (batch[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
+            times.setdefault(f"{across * down}-tile picture", []).append(sum(model.encode_images(*pixels)))
+        model.forget()
+        model.generate(**prompt, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+        first, *rest = model.llm_infer_time
+        times.setdefault(f"prompt, {PROMPT} tokens", []).append(first)
+        times.setdefault("token", []).extend(rest)
+    return {name: min(seconds) for name, seconds in times.items()}
 
 
 def settings(source: str, given: dict) -> dict:

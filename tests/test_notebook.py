@@ -77,7 +77,7 @@ def for_the_demo(folder, times):
     what is measured in it."""
     notebook = with_solutions(apart(folder))
     insert_behind(notebook, '"INT4 AWQ + scales"', THREE)
-    if times(True, False):  # Ray takes half a minute to start; tests/serving/test_scale.py writes captions
+    if times(True, False):  # a process that loads the model again; tests/serving/test_captions.py has captions
         notebook.cells.remove(cell_with(notebook, '"caption",'))
     return notebook
 
@@ -217,7 +217,7 @@ def test_four_bit_weights_move_the_logits_most(executed):
 def test_every_solution_says_what_it_found(executed, on_a_small_machine, times):
     for notebook in times([executed], [executed, on_a_small_machine[1]]):
         solved = [printed(cell) for cell in notebook.cells if "solution" in cell.metadata.get("tags", [])]
-        larger, words, sizes, drafts, calibrated = solved
+        larger, words, sizes, drafts, calibrated, balance = solved
         assert re.search(r"int8_cross_attn.*\{.*'u8'", larger, re.S)
         was, now = (line.split(": ", 1)[1].split() for line in words.splitlines())
         assert was != now
@@ -227,6 +227,27 @@ def test_every_solution_says_what_it_found(executed, on_a_small_machine, times):
         accepted = {name: int(right) for name, right in re.findall(r"(\w+): (\d+) of \d+ accepted", drafts)}
         assert accepted.keys() == {"first", "again"}
         assert "openvino_vision_encoder_int8.xml" in calibrated
+        here, without_vnni = map(float, re.findall(r"equal at ([\d.]+) tokens", balance))
+        assert 0 < without_vnni < 1
+        assert here > 0
+
+
+def test_the_arithmetic_is_the_plans(executed):
+    """The cell's own lower bounds, and beside them what the functions of costs.py add to them."""
+    lines = printed(cell_with(executed, "token_seconds(eleven")).splitlines()
+    token, planned, image, image_planned = (float(line.split()[-2]) for line in lines)
+    assert 0.9 * token < planned < 20 * token  # where decompression takes longer than reading
+    assert 0.9 * image < image_planned < 3 * image
+
+
+def test_predicted_stands_beside_measured(executed, on_a_small_machine):
+    for notebook in (executed, on_a_small_machine[1]):
+        cell = cell_with(notebook, "measured_seconds(")
+        (table,) = (output.data["text/html"] for output in cell.outputs if "data" in output)
+        rows = [f"{count}-tile picture" for count in (1, 2, 4)] + ["prompt, 128 tokens", "token"]
+        assert re.findall(r"<th>(\w[^<]*)</th>", table)[-5:] == rows
+        assert table.count(" ms</td>") == 15
+        assert re.fullmatch(r"A step of the language model runs \d+ operations, [\d.]+ µs each\.\n", printed(cell))
 
 
 def test_follow_up_and_text_only(executed):
@@ -314,8 +335,12 @@ def test_widgets_have_pictures(committed):
                 assert output.data["text/markdown"] == cell.metadata.picture
 
 
-def test_five_exercises_have_solutions(committed):
-    assert len(solutions(committed)) == 5
+def test_six_exercises_have_solutions(committed):
+    assert len(solutions(committed)) == 6
+
+
+def test_notebook_has_at_most_90_cells(committed):
+    assert len(committed.cells) <= 90
 
 
 def test_cells_are_short_and_valid(committed):
