@@ -139,6 +139,9 @@ class OVLanguageModel:
             started = time.perf_counter()
             try:
                 request.infer(inputs, share_inputs=True)
+                rows, expected = request.get_tensor("logits").shape[0], len(inputs["input_ids"])
+                if rows != expected:  # seen once (0 for 1), in a graph that an earlier call had corrupted
+                    raise RuntimeError(f"OpenVINO returned {rows} rows for {expected}: the model is compiled again.")
             except Exception:
                 for session in list(self._sessions):
                     session.reset()
@@ -310,8 +313,7 @@ class Session:
         self.cache = self.request = None
 
     def view(self, encoded: Encoded | None, seen: np.ndarray) -> CrossAttention | None:
-        """Return the image K/V for tokens that see so many tiles, bool [batch, query, images * tiles]; None for a plain
-        Llama."""
+        """Return the image K/V for tokens that see tiles, bool [batch, query, images * tiles]; None for a Llama."""
         shapes = self.model.shapes
         if not shapes.cross_layers:
             return None

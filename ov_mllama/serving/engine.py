@@ -3,6 +3,7 @@
 preparing (by other threads: images are encoded) -> prefilling -> running
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ import torch
 
 from ov_mllama.runtime.batch import SHARED_PREFILL_TOKENS, Batch
 from ov_mllama.serving.sequences import PendingRequest
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -88,7 +91,8 @@ class Engine:
             prefill = pending.prefill.result()  # type: ignore[union-attr]
             logits = prefill.step(SHARED_PREFILL_TOKENS if self.running else 0)
         except BaseException as error:  # noqa: BLE001 - of this request only
-            self._fail([pending], error, may_be_of_others=isinstance(error, MemoryError))
+            of_openvino = type(error) is RuntimeError  # in a graph that all requests share
+            self._fail([pending], error, may_be_of_others=of_openvino or isinstance(error, MemoryError))
             self._requeue_lost()
             return
         if logits is not None:
@@ -137,6 +141,7 @@ class Engine:
         """Finish requests with an error, or requeue them to run one by one if others may have caused it: what needs too
         much memory together may fit alone."""
         if may_be_of_others and len(self.active) > 1:
+            logger.warning("A step has failed, requests continue one by one (%d): %s", len(failed), error)
             for pending in failed:
                 pending.exclusive = True
             self._requeue(failed)

@@ -8,6 +8,7 @@ import contextlib
 import random
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,6 +201,17 @@ def test_a_session_whose_tokens_went_with_anothers_failure(pair, right):
         session.decode(token)
     for ours, theirs in zip((session.prefill(prompt), session.decode(token)), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_logits_of_too_few_rows_have_the_model_compiled_again(pair):
+    model = fresh(pair)
+    session, compiled = model.language_model.session(), model.language_model.compiled
+    session.prefill(Prompt(pair.inputs("text only")["input_ids"].numpy()))
+    corrupted = SimpleNamespace(infer=lambda *_, **__: None, get_tensor=lambda _: SimpleNamespace(shape=[0, 1, 9]))
+    with pytest.raises(RuntimeError, match="0 rows for 1"):
+        model.language_model.infer(corrupted, {"input_ids": np.zeros((1, 1), np.int64)})
+    assert session.cache is None
+    assert model.language_model.compiled is not compiled
 
 
 def test_a_session_whose_tokens_go_in_the_middle_of_its_prompt(pair, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from chat_page import SELF, WHO, wait_until
 from conftest import F32, demo_samples
 from openai_client import about, complete, openai_client, small_server, text, user
-from ov_mllama.runtime.batch import Batch
+from ov_mllama.runtime.batch import Batch, Prefill
 from ov_mllama.serving.scheduler import Scheduler
 
 SAMPLES = demo_samples()
@@ -160,6 +160,25 @@ def test_failed_inference_continues_the_other_answers(client, scheduler, slow_de
         answers = [each.result().choices[0].message.content for each in asked]
     assert failed
     assert answers == [SELF, SAMPLES[0]["answer"]]
+
+
+def test_failed_prompt_is_computed_again_alone(client, scheduler, slow_demo, monkeypatch, caplog):
+    step, failed = Prefill.step, []
+
+    def fails_once(self, tokens=0):
+        if scheduler._engine.running and not failed:
+            failed.append(1)
+            raise RuntimeError("out of order")
+        return step(self, tokens)
+
+    monkeypatch.setattr(Prefill, "step", fails_once)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(complete, client, user(text("Which?")), max_tokens=60, response_format=LONG_TEXT)
+        wait_until(lambda: scheduler._engine.running)
+        assert complete(client, user(text(WHO))).choices[0].message.content == SELF
+        assert long.result().usage.completion_tokens == 60
+    assert failed
+    assert "continue one by one (1): out of order" in caplog.text
 
 
 def test_client_that_leaves_does_not_disturb_others(client, slow_demo, scheduler):
