@@ -264,7 +264,7 @@ def questions_of(options: argparse.Namespace) -> tuple[str, ...]:
     """Return the questions of the command line.
 
     Raises:
-        InputError: if the file holds none.
+        InputError: if the file cannot be read or holds none.
     """
     if options.question_file is None:
         return (printable(options.question),)
@@ -272,6 +272,8 @@ def questions_of(options: argparse.Namespace) -> tuple[str, ...]:
         lines = options.question_file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{options.question_file} is no UTF-8 text: save it as UTF-8.") from error
+    except OSError as error:
+        raise InputError(f"{options.question_file} cannot be read ({error.strerror}): check the path.") from error
     questions = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not questions:
         raise InputError(f"{options.question_file} holds no questions: write one per line.")

@@ -43,7 +43,7 @@ def find_images(
     SYSTEM_FOLDERS are left out. Links are followed; each folder is read once, so links in a circle end.
 
     Args:
-        include, exclude: patterns of names, or of paths within the folder, such as "*.jpg" and "drafts/*".
+        include, exclude: patterns of names, or of paths within the folder, such as "*.jpg" and "drafts".
     Raises:
         NotFoundError: if there are none.
     """
@@ -63,7 +63,7 @@ def find_images(
                     continue
                 (found if path.is_file() else broken).append(path)
     if broken:
-        logger.warning("❗ %d links lead nowhere, such as %s", len(broken), broken[0])
+        logger.warning("❗ %d links lead nowhere, or are no files, such as %s", len(broken), broken[0])
     if not found:
         selected = " that --include and --exclude leave" if include or exclude else ""
         raise NotFoundError(f"{folder} holds no images{selected} ({', '.join(sorted(SUFFIXES))}): check the path.")
@@ -81,11 +81,13 @@ def is_system(name: str) -> bool:
 
 
 def is_selected(path: Path, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Return whether patterns, in which case does not count, select a path within the folder."""
-    names = path.name.lower(), path.as_posix().lower()
+    """Return whether patterns, in which case does not count, select a path within the folder, by its name, its path, or
+    those of a folder that it is in."""
+    names = {*path.parts, *(each.as_posix() for each in (path, *path.parents))}
 
     def matches(patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns for name in names)
+        lowered = [pattern.lower().removeprefix("./").rstrip("/") for pattern in patterns]
+        return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in lowered for name in names)
 
     return (not include or matches(include)) and not matches(exclude)
 

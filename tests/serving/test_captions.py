@@ -116,7 +116,7 @@ def test_links_are_followed_once_and_broken_ones_are_named(tmp_path, caplog):
     (folder / "file.png").symlink_to(tmp_path / "elsewhere" / "c.png")
     (folder / "gone.png").symlink_to(tmp_path / "gone.png")
     assert found(folder) == ["a.png", "file.png", "other/c.png", "other/more/d.png", "z/b.png"]
-    assert "1 links lead nowhere, such as" in caplog.text
+    assert "1 links lead nowhere, or are no files, such as" in caplog.text
 
 
 def test_patterns_limit_and_shuffle_select_images(tmp_path):
@@ -124,6 +124,9 @@ def test_patterns_limit_and_shuffle_select_images(tmp_path):
     assert found(tmp_path, include=["*.jpg"]) == ["a.JPG", "drafts/b.jpg"]
     assert found(tmp_path, include=["*.jpg"], exclude=["Drafts/*"]) == ["a.JPG"]
     assert found(tmp_path, exclude=["[0-9].png", "a.*"]) == ["drafts/b.jpg"]
+    for folder in ("drafts", "drafts/", "./Drafts", "dra*"):
+        assert "drafts/b.jpg" not in found(tmp_path, exclude=[folder])
+        assert found(tmp_path, include=[folder]) == ["drafts/b.jpg"]
     images = find_images(tmp_path)
     assert select(images, 3, False) == images[:3]
     shuffled = select(images, None, True)
@@ -139,6 +142,7 @@ def test_patterns_limit_and_shuffle_select_images(tmp_path):
         (["gone"], "gone does not exist"),
         (["a.png"], "a.png is a file: give its folder"),
         (["empty"], "holds no images"),
+        (["full", "--question-file", "nowhere.txt"], r"nowhere.txt cannot be read \(No such file"),
         (["full", "--exclude", "*"], "holds no images that --include and --exclude leave"),
         (["full", "--out", "captions.xlsx"], r"unknown ending: choose one of .parquet, .csv, .jsonl, .json\."),
         (["full", "--question-file", "questions", "--sidecar"], "there are 2 questions"),

@@ -31,6 +31,7 @@ from openai_client import (
 from ov_mllama.runtime.batch import Batch
 from ov_mllama.runtime.prompts import padded, prompt_inputs, prompts_about
 from ov_mllama.serving.images import ImageFile
+from ov_mllama.serving.scheduler import computed_tiles
 
 SAMPLES = demo_samples()
 
@@ -124,6 +125,11 @@ def pictures_of(tiles_wide: int, tiles_high: int, count: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("wide", "high", "each"), [(1, 1, 2), (2, 1, 3), (1, 2, 3), (3, 1, 4), (2, 2, 4)])
+def test_empty_tile_counts_too(slow_demo, wide, high, each):
+    assert computed_tiles(slow_demo, ImageFile.from_bytes(pictures_of(wide, high, 1)[0])) == each
+
+
+@pytest.mark.parametrize(("wide", "high", "each"), [(2, 1, 3), (2, 2, 4)])
 def test_tiles_of_a_batch_are_limited_as_they_are_encoded(slow_demo, processor, wide, high, each):
     """An empty tile among them: 16 in all."""
     assert max(ask_together(slow_demo, processor, pictures_of(wide, high, 8))) == 16 // each
