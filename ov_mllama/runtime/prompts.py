@@ -40,7 +40,7 @@ def apply_template(processor, messages: list[dict]) -> str:
         raise TemplateError("The model's folder holds no chat template: run convert_mllama again, which writes one.")
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # the latter where it joins what the conversation lacks
         raise TemplateError(f"The model's chat template refuses the conversation: {error}") from error
 
 

@@ -173,7 +173,10 @@ def test_health_is_503_once_nothing_is_answered_any_more(slow_demo, processor, m
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('No system, please.') }}{% endif %}"
 
 
-@pytest.mark.parametrize("template", [REFUSES, None])
+FAILS = "{{ 1 + messages[0].content }}"  # as templates that expect something else do
+
+
+@pytest.mark.parametrize("template", [REFUSES, FAILS, None])
 def test_a_template_that_refuses_is_a_400_with_its_sentence(slow_demo, processor, template):
     strict = copy.copy(processor)
     strict.chat_template = template and template + processor.chat_template
@@ -183,9 +186,9 @@ def test_a_template_that_refuses_is_a_400_with_its_sentence(slow_demo, processor
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert (error["code"], error["param"]) == ("invalid_value", "messages")
-        said = "refuses the conversation: No system, please." if template else "holds no chat template: run convert"
-        assert said in error["message"]
-        if template:
+        said = {REFUSES: "refuses the conversation: No system, please.", FAILS: "refuses the conversation: unsupported operand"}
+        assert said.get(template, "holds no chat template: run convert") in error["message"]
+        if template == REFUSES:
             assert post(url, ASKED).json()["choices"][0]["message"]["content"] == SELF
 
 
