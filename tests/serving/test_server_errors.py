@@ -186,7 +186,10 @@ def test_a_template_that_refuses_is_a_400_with_its_sentence(slow_demo, processor
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert (error["code"], error["param"]) == ("invalid_value", "messages")
-        said = {REFUSES: "refuses the conversation: No system, please.", FAILS: "refuses the conversation: unsupported operand"}
+        said = {
+            REFUSES: "refuses the conversation: No system, please.",
+            FAILS: "refuses the conversation: unsupported operand",
+        }
         assert said.get(template, "holds no chat template: run convert") in error["message"]
         if template == REFUSES:
             assert post(url, ASKED).json()["choices"][0]["message"]["content"] == SELF
