@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 
 from PIL import ExifTags, Image
-from transformers.models.mllama.image_processing_mllama import get_optimal_tiled_canvas
+from transformers.models.mllama.image_processing_pil_mllama import get_optimal_tiled_canvas
 
 from ov_mllama.runtime.image_files import open_error, open_image, reduction
 from ov_mllama.runtime.images import at_detail, load_image

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AddedToken, MllamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.mllama.image_processing_mllama import get_all_supported_aspect_ratios
+from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 from ov_mllama.export.sources.meta import ROPE
 from ov_mllama.export.sources.meta_tokenizer import BOS, PAD, STOPS, with_special_tokens

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from transformers import MllamaConfig
-from transformers.models.mllama.image_processing_mllama import get_all_supported_aspect_ratios
+from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 from ov_mllama.export.sources.files import AGAIN, hint
 from ov_mllama.export.sources.meta_tokenizer import MAX_POSITIONS, SPECIAL, SPECIAL_TOKENS, STOPS
