@@ -31,6 +31,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ov_mllama.cli import user_path
+from ov_mllama.export.costs import duration
 from ov_mllama.export.prepare import files_to_load, print_load_estimate
 from ov_mllama.runtime.errors import DiskError, InputError
 from ov_mllama.runtime.images import DETAILS
@@ -329,5 +330,5 @@ def main(arguments: Sequence[str]) -> None:
     started = time.perf_counter()
     work = {name: getattr(options, name) for name in ("batch", "workers", "threads")}
     count = caption(images, settings, output, model_dir, sidecars, **work, on_ray=on_ray)
-    minutes = (time.perf_counter() - started) / 60
-    logger.info("✅ %d answers in %.1f minutes, all results are in %s", count, minutes, options.out)
+    took = duration(time.perf_counter() - started)
+    logger.info("✅ %d answers in %s, all results are in %s", count, took, options.out)
