@@ -1,4 +1,4 @@
-"""What images on disk save and cost: python -m benchmarks.image_store MODEL_DIR [--questions 500] [--tiles 1 2 4]
+"""Savings and costs of images on disk: python -m benchmarks.image_store MODEL_DIR [--questions 500] [--tiles 1 2 4]
 
 Prints the seconds to encode an image of the model and to read it, and to write and read one of the 11B's shape, from
 the disk itself and from the system's cache, the fastest of five; with --questions, how many of the demo model's greedy

@@ -115,7 +115,7 @@ class Settings:
 
     @property
     def file_name(self) -> str:
-        """Of the IR, such as llm_int4_asym_r10_gs64_max_activation_variance_awq_scale_all_layers.xml."""
+        """File name of the IR, such as llm_int4_asym_r10_gs64_max_activation_variance_awq_scale_all_layers.xml."""
         parts = ["llm", self.algo]
         if self.is_int4:
             parts += [f"r{self.ratio * 10:g}", f"gs{self.group_size}"]

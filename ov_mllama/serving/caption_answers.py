@@ -33,7 +33,7 @@ ENCODED_BYTES = 500_000_000  # encoded image of the 11B, with four tiles
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines the answers, beside the model and the images.
+    """Settings of the answers.
 
     Attributes:
         questions: about each image.

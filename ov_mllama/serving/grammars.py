@@ -15,7 +15,7 @@ GRAMMARS = ("json", "regex", "choice", "grammar", "json_object")
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must match.
+    """Grammar that an answer must match.
 
     Attributes:
         kind: language of the source; "lark" may be llama.cpp's GBNF too.
