@@ -173,7 +173,7 @@ def written(document: Path) -> str:
 
 
 def shown_by(notebook: Path) -> list[dict]:
-    """What the outputs of a notebook's cells show, by type."""
+    """Return the outputs of a notebook's cells, by type."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     return [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
 

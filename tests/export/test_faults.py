@@ -42,7 +42,7 @@ LONG = 600  # seconds that no process takes
 
 @pytest.fixture(scope="module")
 def quantize(times) -> bool:
-    """Whether processes that are killed and disks that fill come to the quantised encoder."""
+    """True if processes that are killed and disks that fill come to the quantised encoder."""
     return times(False, True)
 
 

@@ -251,7 +251,7 @@ class Matrix:
 
     @property
     def is_packable(self) -> bool:
-        """Whether `pack` returns the matrix: 4 bits, equal groups of consecutive columns, f16 scales."""
+        """True if `pack` returns the matrix: 4 bits, equal groups of consecutive columns, f16 scales."""
         even = self.order is None and self.columns % self.group_size == 0
         return self.bits == 4 and even and self.parts["scales"].dtype == torch.float16
 
