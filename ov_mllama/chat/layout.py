@@ -13,6 +13,7 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.heat_maps import HeatMaps, connect_panel, lay_out_panel
 from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import report_errors
 from ov_mllama.chat.pages import POLL_S, Pages
@@ -194,6 +195,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         placeholder=WELCOME.format(escape_markup(about)),
         examples=examples,
     )
+    part.looked = lay_out_panel()
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
@@ -247,8 +249,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     on(part.box.stop, pages.stop)
     gr.on([part.box.change, part.settings[-1].input], pages.on_typing, [part.box, part.settings[-1]], **quick)
     on(part.chatbot.example_select, pages.example, part.settings)
-    on(part.chatbot.option_select, pages.choose_option, part.settings)
     on(part.chatbot.retry, pages.retry, part.settings)
+    connect_panel(part, HeatMaps(pages), on)
     on(part.chatbot.undo, pages.undo, None, [part.box])
     on(part.chatbot.edit, pages.edit, part.settings)
     on(part.new.click, pages.begin_new)

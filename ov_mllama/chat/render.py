@@ -13,7 +13,7 @@ from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.store import CUT, FAILED, STOPPED, WAITING, Conversation, Turn
 
-CONTINUE, LOOK_CLOSER = "Continue", "Look closer"  # options below an answer
+CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED = "Continue", "Look closer", "Where it looked"  # options below an answer
 JOINER = "\u2060"  # zero width
 LATEX: list[dict] = [  # delimiters of formulas
     {"left": left, "right": right, "display": display}
@@ -88,10 +88,11 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
         progress: of the answer under way.
     """
     messages: list[dict] = []
-    quick = False  # whether a picture before was shrunk
+    quick = sees = False  # whether a picture before was shrunk; whether there is one
     for turn in turns:
         quick = quick or (bool(turn.pictures) and turn.detail == "low")
-        closer = [LOOK_CLOSER] * quick
+        sees = sees or bool(turn.pictures)
+        looks = [LOOK_CLOSER] * quick + [WHERE_IT_LOOKED] * (sees and bool(turn.answer))
         pictures = [{"path": str(picture)} for picture in turn.pictures]
         question = [escape_markup(turn.question)] if turn.question else []
         messages.append({"role": "user", "content": [*pictures, *question]})
@@ -101,12 +102,12 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
             if not turn.answer or progress.startswith("Stopping"):
                 messages.append(status_message(progress, status="pending"))
         elif turn.state == CUT:
-            messages.append(status_message(f"Token limit reached · {turn.note}", options=[CONTINUE, *closer]))
+            messages.append(status_message(f"Token limit reached · {turn.note}", options=[CONTINUE, *looks]))
         elif turn.state == STOPPED:
             messages.append(status_message(f"Stopped. {turn.note}".strip()))
         else:
             note = f"No answer: {turn.note}" if turn.state == FAILED else turn.note
-            messages.append(status_message(note, options=closer))
+            messages.append(status_message(note, options=looks))
     return messages
 
 
