@@ -145,16 +145,6 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, PrefetchMixin, Generat
         if image_store:  # after the golden answer, which verifies the encoder
             self.image_encoder.use_store(image_store)
 
-    @property
-    def vision_encoder_infer_time(self) -> list[float]:
-        """Seconds for each different image of the last prompt, about 0 for cached ones."""
-        return self.stats.image_s
-
-    @property
-    def llm_infer_time(self) -> list[float]:
-        """Seconds for each step of the language model since the last prompt; the first is the prompt's."""
-        return [self.stats.prefill_s, *self.stats.step_s] if self.stats.prefill_s else []
-
     def forget(self) -> None:
         """Drop all sessions and cached images."""
         with self.turn:
@@ -162,19 +152,13 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, PrefetchMixin, Generat
             self.sessions.forget()
             self.image_encoder.forget()
 
-    def generate(
-        self,
-        *args,
-        stop: threading.Event | None = None,
-        progress: Progress | None = None,
-        queries: AnswerQueries | None = None,
-        **kwargs,
-    ):
+    def generate(self, *args, stop=None, progress=None, queries: AnswerQueries | None = None, **kwargs):
         """Run `GenerationMixin.generate`, one thread at a time.
 
         Args:
-            stop: once set, the answer ends after the current token; before the first one, `Cancelled` is raised.
-            progress: updated with the current stage.
+            stop: `threading.Event`; once set, the answer ends after the current token, and before the first one
+                `Cancelled` is raised.
+            progress: `Progress`, updated with the current stage.
             queries: filled for `image_attention`; InputError if the IR gives none, or there are several rows.
         """
         if queries is not None:
