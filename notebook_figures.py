@@ -14,6 +14,8 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
+from ov_mllama.runtime.attention_maps import peak_of
+
 
 def show_picture(picture, alt: str) -> None:
     """Show a picture with alternative text.
@@ -153,7 +155,7 @@ def show_attention(image, words: list[str], maps: list[np.ndarray]) -> None:
         axis.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
         axis.imshow(heat, cmap="inferno", alpha=0.65, vmin=0, extent=extent)
         axis.set_title(word, fontsize=10)
-        y, x = np.unravel_index(heat.argmax(), heat.shape)
+        y, x = peak_of(heat)
         places.append(f"{word} {100 * x // heat.shape[1]} % from the left, {100 * y // heat.shape[0]} % from the top")
     show_picture(figure, f"Heat maps of the cross-attention, with their peaks: {'; '.join(places)}")
 

@@ -18,7 +18,7 @@ from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.page_input import user_error
 from ov_mllama.chat.render import WHERE_IT_LOOKED
 from ov_mllama.chat.store import Turn
-from ov_mllama.runtime.attention_maps import AnswerQueries, image_attention, word_tokens
+from ov_mllama.runtime.attention_maps import AnswerQueries, image_attention, peak_of, word_tokens
 from ov_mllama.runtime.checks import check_gives_queries
 from ov_mllama.runtime.errors import UserError
 from ov_mllama.runtime.images import at_detail, load_image
@@ -118,8 +118,8 @@ def overlaid(image: Image.Image, heat: np.ndarray) -> Image.Image:
 
 def place_of_peak(heat: np.ndarray) -> str:
     """Return the ninth of an image that its peak is in, such as "top left"."""
-    y, x = np.unravel_index(heat.argmax(), heat.shape)
-    row, column = ROWS[3 * int(y) // heat.shape[0]], COLUMNS[3 * int(x) // heat.shape[1]]
+    y, x = peak_of(heat)
+    row, column = ROWS[3 * y // heat.shape[0]], COLUMNS[3 * x // heat.shape[1]]
     return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
 
 

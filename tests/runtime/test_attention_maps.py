@@ -8,7 +8,14 @@ from PIL import Image
 
 from conftest import F32, demo_samples
 from demo_model.scenes import draw, placed_scene, random_scene
-from ov_mllama.runtime.attention_maps import AnswerQueries, attention_weights, image_attention, in_image, word_tokens
+from ov_mllama.runtime.attention_maps import (
+    AnswerQueries,
+    attention_weights,
+    image_attention,
+    in_image,
+    peak_of,
+    word_tokens,
+)
 from ov_mllama.runtime.checks import image_arrays
 from ov_mllama.runtime.cross_attention import tiles_seen
 from ov_mllama.runtime.errors import InputError
@@ -99,6 +106,13 @@ def test_tiles_are_put_together_without_padding():
     np.testing.assert_allclose(small, 1)
 
 
+def test_peak_at_an_edge_is_the_centre_of_its_patch():
+    tiles = np.zeros((1, 4), np.float32)
+    tiles[0, 1] = 1
+    y, x = peak_of(in_image(tiles, (1, 1), (40, 40), 40))
+    assert (y, x) == (pytest.approx(9.5, abs=0.5), pytest.approx(29.5, abs=0.5))
+
+
 def test_maps_of_several_images(pair):
     inputs, images = pair.inputs("two images"), [pair.picture(2, 1, 2), pair.picture(1, 1, 1)]
     queries = recorded(pair.ov, inputs)
@@ -169,7 +183,7 @@ def test_peak_is_on_the_shape_that_the_question_is_about(demo_model_f32, demo_di
         word, tokens = word_tokens(processor.tokenizer, queries.tokens)[-1]
         assert word == thing.colour
         (heat,) = image_attention(demo_model_f32, inputs, queries, tokens, [image])
-        y, x = np.unravel_index(heat.argmax(), heat.shape)
+        y, x = peak_of(heat)
         half = thing.size / 2 * 224
         hits.append(abs(x - thing.x * 224) <= half and abs(y - thing.y * 224) <= half)
     assert sum(hits) >= 8
