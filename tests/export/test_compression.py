@@ -167,6 +167,7 @@ def test_straight_from_the_checkpoint_is_the_same_file(model_dir, vision_dir, ti
 def test_data_aware_variants_still_answer(model_dir, processor, arguments):
     path = compress(model_dir, source=SAMPLES, **arguments)
     model = OVMLlamaForConditionalGeneration(model_dir, language_model_name=path.name, ov_config=F32)
+    assert model.language_model.gives_queries
     inputs = processor(text="<|image|>What?", images=[demo_samples()[0]["image"]], return_tensors="pt")
     assert torch.isfinite(model(**inputs).logits).all()
 

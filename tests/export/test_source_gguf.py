@@ -161,6 +161,7 @@ def logits_of(files, path, model_dir):
 def test_logits_are_those_of_the_dequantised_weights(files, converted):
     expected = logits_of(files, files.two, converted)
     model = OVMLlamaForConditionalGeneration(converted, language_model_name="llm_q4_k_m.xml", ov_config=F32)
+    assert model.language_model.gives_queries
     actual = model(**inputs_for(converted)).logits
     assert expected.std() > 0.3
     assert (actual - expected).abs().max() < 1e-3  # of image keys and values in 16 bit; another quantisation: 1

@@ -64,6 +64,16 @@ def test_weights_are_those_of_transformers(any_pair, case):
     np.testing.assert_allclose(actual.sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize(("case", "canvas", "size"), [("large", (2, 2), (2, 2, 4)), ("tall", (2, 1), (0.9, 2, 3))])
+def test_map_is_the_mean_of_the_weights_of_patches(pair, case, canvas, size):
+    inputs, image = pair.inputs(case), pair.picture(*size)
+    queries = recorded(pair.ov, inputs)
+    of_rows = expected_weights(pair.checkpoint, inputs, queries.tokens)[:, :, 1:4].mean((0, 1, 2))
+    patches = of_rows.reshape(4, -1)[:, 1:]  # of each tile, behind its class token
+    (heat,) = image_attention(pair.ov, inputs, queries, [1, 2, 3], [image])
+    np.testing.assert_allclose(heat, in_image(patches, canvas, image.size, pair.tile), atol=1e-4)
+
+
 def test_queries_do_not_depend_on_how_the_answer_was_computed(pair, monkeypatch):
     """Whether with drafts, of which some are rejected, in chunks, or with all logits."""
     inputs = pair.inputs("large")
