@@ -69,6 +69,7 @@ class Says:
 
     async def words(self, model, processor, note, progress, **inputs):
         said = 0
+        progress.enter("Writing")
         while not self.over or said < len(self.text):
             if said < len(self.text):
                 piece, said = self.text[said:], len(self.text)
