@@ -471,3 +471,81 @@ def test_continued_answer_is_the_one_that_was_not_cut(model, processor, tmp_path
         assert asked.state == state
         assert about["answer"].startswith(asked.answer)
     assert asked.answer == about["answer"]
+
+
+# ---- Page -----------------------------------------------------------------------------------------------------------
+
+
+def answer_with(page, says, text: str, label: str) -> None:
+    """Has the next answer say a text, and presses a button that begins it."""
+    says.text = text
+    page.press(label)
+    expect(page.bot.first).to_have_text(text)
+    page.expect_ready()
+
+
+def test_answers_and_questions_are_flipped_through_with_the_keyboard_in_every_tab(page, url, says):
+    says.text = "First"
+    page.ask("Which?")
+    page.expect_answers("First", "1 s")
+    expect(page.tab.locator("[name=flip]")).to_have_count(0)
+    answer_with(page, says, "Second", "Retry")
+    expect(page.note).to_contain_text("2/2")
+    before, after = (page.tab.get_by_role("button", name=f"{which} answer") for which in ("Previous", "Next"))
+    before.focus()
+    for text, position in (("First", "1/2"), ("Second", "2/2"), ("First", "1/2")):
+        page.tab.keyboard.press("Enter")
+        expect(page.bot.first).to_have_text(text)
+        expect(page.note).to_contain_text(position)
+        expect(before).to_be_focused()
+    assert page.note.evaluate("e => getComputedStyle(e.querySelector('[name=flip]')).outlineStyle") == "solid"
+    expect(page.tab.get_by_label("Answer 1/2")).to_be_visible()
+    page.note.locator(".title").click()
+    page.tab.keyboard.press("Enter")
+    page.tab.wait_for_timeout(300)
+    expect(before).to_be_visible()
+
+    page.press("Edit", "-right")
+    page.tab.locator(".edit-textarea").fill("What?")
+    says.text = "Third"
+    page.tab.get_by_label("Submit").first.click()
+    page.expect_answers("Third", "3/3")
+    second = Tab(page.context, url, "?" + page.tab.url.rpartition("?")[2])
+    second.expect_answers("Third", "3/3")
+    second.tab.get_by_role("button", name="Next answer").click()
+    for tab in (second, page):
+        expect(tab.user).to_have_text(["Which?"])
+        tab.expect_answers("First", "1/3")
+    page.tab.reload()
+    page.expect_answers("First", "1/3")
+    page.to_front()
+    says.text = "Follow-up"
+    page.ask("And?")
+    page.expect_answers("First", "1/3", "Follow-up", "1 s")
+    after.click()
+    expect(page.bot).to_have_count(2)
+    page.expect_answers("Second", "2/3")
+    assert page.console == []
+
+
+ODD = "A &#35; and ![x](y), <b>no</b>"
+
+
+@pytest.mark.returning
+def test_edited_answer_is_shown_as_typed_and_continued_in_place(page, says):
+    says.text = ODD
+    page.ask("Odd?")
+    page.expect_answers("no", "1 s")
+    page.press("Edit", "-left")
+    area = page.tab.locator(".edit-textarea")
+    expect(area).to_have_value(ODD)
+    area.fill("It is")
+    page.tab.get_by_label("Submit").first.click()
+    page.expect_answers("It is", "Edited")
+    says.text = " a cat."
+    page.tab.get_by_role("button", name=CONTINUE).click()
+    page.expect_answers("It is a cat.", "2/2")
+    expect(page.bot.first).to_have_text("It is a cat.")
+    expect(page.user).to_have_count(1)
+    page.tab.get_by_role("button", name="Next answer").click()
+    page.expect_answers("no", "1/2")
