@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
-from chat_page import path_of
+from chat_page import Tab, expect, path_of
 from conftest import demo_samples
 from ov_mllama.chat.answers import Chat, GenerationSettings
 from ov_mllama.chat.messages import details_of, to_messages
