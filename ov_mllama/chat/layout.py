@@ -34,6 +34,7 @@ SET_URL = """(key) => {
     history.pushState(null, "", url);
 }"""
 CONFIRM = "() => confirm('Delete this chat and its pictures for good?') ? 'yes' : ''"
+FLIP = "() => document.querySelector('#flip').dataset.choice"  # page.js
 DOWNLOAD = "() => document.querySelector('#exported').click()"
 
 # Defaults of `make_demo(...).launch()`: this machine only, no tunnel, no large uploads, no request to other origins
@@ -187,7 +188,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         show_label=False,
         elem_classes="chat",
         buttons=["copy"],
-        editable="user",
+        editable="all",
         group_consecutive_messages=False,  # editing a message with an image fails otherwise (gradio#10229)
         autoscroll=False,  # it resets the user's scrolling; page.js scrolls
         latex_delimiters=LATEX,
@@ -207,6 +208,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
     part.settings.append(detail_switch(details))
     part.foot = gr.Markdown(elem_classes="foot")
     part.timer = gr.Timer(POLL_S)
+    part.flip = gr.Button(visible="hidden", elem_id="flip")
     part.hidden = [gr.Textbox(visible=False), gr.Textbox(visible=False)]
     return part
 
@@ -251,6 +253,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     on(part.chatbot.retry, pages.retry, part.settings)
     on(part.chatbot.undo, pages.undo, None, [part.box])
     on(part.chatbot.edit, pages.edit, part.settings)
+    on(part.flip.click, pages.flip, part.hidden[:1], js=FLIP)
     on(part.new.click, pages.begin_new)
     on(part.history.input, pages.reopen, [part.history])
     on([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name])

@@ -41,7 +41,7 @@
     for (const area of document.querySelectorAll(".edit-textarea")) {
       if (edited.has(area)) continue;
       edited.add(area);
-      area.value = decode(area.value);
+      area.value = area.closest(".bot-row") ? withoutJoiners(area.value) : decode(area.value);
       area.dispatchEvent(new Event("input", { bubbles: true }));
     }
   };
@@ -59,9 +59,34 @@
     event.preventDefault();
   });
 
+  // Buttons that flip between variants (render.py, layout.py FLIP); the focus stays where the page draws them anew
+  let flipped = "";
+  document.addEventListener("click", ({ target }) => {
+    if (target.id === "flip") return;
+    flipped = target.name === "flip" ? target.value : "";
+    if (!flipped) return;
+    const sender = document.querySelector("#flip");
+    sender.dataset.choice = flipped;
+    sender.click();
+  });
+  const nameFlips = () => {
+    for (const button of document.querySelectorAll("[name=flip]:not([aria-label])")) {
+      button.ariaLabel = button.title;
+      button.closest("[data-testid]").ariaLabel = `Answer ${button.parentElement.innerText.trim()}`;
+    }
+    if (flipped && document.activeElement === document.body)
+      document.querySelector(`[name=flip][value="${flipped}"]`)?.focus({ preventScroll: true });
+  };
+  // Status lines do not fold, and are no buttons
+  const inStatus = (event) => { if (event.target.closest?.(".thought-group .title")) event.stopPropagation(); };
+  for (const kind of ["click", "keydown"]) document.addEventListener(kind, inStatus, true);
+
   new MutationObserver(() => {
     follow();
     decodeEdited();
+    nameFlips();
+    for (const title of document.querySelectorAll(".thought-group .title[role]"))
+      for (const name of ["role", "tabindex"]) title.removeAttribute(name);
     for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
       button.ariaLabel = "Open the picture large";
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
