@@ -16,6 +16,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.documents import pdfs_of
 from ov_mllama.chat.page_input import MAX_QUESTION, bounded_text, checked_settings, images_of, text_of, user_error
 from ov_mllama.chat.render import (
     CONTINUE,
@@ -239,6 +240,7 @@ class Pages(Tabs):
                 images = images_of(message)
             except gr.Error:
                 images = []
+            images = [image for image in images if image not in pdfs_of(images)]  # their pages follow
             self.chat.prefetcher.prefetch(key, images, detail if detail in DETAILS else "high")
 
     async def api_chat(self, message: dict, request: gr.Request, *settings) -> tuple[str, str]:
