@@ -21,7 +21,7 @@ from ov_mllama.runtime.errors import ImageError
 from ov_mllama.runtime.images import load_image
 from ov_mllama.runtime.pdf_pages import pdf_pages
 
-MAX_SHOWN = 100  # pages of a PDF to choose from
+MAX_SHOWN = 100  # pages to choose from
 PAGES_AT_ONCE = 10  # drawn, before PDFium is free for another PDF
 THUMBNAIL_PIXELS = 40_000
 
@@ -36,6 +36,7 @@ INSERT = """(drawn, box) => {
     const pages = (drawn ?? []).map((page) => ({ ...page, mime_type: "image/png" }));
     const isNew = ({ path }) => !box.files.some((file) => file.path === path);
     const others = box.files.filter(({ path }) => !path.toLowerCase().endsWith(".pdf"));
+    if (others.length === box.files.length) return box;  // the question was sent meanwhile
     return { ...box, files: [...others, ...pages.filter(isNew)] };
 }"""
 # A page that is in the box already leaves it
@@ -94,8 +95,11 @@ class Documents:
         """Draw the first page of each PDF in the text box, and all pages small, to choose from."""
         self.tabs.page(request)
         pdfs = pdfs_of(images_of(message))
+        if not pdfs:
+            return [[], gr.skip()]
         first = [str(await in_thread(draw, pdf, 1)) for pdf in pdfs]
-        return [first, "".join([await in_thread(render_pages, pdf) for pdf in pdfs]) if pdfs else gr.skip()]
+        limit = max(1, MAX_SHOWN // len(pdfs))
+        return [first, "".join([await in_thread(render_pages, pdf, limit) for pdf in pdfs])]
 
     async def draw_page(self, chosen: gr.EventData, request: gr.Request) -> list[str]:
         """Draw a page that was chosen among the thumbnails."""
@@ -152,24 +156,28 @@ def draw(pdf: Path, number: int) -> Path:
     return file
 
 
-def render_pages(pdf: Path) -> str:
-    """Return a PDF's thumbnails as HTML: a button for each page, of which the first one is chosen."""
-    thumbnails: list[str] = []
-    total, name = 2, pdf.name
-    while len(thumbnails) < min(total, MAX_SHOWN):
-        images, total = pdf_pages(pdf, name, len(thumbnails) + 1, PAGES_AT_ONCE, THUMBNAIL_PIXELS)
-        if total == 1:
-            return ""
+def render_pages(pdf: Path, limit: int) -> str:
+    """Return a PDF's thumbnails as HTML: a button for each page, of which the first one is chosen; "" for one page.
+
+    Args:
+        limit: pages at most.
+    """
+    name, total, thumbnails = html.escape(pdf.name), limit, list[str]()
+    while len(thumbnails) < min(total, limit):
+        count = min(PAGES_AT_ONCE, limit - len(thumbnails))
+        images, total = pdf_pages(pdf, pdf.name, len(thumbnails) + 1, count, THUMBNAIL_PIXELS)
         thumbnails += [data_uri(image) for image in images]
-    title = f"{html.escape(name)}: choose from {f'the first {MAX_SHOWN} of ' * (total > MAX_SHOWN)}{total} pages"
+    if total == 1:
+        return ""
+    title = f"{name}: choose from {f'the first {limit} of ' * (total > limit)}{total} pages"
     buttons = [
         f'<button type="button" data-pdf="{html.escape(str(pdf))}" data-page="{number}" aria-label="Page {number}" '
         f'data-path="{html.escape(str(page_file(pdf, number)))}" aria-pressed="{str(number == 1).lower()}">'
         f'<img alt="" src="{uri}"><span>{number}</span></button>'
-        for number, uri in enumerate(thumbnails[:MAX_SHOWN], 1)
+        for number, uri in enumerate(thumbnails, 1)
     ]
     return (
-        f'<section aria-label="Pages of {html.escape(name)}"><header><span>{title}</span>'
+        f'<section aria-label="Pages of {name}"><header><span>{title}</span>'
         f'<button type="button" data-close aria-label="Close the pages">✕</button></header>'
         f"<div>{''.join(buttons)}</div></section>"
     )

@@ -26,7 +26,7 @@ from ov_mllama.runtime.images import SUFFIXES
 PARTS = Path(__file__).parent
 WELCOME = """## What would you like to know?
 
-Add pictures, or drop them anywhere. {}"""
+Add pictures or PDFs: drop or paste them anywhere. {}"""
 # The conversation's id is in the page's URL, for reload, bookmarks and Back
 SET_URL = """(key) => {
     const url = new URL(location);

@@ -40,8 +40,11 @@
     figure.style.setProperty("--ratio", picture.naturalWidth / picture.naturalHeight);
     figure.style.setProperty("--width", `${picture.naturalWidth}px`);
     let [left, top, width, height] = [0.25, 0.25, 0.5, 0.5];  // fractions of the image
-    const pixels = () => [[left, image.naturalWidth], [top, image.naturalHeight], [width, image.naturalWidth],
-      [height, image.naturalHeight]].map(([part, of]) => Math.round(part * of));
+    const pixels = () => {
+      const across = (part) => Math.round(part * image.naturalWidth), x = across(left);
+      const down = (part) => Math.round(part * image.naturalHeight), y = down(top);
+      return [x, y, across(left + width) - x, down(top + height) - y];
+    };
     const show = (...wished) => {
       const least = [image.naturalWidth, image.naturalHeight].map((side) => Math.min(1, 16 / side));
       [width, height] = [2, 3].map((i) => Math.min(1, Math.max(least[i - 2], wished[i])));

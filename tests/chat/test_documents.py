@@ -1,9 +1,9 @@
 """PDFs whose pages are chosen, screenshots that are pasted, and regions of pictures: what is drawn, added and asked."""
 
-import json
 import re
 import secrets
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from gradio.utils import get_upload_folder
@@ -201,11 +201,10 @@ def test_region_of_a_picture_is_added_in_its_own_pixels(page, says):
     page.tab.get_by_label("Remove file").first.click()
     page.ask("What is this?")
     page.expect_answers("Small print.", "1 s")
-    x, y, right, bottom = left * width, top * height, across * width, down * height
-    box = [round(x), round(y), round(x) + round(right), round(y) + round(bottom)]
+    corners = [left * width, top * height, (left + across) * width, (top + down) * height]
+    expected = SAMPLE["image"].convert("RGB").crop([round(each) for each in corners])
     shown = page.tab.locator(".message.component img")
-    expected = SAMPLE["image"].convert("RGB").crop(box)
-    path = Path(json.loads(json.dumps(shown.get_attribute("src"))).partition("file=")[2])
+    path = Path(unquote(shown.get_attribute("src")).partition("file=")[2])
     assert pixels_of([path]) == [expected.tobytes()]
 
 
