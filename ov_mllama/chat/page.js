@@ -20,7 +20,7 @@
   const LARGE = ".message.component, .thumbnail-wrapper";
   document.addEventListener("click", ({ target }) => {
     const picture = !target.closest(".delete-button") && target.closest(LARGE)?.querySelector("img");
-    if (picture?.naturalWidth) openLarge(picture);
+    if (picture && !(picture.complete && !picture.naturalWidth)) openLarge(picture);  // no HEIC in most browsers
   });
   const element = (tag, properties, ...children) => {
     const made = Object.assign(document.createElement(tag), properties);
@@ -30,15 +30,18 @@
   const openLarge = (picture) => {
     const image = element("img", { src: picture.src, alt: "", draggable: false });
     const frame = element("div", { className: "region", tabIndex: 0, hidden: true });
-    const size = element("output"), begin = element("button", { textContent: "Ask about a region" });
+    const size = element("output"), begin = element("button", { textContent: "Ask about a region", disabled: true });
     const use = element("button", { textContent: "Use region", hidden: true });
     const cancel = element("button", { textContent: "Cancel", hidden: true });
     const figure = element("figure", {}, image, frame), buttons = element("p", {}, size, begin, use, cancel);
     const dialog = element("dialog", { className: "picture", ariaLabel: "Picture" }, figure, buttons);
     frame.setAttribute("role", "application");  // so that a screen reader leaves it the arrow keys
     frame.ariaLabel = "Region: arrow keys move it, with Shift they change its size, Enter uses it";
-    figure.style.setProperty("--ratio", picture.naturalWidth / picture.naturalHeight);
-    figure.style.setProperty("--width", `${picture.naturalWidth}px`);
+    image.addEventListener("load", () => {
+      figure.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
+      figure.style.setProperty("--width", `${image.naturalWidth}px`);
+      begin.disabled = false;
+    });
     let [left, top, width, height] = [0.25, 0.25, 0.5, 0.5];  // fractions of the image
     const pixels = () => {
       const across = (part) => Math.round(part * image.naturalWidth), x = across(left);
@@ -73,7 +76,8 @@
       if (target === cancel || !begin.hidden) dialog.close();
     });
     dialog.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: [-0.02, 0], ArrowRight: [0.02, 0], ArrowUp: [0, -0.02], ArrowDown: [0, 0.02] }[event.key];
+      const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+      const step = steps[event.key]?.map((direction) => direction / 50);
       if (event.target !== frame || !(step || event.key === "Enter")) return;
       event.preventDefault();
       if (!step) crop();
