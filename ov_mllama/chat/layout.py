@@ -12,6 +12,7 @@ import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 
+from ov_mllama.chat import documents
 from ov_mllama.chat.answers import Chat
 from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import report_errors
@@ -25,7 +26,7 @@ from ov_mllama.runtime.images import SUFFIXES
 PARTS = Path(__file__).parent
 WELCOME = """## What would you like to know?
 
-Add pictures, or drop them anywhere. {}"""
+Add pictures or PDFs: drop or paste them anywhere. {}"""
 # The conversation's id is in the page's URL, for reload, bookmarks and Back
 SET_URL = """(key) => {
     const url = new URL(location);
@@ -195,6 +196,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         placeholder=WELCOME.format(escape_markup(about)),
         examples=examples,
     )
+    part.documents = documents.create_parts()
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
@@ -236,7 +238,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
 
     def on(events, fn, inputs=None, outputs=None, **options):
         event = gr.on(events, report_errors(pages.find, fn), inputs, outputs, **options, **quick)
-        return event.then(*poll, **quick)
+        event.then(*poll, **quick)
+        return event
 
     part.timer.tick(*poll, **quick)
     part.pending.change(pages.refresh, [part.version], shown, trigger_mode="always_last", **quick)
@@ -247,7 +250,9 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
 
     on(part.box.submit, pages.ask, [part.box, *part.settings], [part.box])
     on(part.box.stop, pages.stop)
-    gr.on([part.box.change, part.settings[-1].input], pages.on_typing, [part.box, part.settings[-1]], **quick)
+    typing = {"fn": pages.on_typing, "inputs": [part.box, part.settings[-1]], **quick}
+    gr.on([part.box.change, part.settings[-1].input], **typing)
+    documents.connect_parts(on, part.documents, part.box, pages, typing)
     on(part.chatbot.example_select, pages.example, part.settings)
     on(part.chatbot.option_select, pages.choose_option, part.settings)
     on(part.chatbot.retry, pages.retry, part.settings)

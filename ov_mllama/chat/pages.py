@@ -14,6 +14,7 @@ from pathlib import Path
 import gradio as gr
 
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.documents import pdfs_of
 from ov_mllama.chat.page_input import bounded_text, checked_settings, images_of, text_of, user_error
 from ov_mllama.chat.render import describe_model, detail_choices, escape_markup, to_gradio, write_export
 from ov_mllama.chat.store import MAX_TITLE, Conversation
@@ -176,6 +177,7 @@ class Pages(Variants):
                 images = images_of(message)
             except gr.Error:
                 images = []
+            images = [image for image in images if image not in pdfs_of(images)]  # their pages follow
             self.chat.prefetcher.prefetch(key, images, detail if detail in DETAILS else "high")
 
     async def api_chat(self, message: dict, request: gr.Request, *settings) -> tuple[str, str]:
