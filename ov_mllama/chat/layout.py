@@ -14,6 +14,7 @@ from gradio.utils import get_upload_folder
 
 from ov_mllama.chat import documents
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.heat_maps import HeatMaps, connect_panel, lay_out_panel
 from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import report_errors
 from ov_mllama.chat.pages import POLL_S, Pages
@@ -197,6 +198,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         examples=examples,
     )
     part.documents = documents.create_parts()
+    part.looked = lay_out_panel()
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
@@ -254,8 +256,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     gr.on([part.box.change, part.settings[-1].input], **typing)
     documents.connect_parts(on, part.documents, part.box, pages, typing)
     on(part.chatbot.example_select, pages.example, part.settings)
-    on(part.chatbot.option_select, pages.choose_option, part.settings)
     on(part.chatbot.retry, pages.retry, part.settings)
+    connect_panel(part, HeatMaps(pages), on)
     on(part.chatbot.undo, pages.undo, None, [part.box])
     on(part.chatbot.edit, pages.edit, part.settings)
     on(part.flip.click, pages.flip, part.hidden[:1], js=FLIP)

@@ -166,6 +166,20 @@
   // Status lines do not fold, and are no buttons
   const inStatus = (event) => { if (event.target.closest?.(".thought-group .title")) event.stopPropagation(); };
   for (const kind of ["click", "keydown"]) document.addEventListener(kind, inStatus, true);
+  // The words of an answer are one tab stop, and arrow keys choose: Gradio gives each radio button a name of its own
+  const words = () => [...document.querySelectorAll(".words input")];
+  const oneTabStop = () => {
+    const all = words(), stop = all.find((input) => input.checked) ?? all[0];
+    for (const input of all) input.tabIndex = input === stop ? 0 : -1;
+  };
+  document.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!step || !event.target.matches(".words input")) return;
+    event.preventDefault();
+    const all = words(), next = all.at((all.indexOf(event.target) + step) % all.length);
+    next.focus();
+    next.click();
+  });
 
   new MutationObserver(() => {
     follow();
@@ -173,6 +187,7 @@
     nameFlips();
     for (const title of document.querySelectorAll(".thought-group .title[role]"))
       for (const name of ["role", "tabindex"]) title.removeAttribute(name);
+    oneTabStop();
     for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
       button.ariaLabel = "Open the picture large";
     for (const picture of document.querySelectorAll(".thumbnail-wrapper img:not([role])"))

@@ -12,9 +12,9 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.store import Conversation
-from ov_mllama.chat.turns import CUT, EDITED, FAILED, STOPPED, WAITING, Turn
+from ov_mllama.chat.turns import ANSWERED, CUT, EDITED, FAILED, STOPPED, WAITING, Turn
 
-CONTINUE, LOOK_CLOSER = "Continue", "Look closer"  # options below an answer
+CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED = "Continue", "Look closer", "Where it looked"  # options below an answer
 JOINER = "\u2060"  # zero width
 LATEX: list[dict] = [  # delimiters of formulas
     {"left": left, "right": right, "display": display}
@@ -110,9 +110,10 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
         progress: of the answer under way.
     """
     messages: list[dict] = []
-    quick = False  # whether a picture before was shrunk
+    quick = sees = False  # whether a picture before was shrunk; whether there is one
     for i, turn in enumerate(turns):
         quick = (quick or (bool(turn.pictures) and turn.detail == "low")) and not turn.closer
+        sees = sees or bool(turn.pictures)
         pictures = [{"path": str(picture)} for picture in turn.pictures]
         question = [escape_markup(turn.question)] if turn.question else []
         messages.append({"role": "user", "content": [*pictures, *question]})
@@ -121,6 +122,7 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
         buttons = variant_buttons(i, turn)
         if turn.state != WAITING:
             options = [CONTINUE] * turn.can_continue + [LOOK_CLOSER] * quick
+            options += [WHERE_IT_LOOKED] * (sees and bool(turn.answer) and turn.state in (ANSWERED, CUT))
             messages.append(status_message(ending(turn), options=options, content=buttons))
         elif buttons or not turn.answer or not progress.startswith("Writing"):
             messages.append(status_message(progress, status="pending", content=buttons))
