@@ -21,7 +21,7 @@ from ov_mllama.chat.pages import POLL_S, Pages
 from ov_mllama.chat.proxies import LOOPBACK, bypass_proxy_for_loopback
 from ov_mllama.chat.render import LATEX, detail_choices, escape_markup
 from ov_mllama.chat.store import Conversations
-from ov_mllama.cli import shutdown_promptly
+from ov_mllama.cli import root_path, shutdown_promptly
 from ov_mllama.runtime.images import SUFFIXES
 
 PARTS = Path(__file__).parent
@@ -81,7 +81,9 @@ class ChatPage(gr.Blocks):
     def launch(self, *args, **options):
         host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or LAUNCH["server_name"]
         host = host.strip("[]")  # of an IPv6 address
+        root = options.get("root_path")
         options = {**LAUNCH, **options, "server_name": f"[{host}]" if ":" in host else host}
+        options["root_path"] = root_path(os.environ.get("GRADIO_ROOT_PATH", "") if root is None else root)
         options["app_kwargs"] = {**options.get("app_kwargs", {}), **self.app_kwargs()}
         if host not in LOOPBACK and not options.get("auth"):
             warnings.warn(

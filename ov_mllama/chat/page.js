@@ -7,6 +7,23 @@
     if (target.closest(".history input, .sidebar-content > .column > button")) closeList();
   });
   document.querySelector(".history").ariaLabel = "Earlier chats";
+  document.querySelector(".detail").ariaLabel = "How closely pictures are looked at";
+  const sidebar = document.querySelector(".sidebar");
+  [sidebar.role, sidebar.ariaLabel] = ["navigation", "Chats and settings"];
+
+  // Screen readers hear when an answer begins and ends, and errors; while it grows, its text is not read again and again
+  const status = document.createElement("div");
+  [status.role, status.className] = ["status", "announced"];
+  document.body.append(status);
+  let wasBusy = false, lastError = "";
+  const announce = () => {
+    const busy = !!document.querySelector(".stop-button"), log = document.querySelector("[role=log]");
+    const error = [...document.querySelectorAll(".foot p")].map((p) => p.innerText).find((t) => t.startsWith("⚠️")) ?? "";
+    if (log) log.ariaBusy = busy;
+    if (busy !== wasBusy) status.textContent = busy ? "Answering" : "Ready for a question";
+    if (error && error !== lastError) status.textContent = error;
+    [wasBusy, lastError] = [busy, error];
+  };
 
   // Files of a drop, a paste or a region go the way of chosen ones
   const addFiles = (files) => {
@@ -180,6 +197,13 @@
     next.focus();
     next.click();
   });
+  // Each block of text has the direction of its own language; code stays left to right (page.css)
+  const directed = ".message .md > :not(pre, .code_wrap), textarea, .history label span";
+  const direct = () => {
+    for (const text of document.querySelectorAll(directed)) if (text.dir !== "auto") text.dir = "auto";
+    for (const message of document.querySelectorAll(".message > [aria-label*='&#'], .message > [aria-label*='\u2060']"))
+      message.ariaLabel = withoutJoiners(decode(message.ariaLabel));
+  };
 
   new MutationObserver(() => {
     follow();
@@ -188,6 +212,8 @@
     for (const title of document.querySelectorAll(".thought-group .title[role]"))
       for (const name of ["role", "tabindex"]) title.removeAttribute(name);
     oneTabStop();
+    direct();
+    announce();
     for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
       button.ariaLabel = "Open the picture large";
     for (const picture of document.querySelectorAll(".thumbnail-wrapper img:not([role])"))
@@ -216,6 +242,14 @@
     event.preventDefault();
     event.target.click();
   });
+
+  // Enter that ends the composition of a word (IME) neither sends nor renames; Safari reports it by the code 229 alone
+  for (const kind of ["keydown", "keypress"])
+    document.addEventListener(kind, (event) => {
+      if (event.key !== "Enter" || !(event.isComposing || event.keyCode === 229)) return;
+      event.stopImmediatePropagation();
+      if (kind === "keypress") event.preventDefault();  // a line break
+    }, true);
 
   // Typed text survives a reload, which Gradio triggers after a lost connection
   const box = document.querySelector("textarea[placeholder^='Ask a question']");
