@@ -81,7 +81,9 @@ class Client:
         return json.dumps(self.call("refresh", "", session=session))
 
     def titles(self) -> list:
-        return self.call("refresh", "")[4].get("choices", [])
+        """Titles and ids of the chats in its list, in all groups."""
+        groups = [part for part in self.call("refresh", "")[10:] if isinstance(part, dict)]
+        return [row for group in groups if group.get("label") for row in group.get("choices", [])]
 
     def ask(self, text: str, *files) -> "Client":
         """Asks, and waits until the answer, "Yes.", is there."""

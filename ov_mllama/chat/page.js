@@ -4,9 +4,15 @@
   const closeList = () => { if (narrow.matches) document.querySelector(".sidebar.open > .toggle-button")?.click(); };
   closeList();
   document.querySelector(".sidebar").addEventListener("click", ({ target }) => {
-    if (target.closest(".history input, .sidebar-content > .column > button")) closeList();
+    if (target.closest(".history input, .begin button")) closeList();
   });
-  document.querySelector(".history").ariaLabel = "Earlier chats";
+  // Groups of the list are called as their headings
+  const nameGroups = () => {
+    for (const group of document.querySelectorAll(".history")) {
+      const heading = group.querySelector("[data-testid=block-info]")?.textContent ?? "";
+      if (group.ariaLabel !== heading) group.ariaLabel = heading;
+    }
+  };
 
   // Images open enlarged; a click or Escape closes them
   document.addEventListener("click", ({ target }) => {
@@ -62,6 +68,7 @@
   new MutationObserver(() => {
     follow();
     decodeEdited();
+    nameGroups();
     for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
       button.ariaLabel = "Open the picture large";
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
@@ -71,7 +78,7 @@
   document.addEventListener("drop", (event) => {
     if (!event.dataTransfer.files.length || event.target.closest(".multimodal-textbox")) return;
     event.preventDefault();
-    const input = document.querySelector("input[type=file]");
+    const input = document.querySelector(".multimodal-textbox input[type=file]");
     input.files = event.dataTransfer.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
   });
