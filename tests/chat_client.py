@@ -82,7 +82,7 @@ class Client:
 
     def titles(self) -> list:
         """Titles and ids of the chats in its list, in all groups."""
-        groups = [part for part in self.call("refresh", "")[10:] if isinstance(part, dict)]
+        groups = [part for part in self.call("refresh", "")[9:] if isinstance(part, dict)]
         return [row for group in groups if group.get("label") for row in group.get("choices", [])]
 
     def ask(self, text: str, *files) -> "Client":
@@ -110,6 +110,9 @@ def assert_nothing_of(victim: Client, stranger: Client, question: str) -> None:
         stranger.call("poll", "opened", key, "", session=session)
         for name, data in (
             ("reopen", [key]),
+            ("pin", []),
+            ("delete_selected", [[key], "yes"]),
+            ("search", [question.split()[0]]),
             ("stop", []),
             ("undo", []),
             ("retry", SETTINGS),

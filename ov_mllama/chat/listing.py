@@ -58,6 +58,9 @@ class ChatList(NamedTuple):
             gr.Button("Cancel" if self.selecting else "Select", visible=self.selecting or bool(chats)),
         ]
 
+    def _selected(self, rows: list[tuple[str, str]]) -> str | None:
+        return next((key for _, key in rows if key == self.current), None)
+
 
 class ListTabs(Tabs):
     """Open tabs, with the handlers of their lists."""
@@ -77,10 +80,22 @@ class ListTabs(Tabs):
                 page.groups, page.more = grouped(chats[: page.limit], today), len(chats) > page.limit
                 page.listed_as = wanted
 
+    async def begin_new(self, request: gr.Request) -> None:
+        """Show an empty conversation; an answer under way continues in its own."""
+        page = self.page(request)
+        await self._show(page, Conversation(page.owner))
+
+    async def reopen(self, key: str, request: gr.Request) -> None:
+        """Show an earlier conversation."""
+        page = self.page(request)
+        stored = await self._read(self.conversations.get, key, page.owner) if isinstance(key, str) else None
+        await self._show(page, stored or Conversation(page.owner))
+
     async def search(self, query: str, request: gr.Request) -> None:
         """List the chats that match a query."""
-        page = self.page(request)
-        page.query, page.limit = bounded_text(query, MAX_QUERY, "search").strip(), MAX_LISTED
+        page = self.find(request)
+        if page:  # the event may precede `open`
+            page.query, page.limit = bounded_text(query, MAX_QUERY, "search").strip(), MAX_LISTED
 
     async def show_more(self, request: gr.Request) -> None:
         """List more chats."""

@@ -51,7 +51,7 @@ class Pages(ListTabs):
         self.examples = examples
 
     def _state(self, page: Page) -> list:
-        """Return what a page should show: messages, whether it is busy, pinned, id, name, foot, details, list of chats."""
+        """Return what a page should show: messages, whether it is busy or pinned, id, name, foot, details, list."""
         if page.conversation.deleted:
             page.conversation = Conversation(page.owner)
         talk, running = page.conversation, self.chat.answering(page.conversation)
@@ -197,17 +197,6 @@ class Pages(ListTabs):
             Turn(question, edited_turn.pictures, remarks=edited_turn.remarks, detail=edited_turn.detail)
         ]
         self.chat.begin(talk, checked)
-
-    async def begin_new(self, request: gr.Request) -> None:
-        """Show an empty conversation; an answer under way continues in its own."""
-        page = self.page(request)
-        await self._show(page, Conversation(page.owner))
-
-    async def reopen(self, key: str, request: gr.Request) -> None:
-        """Show an earlier conversation."""
-        page = self.page(request)
-        stored = await self._read(self.conversations.get, key, page.owner) if isinstance(key, str) else None
-        await self._show(page, stored or Conversation(page.owner))
 
     async def rename(self, name: str, request: gr.Request) -> str:
         """Rename the conversation, to its first question if the name is empty; return its name."""

@@ -15,23 +15,28 @@ CONFIRM_SEVERAL = """(keys) => [keys, keys.length && confirm(
 def lay_out_list(part: SimpleNamespace) -> None:
     """Create the buttons that begin chats, the search, and the list: a group of radio buttons for each heading, so that
     each is one stop of the Tab key."""
-    plain = {"show_label": False, "container": False}
-    with gr.Row(elem_classes="begin"):
-        part.new = gr.Button("New chat", min_width=0)
-        part.temporary = gr.Button("Temporary chat", min_width=0)
+    quiet: dict = {"size": "sm", "min_width": 0, "elem_classes": "quiet"}
+    with gr.Column(scale=0, elem_classes="begin"):
+        part.new = gr.Button("New chat")
+        part.temporary = gr.Button("Temporary chat", **quiet)
     part.search = gr.Textbox(
-        label="Search chats", placeholder="Search chats", max_length=MAX_QUERY, elem_classes="search", **plain
+        label="Search chats",
+        placeholder="Search chats",
+        show_label=False,
+        container=False,
+        max_length=MAX_QUERY,
+        elem_classes="search",
     )
-    part.groups = [
-        gr.Radio([], container=False, interactive=True, visible=False, elem_classes="history")
-        for _ in range(MAX_GROUPS)
-    ]
-    part.selected = gr.CheckboxGroup(
-        [], label="Select all", show_select_all=True, container=False, visible=False, elem_classes="selected-chats"
-    )
-    part.nothing = gr.Markdown("No chat has all these words.", visible=False, elem_classes="nothing")
-    quiet = {"size": "sm", "min_width": 0, "elem_classes": "quiet"}
-    part.more = gr.Button("Show more", visible=False, **quiet)
+    with gr.Column(elem_classes="chats"):
+        part.groups = [
+            gr.Radio([], container=False, interactive=True, visible=False, elem_classes="history")
+            for _ in range(MAX_GROUPS)
+        ]
+        part.selected = gr.CheckboxGroup(
+            [], label="Chats", show_select_all=True, container=False, visible=False, elem_classes="selected-chats"
+        )
+        part.nothing = gr.Markdown("No chat has all these words.", visible=False, elem_classes="nothing")
+        part.more = gr.Button("Show more", visible=False, **quiet)
     with gr.Row(elem_classes="tools"):
         part.delete_selected = gr.Button("Delete selected", visible=False, **quiet)
         part.select = gr.Button("Select", visible=False, **quiet)
@@ -50,7 +55,8 @@ def connect_list(part: SimpleNamespace, pages: ListTabs, on: Callable) -> None:
         on: as in `layout.connect`.
     """
     on(part.temporary.click, pages.begin_temporary)
-    on(part.search.input, pages.search, [part.search], trigger_mode="always_last")  # one at a time, while typing
+    # `input` misses what is pasted; one search at a time, while more is typed
+    on(part.search.change, pages.search, [part.search], trigger_mode="always_last")
     on(part.more.click, pages.show_more)
     on(part.select.click, pages.select)
     on(part.delete_selected.click, pages.delete_selected, [part.selected, part.hidden[0]], js=CONFIRM_SEVERAL)

@@ -481,7 +481,6 @@ def test_conversation_that_could_not_be_deleted_is_still_there(kept, monkeypatch
 def test_state_of_sessions_that_strangers_name_is_bounded(kept, monkeypatch):
     monkeypatch.setattr("ov_mllama.chat.tabs.MAX_PAGES", 10)
     monkeypatch.setattr("ov_mllama.chat.tabs.MAX_PROGRAMS", 5)
-    monkeypatch.setattr("ov_mllama.chat.tabs.MAX_OWNERS", 7)
     pages = pages_of(kept)
 
     async def answer(*_):
