@@ -20,6 +20,7 @@ from ov_mllama.chat.page_input import report_errors
 from ov_mllama.chat.pages import POLL_S, Pages
 from ov_mllama.chat.proxies import LOOPBACK, bypass_proxy_for_loopback
 from ov_mllama.chat.render import LATEX, detail_choices, escape_markup
+from ov_mllama.chat.sidebar import connect_list, lay_out_list, list_outputs
 from ov_mllama.chat.store import Conversations
 from ov_mllama.cli import root_path, shutdown_promptly
 from ov_mllama.runtime.images import SUFFIXES
@@ -97,6 +98,7 @@ class ChatPage(gr.Blocks):
         shutdown_promptly(self.server)  # on Ctrl-C
         super().block_thread()
         self.chat.flush()
+        self.chat.conversations.delete_temporary()
 
 
 def written(examples: Iterable[dict], folder: Path) -> list[dict]:
@@ -164,10 +166,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
     part.former = gr.BrowserState("", storage_key="ov_mllama", secret="none: it hides a random word")  # noqa: S106
     part.pending, part.version, part.key, part.opened = (gr.Textbox(visible="hidden") for _ in range(4))
     with gr.Sidebar(width=300):
-        part.new = gr.Button("New chat")
-        part.history = gr.Radio(
-            [], label="Earlier chats", show_label=False, container=False, interactive=True, elem_classes="history"
-        )
+        lay_out_list(part)
         with gr.Accordion("Settings", open=False):
             part.settings = [
                 gr.Textbox("", label="System prompt", lines=2, interactive=True),
@@ -184,6 +183,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
             elem_classes="name",
             max_length=100,
         )
+        part.pin = gr.Button("Pin", size="sm", scale=0, min_width=0, elem_classes="quiet")
         part.export = gr.Button("Export", size="sm", scale=0, min_width=0, elem_classes="quiet")
         part.delete = gr.Button("Delete", size="sm", scale=0, min_width=0, elem_classes="quiet")
         part.exported = gr.DownloadButton(visible="hidden", elem_id="exported")
@@ -236,8 +236,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     """Connect the components' events to their handlers."""
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     in_browser = {"fn": None, "api_visibility": "private"}
-    shown = [part.version, part.timer, part.chatbot, part.box, part.history, part.key, part.name, part.foot]
-    shown.append(part.settings[-1])
+    shown = [part.version, part.timer, part.chatbot, part.box, part.pin, part.key, part.name, part.foot]
+    shown += [part.settings[-1], *list_outputs(part)]
     poll = (pages.poll, [part.opened, part.key, part.version], [part.pending])
 
     def on(events, fn, inputs=None, outputs=None, **options):
@@ -264,7 +264,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     on(part.chatbot.edit, pages.edit, part.settings)
     on(part.flip.click, pages.flip, part.hidden[:1], js=FLIP)
     on(part.new.click, pages.begin_new)
-    on(part.history.input, pages.reopen, [part.history])
+    connect_list(part, pages, on)
     on([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name])
     on(part.delete.click, pages.delete, part.hidden[:1], js=CONFIRM)
     exported = part.export.click(report_errors(pages.find, pages.export), None, [part.exported], **quick)

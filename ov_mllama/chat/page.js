@@ -4,12 +4,18 @@
   const closeList = () => { if (narrow.matches) document.querySelector(".sidebar.open > .toggle-button")?.click(); };
   closeList();
   document.querySelector(".sidebar").addEventListener("click", ({ target }) => {
-    if (target.closest(".history input, .sidebar-content > .column > button")) closeList();
+    if (target.closest(".history input, .begin button")) closeList();
   });
-  document.querySelector(".history").ariaLabel = "Earlier chats";
   document.querySelector(".detail").ariaLabel = "How closely pictures are looked at";
   const sidebar = document.querySelector(".sidebar");
   [sidebar.role, sidebar.ariaLabel] = ["navigation", "Chats and settings"];
+  // Groups of the list are called as their headings
+  const nameGroups = () => {
+    for (const group of document.querySelectorAll(".history")) {
+      const heading = group.querySelector("[data-testid=block-info]")?.textContent ?? "";
+      if (group.ariaLabel !== heading) group.ariaLabel = heading;
+    }
+  };
 
   // Screen readers hear when an answer begins and ends, and errors; while it grows, its text is not read again and again
   const status = document.createElement("div");
@@ -214,6 +220,7 @@
     oneTabStop();
     direct();
     announce();
+    nameGroups();
     for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
       button.ariaLabel = "Open the picture large";
     for (const picture of document.querySelectorAll(".thumbnail-wrapper img:not([role])"))

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
+from ov_mllama.chat.imports import export_name, to_json
 from ov_mllama.chat.store import Conversation
 from ov_mllama.chat.turns import ANSWERED, CUT, EDITED, FAILED, STOPPED, WAITING, Turn
 
@@ -160,11 +161,6 @@ def detail_choices(model) -> list[tuple[str, str]]:
     return choices
 
 
-def export_name(picture: Path) -> str:
-    """Return an image's path within an export."""
-    return f"pictures/{picture.name}"
-
-
 def escape_with_backslashes(text: str) -> str:
     """Return readable Markdown that shows a text without images, links, HTML or headings."""
     return re.sub(r"[\\`*_\[\]<>#|~!&$]", r"\\\g<0>", text)
@@ -182,13 +178,17 @@ def to_markdown(conversation: Conversation) -> str:
 
 
 def write_export(conversation: Conversation) -> str:
-    """Write a conversation as a .zip of Markdown and images into Gradio's folder, and return its path."""
+    """Write a conversation as a .zip of Markdown, JSON and images into Gradio's folder, and return its path.
+
+    `imports.import_chat` reads the JSON.
+    """
     name = re.sub(r"[^\w -]", "", conversation.name).strip()[:60] or "chat"
     pictures = {picture for turn in conversation.turns for picture in turn.pictures if picture.is_file()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.zip"
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("chat.md", to_markdown(conversation))
+            file.writestr("chat.json", to_json(conversation))
             for picture in pictures:
                 file.write(picture, export_name(picture))
         return save_file_to_cache(path, get_upload_folder())

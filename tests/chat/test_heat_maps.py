@@ -19,7 +19,8 @@ from ov_mllama.chat.owners import COOKIE
 from ov_mllama.chat.pages import Pages
 from ov_mllama.chat.recorded_queries import RecordedQueries, key_of
 from ov_mllama.chat.render import LOOK_CLOSER, WHERE_IT_LOOKED, to_gradio
-from ov_mllama.chat.store import ANSWERED, STOPPED, WAITING, Conversations, Turn
+from ov_mllama.chat.store import Conversations
+from ov_mllama.chat.turns import ANSWERED, STOPPED, WAITING, Turn
 from ov_mllama.runtime.attention_maps import AnswerQueries
 from ov_mllama.runtime.inference import Progress
 from ov_mllama.runtime.language import OVLanguageModel
