@@ -148,8 +148,8 @@ def connect_panel(page: SimpleNamespace, maps: HeatMaps, on) -> None:
     on(page.chatbot.option_select, maps.choose_option, page.settings, [part.panel, part.words, part.view])
     on(part.words.input, maps.show, [part.words], [part.view])
     chatbot = page.chatbot
-    changes = [page.box.submit, page.new.click, page.history.input, page.flip.click]
-    changes += [chatbot.retry, chatbot.undo, chatbot.edit]
+    changes = [page.box.submit, page.new.click, page.temporary.click, page.flip.click]
+    changes += [chatbot.retry, chatbot.undo, chatbot.edit, *(group.input for group in page.groups)]
     # not through `on`, which would clear the error of the same event's other handler
     options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     gr.on([part.close.click, *changes], lambda: gr.Column(visible=False), None, [part.panel], **options)
