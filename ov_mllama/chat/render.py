@@ -12,7 +12,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.store import Conversation
-from ov_mllama.chat.turns import CUT, EDITED, FAILED, STOPPED, WAITING, Turn
+from ov_mllama.chat.turns import CUT, FAILED, STOPPED, WAITING, Turn
 
 CONTINUE, LOOK_CLOSER = "Continue", "Look closer"  # options below an answer
 JOINER = "\u2060"  # zero width
@@ -133,7 +133,6 @@ def ending(turn: Turn) -> str:
         CUT: f"Token limit reached · {turn.note}",
         STOPPED: f"Stopped. {turn.note}".strip(),
         FAILED: f"No answer: {turn.note}",
-        EDITED: "Edited",
     }
     return titles.get(turn.state, turn.note)
 
