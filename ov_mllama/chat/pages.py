@@ -20,7 +20,7 @@ from ov_mllama.chat.page_input import bounded_text, checked_settings, images_of,
 from ov_mllama.chat.render import describe_model, detail_choices, escape_markup, to_gradio, write_export
 from ov_mllama.chat.store import MAX_TITLE, Conversation
 from ov_mllama.chat.tabs import Page
-from ov_mllama.chat.turns import Turn
+from ov_mllama.chat.turns import WAITING, Turn
 from ov_mllama.chat.variants import Variants
 from ov_mllama.runtime.images import DETAILS, PictureError, load_image
 from ov_mllama.runtime.inference import Progress
@@ -52,9 +52,11 @@ class Pages(ListTabs, Variants):
         key = talk.id if talk.turns and not talk.temporary else ""
         states = self.chat.prefetcher.states(page.key)
         pictures = [f"Picture{'s' * (len(states) > 1)}: {', '.join(states)}"] * bool(states)
+        hidden = bool(running) and all(turn.state != WAITING for turn in talk.turns)
+        writing = [f"Another answer: {escape_markup(progress)}"] * hidden
         model = escape_markup(describe_model(self.chat.model))
         stays = TEMPORARY if talk.temporary else "Everything stays on the machine that serves this page."
-        foot = " · ".join([*(pictures or [model]), stays])
+        foot = " · ".join([*(pictures or writing or [model]), stays])
         errors = [f"⚠️ {escape_markup(message)}" for message in (page.error, talk.unsaved) if message]
         return [
             to_gradio(talk.turns, progress),

@@ -13,7 +13,7 @@ from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.imports import export_name, to_json
 from ov_mllama.chat.store import Conversation
-from ov_mllama.chat.turns import ANSWERED, CUT, EDITED, FAILED, STOPPED, WAITING, Turn
+from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, STOPPED, WAITING, Turn
 
 CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED = "Continue", "Look closer", "Where it looked"  # options below an answer
 JOINER = "\u2060"  # zero width
@@ -136,7 +136,6 @@ def ending(turn: Turn) -> str:
         CUT: f"Token limit reached · {turn.note}",
         STOPPED: f"Stopped. {turn.note}".strip(),
         FAILED: f"No answer: {turn.note}",
-        EDITED: "Edited",
     }
     return titles.get(turn.state, turn.note)
 

@@ -91,8 +91,8 @@ class Variants(Tabs):
         answer = unrender_answer(text)
         if not answer.strip():
             raise user_error("An answer needs some text.")
-        if text != messages[index]["content"]:
-            self._begin(talk, number, turn.again(answer=answer, state=EDITED))
+        if answer != unrender_answer(messages[index]["content"]):
+            self._begin(talk, number, turn.again(answer=answer, state=EDITED, note="Edited"))
 
     async def flip(self, choice: str, request: gr.Request) -> None:
         """Show the previous or next variant; an answer under way continues where it is.

@@ -13,7 +13,7 @@ from ov_mllama.chat.answers import Chat, GenerationSettings
 from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.owners import COOKIE
 from ov_mllama.chat.pages import Pages
-from ov_mllama.chat.render import CONTINUE, LOOK_CLOSER, to_gradio, to_markdown
+from ov_mllama.chat.render import CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED, to_gradio, to_markdown
 from ov_mllama.chat.store import Conversations
 from ov_mllama.chat.turns import (
     ANSWERED,
@@ -284,6 +284,7 @@ def test_edited_answer_is_what_follow_ups_see_and_the_model_continues(pages):
     turns = play(pages, asks(pages, "a"), asks(pages, "b"), edits(pages, [1], "A cat ![\u2060x](y)"))
     assert (shown(turns), turns[0].state) == ([("a", "A cat ![x](y)")], EDITED)
     assert len(pages.chat.prompts) == 2  # nothing was asked
+    assert "<sub>Edited</sub>" in to_markdown(pages.page(request_of("tab")).conversation)
     play(pages, asks(pages, "c"))
     assert texts(pages.chat.prompts[-1][0]) == ["a", "A cat ![x](y)", "c"]
     turns = play(pages, flips(pages))
@@ -297,9 +298,10 @@ def test_edited_answer_is_what_follow_ups_see_and_the_model_continues(pages):
 
 
 def test_unchanged_answer_is_no_variant_and_an_empty_one_is_refused(pages):
-    play(pages, asks(pages, "a"))
-    turns = play(pages, edits(pages, 1, "1"))
-    assert not turns[0].others
+    turns = play(pages, asks(pages, "a"))
+    turns[0].answer = "1 ![x](y)"
+    for text in ("1 ![x](y)", "1 !\u2060[x](y)"):
+        assert not play(pages, edits(pages, 1, text))[0].others
     for text in ("", " \n\u2060"):
         with pytest.raises(gr.Error, match="needs some text"):
             play(pages, edits(pages, 1, text))
@@ -345,10 +347,10 @@ def test_closer_look_is_a_variant_and_the_quick_answer_stays_quick(pages):
     turns = play(pages, chooses(pages, LOOK_CLOSER))
     assert (details_of(turns), len(turns[1].others)) == (["high"], 1)
     assert details_of([*turns, turn("c")]) == ["high"]
-    assert "options" not in to_gradio(turns)[-1]
+    assert to_gradio(turns)[-1]["options"] == [{"value": WHERE_IT_LOOKED}]
     play(pages, flips(pages, "1 1"))
     assert details_of(turns) == ["low"]
-    assert to_gradio(turns)[-1]["options"] == [{"value": LOOK_CLOSER}]
+    assert {"value": LOOK_CLOSER} in to_gradio(turns)[-1]["options"]
     play(pages, flips(pages, "1 1"), retries(pages))
     assert details_of(turns) == ["high"]
     turns = play(pages, lambda: pages.retry(request_of("tab"), *SETTINGS._replace(detail="low")))
@@ -371,6 +373,7 @@ def test_answer_continues_in_its_own_variant_while_another_is_shown(pages):
         await pages.flip("0 1", request_of("tab"))
         assert shown(talk.turns) == [("a", "1")]
         assert chat.answering(talk)
+        assert "Another answer: Waiting" in pages._state(pages.page(request_of("tab")))[5]
         with pytest.raises(gr.Error, match="One answer at a time"):
             await pages.ask({"text": "b", "files": []}, request_of("tab"), *SETTINGS)
         await pages.stop(request_of("tab"))
@@ -490,6 +493,8 @@ def test_answers_and_questions_are_flipped_through_with_the_keyboard_in_every_ta
     page.expect_answers("First", "1 s")
     expect(page.tab.locator("[name=flip]")).to_have_count(0)
     answer_with(page, says, "Second", "Retry")
+    buttons = page.tab.locator(".message-row:has(.thought-group) + .message-buttons button:visible")
+    assert buttons.evaluate_all("buttons => buttons.map(button => button.ariaLabel)") == ["Retry", "Undo"]
     expect(page.note).to_contain_text("2/2")
     before, after = (page.tab.get_by_role("button", name=f"{which} answer") for which in ("Previous", "Next"))
     before.focus()
