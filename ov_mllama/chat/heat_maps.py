@@ -17,7 +17,7 @@ from PIL import Image
 from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.page_input import user_error
 from ov_mllama.chat.render import WHERE_IT_LOOKED
-from ov_mllama.chat.store import Turn
+from ov_mllama.chat.turns import Turn
 from ov_mllama.runtime.attention_maps import AnswerQueries, image_attention, peak_of, word_tokens
 from ov_mllama.runtime.checks import check_gives_queries
 from ov_mllama.runtime.errors import UserError
@@ -25,7 +25,7 @@ from ov_mllama.runtime.images import at_detail, load_image
 from ov_mllama.runtime.prompts import prompt_tensors
 
 MAX_EDGE = 640  # pixels of a picture in the panel
-NOT_RECORDED = "Where it looked is known of the last answers, until a restart: press Retry to have this one again."
+NOT_RECORDED = "Where it looked is known of the last answers as they came, until a restart: press Retry to get another."
 INFERNO = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # colours from cold to hot
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
@@ -148,7 +148,8 @@ def connect_panel(page: SimpleNamespace, maps: HeatMaps, on) -> None:
     on(page.chatbot.option_select, maps.choose_option, page.settings, [part.panel, part.words, part.view])
     on(part.words.input, maps.show, [part.words], [part.view])
     chatbot = page.chatbot
-    changes = [page.box.submit, page.new.click, page.history.input, chatbot.retry, chatbot.undo, chatbot.edit]
+    changes = [page.box.submit, page.new.click, page.temporary.click, page.flip.click]
+    changes += [chatbot.retry, chatbot.undo, chatbot.edit, *(group.input for group in page.groups)]
     # not through `on`, which would clear the error of the same event's other handler
     options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     gr.on([part.close.click, *changes], lambda: gr.Column(visible=False), None, [part.panel], **options)

@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from ov_mllama.chat.store import Turn
+from ov_mllama.chat.turns import Turn
 from ov_mllama.runtime.attention_maps import AnswerQueries
 
 MAX_BYTES = 200_000_000
@@ -47,5 +47,5 @@ class RecordedQueries:
 
 def key_of(turns: Sequence[Turn]) -> str:
     """Return a digest of what the last turn's answer was given to, and of the answer."""
-    parts = [(turn.question, [*map(str, turn.pictures)], turn.answer, turn.detail) for turn in turns]
+    parts = [(turn.question, [*map(str, turn.pictures)], turn.answer, turn.detail, turn.closer) for turn in turns]
     return hashlib.sha256(repr(parts).encode(errors="surrogatepass")).hexdigest()

@@ -13,7 +13,8 @@ from ov_mllama.chat.answers import Chat, GenerationSettings, Prefetcher
 from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.page_input import checked_settings
 from ov_mllama.chat.render import CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED, detail_choices, to_gradio
-from ov_mllama.chat.store import ANSWERED, CUT, Conversation, Conversations, Turn
+from ov_mllama.chat.store import Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, Turn
 from ov_mllama.runtime.inference import Progress
 
 SAMPLE = demo_samples()[0]  # of four tiles
