@@ -179,7 +179,7 @@ class Tab:
 
     def attach(self, *files) -> None:
         """Adds pictures to the question."""
-        chosen = self.tab.locator("input[type=file]").first
+        chosen = self.tab.locator(".multimodal-textbox input[type=file]").first
         chosen.evaluate("input => input.value = ''")  # or the same file again is no change
         chosen.set_input_files([str(file) for file in files])
         expect(self.tab.locator(".thumbnail-item")).to_have_count(len(files), timeout=20_000)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ov_mllama.chat.messages import details_of, to_messages
+from ov_mllama.chat.recorded_queries import RecordedQueries
 from ov_mllama.chat.store import Conversation, Conversations
 from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, STOPPED, WAITING, Turn
 from ov_mllama.runtime.errors import UserError
@@ -68,12 +69,14 @@ class Chat:
     Attributes:
         queue: FIFO queue of questions.
         prefetcher: encodes images while questions about them are typed.
+        recorded: the last answers' queries, for heat maps.
     """
 
     def __init__(self, model, processor, conversations: Conversations, **options):
         self.model, self.processor, self.conversations, self.options = model, processor, conversations, options
         self.prefetcher = Prefetcher(model, processor)
         self.queue = FifoLock()
+        self.recorded = RecordedQueries()
         self._running: dict[Conversation, RunningAnswer] = {}
         self._writer = ThreadPoolExecutor(1, "saves")  # in order, off the event loop
         self._failed: set[Conversation] = set()  # whose retry is scheduled
@@ -185,10 +188,13 @@ class Chat:
                     progress.enter("Opening the question’s pictures" if pictures else "Preparing the question")
                     prompt = (messages, pictures, limit, details_of(turns), prefill)
                     inputs, remarks = await asyncio.to_thread(prompt_tensors, self.model, self.processor, *prompt)
-                    words = stream_words(self.model, self.processor, finish, progress, **{**inputs, **arguments})
+                    recording = {} if prefill else self.recorded.begin(self.model, inputs)
+                    arguments = {**inputs, **arguments, **recording}
+                    words = stream_words(self.model, self.processor, finish, progress, **arguments)
                     async with contextlib.aclosing(words):
                         async for piece in words:
                             turn.answer += piece
+                    self.recorded.put(turns, recording.get("queries"))
         except asyncio.CancelledError:
             turn.state = STOPPED
             raise

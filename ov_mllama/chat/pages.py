@@ -14,6 +14,8 @@ from pathlib import Path
 import gradio as gr
 
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.documents import pdfs_of
+from ov_mllama.chat.listing import ChatList, ListTabs
 from ov_mllama.chat.page_input import bounded_text, checked_settings, images_of, text_of, user_error
 from ov_mllama.chat.render import describe_model, detail_choices, escape_markup, to_gradio, write_export
 from ov_mllama.chat.store import MAX_TITLE, Conversation
@@ -26,9 +28,10 @@ from ov_mllama.runtime.inference import Progress
 POLL_S = 0.3  # during an answer; about one token of the 11B
 IDLE_POLL_S = 1.0  # else, for changes in other tabs
 MAX_PROGRAM_TURNS = 200
+TEMPORARY = "**Temporary chat:** it is not stored, and ends with this tab."
 
 
-class Pages(Variants):
+class Pages(ListTabs, Variants):
     """Event handlers of the open tabs. They change conversations; `refresh` alone writes on pages.
 
     Args:
@@ -41,28 +44,29 @@ class Pages(Variants):
         self.examples = examples
 
     def _state(self, page: Page) -> list:
-        """Return what a page should show: messages, whether it is busy, chats, id, name, foot."""
+        """Return what a page should show: messages, whether it is busy or pinned, id, name, foot, details, list."""
         if page.conversation.deleted:
             page.conversation = Conversation(page.owner)
-        _, titles = self._titles.get(page.owner, (None, []))
         talk, running = page.conversation, self.chat.answering(page.conversation)
         progress = "Stopping ..." if running and running.task.cancelling() else str(running and running.progress)
-        key = talk.id if talk.turns else ""
+        key = talk.id if talk.turns and not talk.temporary else ""
         states = self.chat.prefetcher.states(page.key)
         pictures = [f"Picture{'s' * (len(states) > 1)}: {', '.join(states)}"] * bool(states)
         hidden = bool(running) and all(turn.state != WAITING for turn in talk.turns)
         writing = [f"Another answer: {escape_markup(progress)}"] * hidden
         model = escape_markup(describe_model(self.chat.model))
-        foot = " · ".join([*(pictures or writing or [model]), "Everything stays on the machine that serves this page."])
+        stays = TEMPORARY if talk.temporary else "Everything stays on the machine that serves this page."
+        foot = " · ".join([*(pictures or writing or [model]), stays])
         errors = [f"⚠️ {escape_markup(message)}" for message in (page.error, talk.unsaved) if message]
         return [
             to_gradio(talk.turns, progress),
             bool(running),
-            (titles, key),
+            page.pinned,
             key,
             talk.name,
             "\n\n".join([foot, *errors]),
             detail_choices(self.chat.model),
+            ChatList(page.groups, key, page.more, bool(page.query), page.selecting),
         ]
 
     async def poll(self, opened: str, key: str, version: str, request: gr.Request):
@@ -74,7 +78,7 @@ class Pages(Variants):
         if not opened:
             return gr.skip()
         page = self._pages.get(self._key(request)) or await self.connect(key, request)
-        await self._list_chats(page.owner)
+        await self._list_chats(page)
         current = version == str(page.version) and self._state(page) == page.shown
         return gr.skip() if current else secrets.token_hex(8)
 
@@ -85,14 +89,16 @@ class Pages(Variants):
             version: of what the page shows.
         """
         page = self.page(request)
-        await self._list_chats(page.owner)
+        await self._list_chats(page)
         before = page.shown if version == str(page.version) else [None] * len(page.shown)
         page.shown, page.version = self._state(page), page.version + 1
-        messages, busy, (titles, current), *texts, details = page.shown
-        box, chats = gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy), gr.Radio(titles, value=current or None)
-        parts = zip([messages, box, chats, *texts, gr.Radio(details)], page.shown, before, strict=True)
+        messages, busy, pinned, *texts, details, chats = page.shown
+        box, pin = gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy), "Unpin" if pinned else "Pin"
+        updates = [[messages], [box], [pin], *([text] for text in texts), [gr.Radio(details)], chats.updates()]
+        changed = zip(updates, page.shown, before, strict=True)
         timer = gr.Timer(POLL_S if busy else IDLE_POLL_S) if busy != before[1] else gr.skip()
-        return [str(page.version), timer, *(part if now != then else gr.skip() for part, now, then in parts)]
+        parts = (part if now != then else gr.skip() for group, now, then in changed for part in group)
+        return [str(page.version), timer, *parts]
 
     async def ask(self, message: dict, request: gr.Request, *settings):
         """Ask the text box's question and empty the box; during an answer, and after an error, it stays."""
@@ -132,17 +138,6 @@ class Pages(Variants):
         text, images = self.examples[index]
         await self._ask(text, images, request, settings)
 
-    async def begin_new(self, request: gr.Request) -> None:
-        """Show an empty conversation; an answer under way continues in its own."""
-        page = self.page(request)
-        page.conversation = Conversation(page.owner)
-
-    async def reopen(self, key: str, request: gr.Request) -> None:
-        """Show an earlier conversation."""
-        page = self.page(request)
-        stored = await self._read(self.conversations.get, key, page.owner) if isinstance(key, str) else None
-        page.conversation = stored or Conversation(page.owner)
-
     async def rename(self, name: str, request: gr.Request) -> str:
         """Rename the conversation, to its first question if the name is empty; return its name."""
         talk = self.page(request).conversation
@@ -154,11 +149,9 @@ class Pages(Variants):
 
     async def delete(self, sure: str, request: gr.Request) -> None:
         """Delete the conversation and its images, if its owner has confirmed it."""
-        if sure and self.page(request).conversation.turns:
-            talk = await self._stopped(request)
-            pictures = [*self.conversations.pictures.glob(f"{talk.id}/*.png")]
-            await asyncio.to_thread(self.chat.remove_encoded, pictures)
-            await self._read(self.conversations.delete, talk)
+        talk = self.page(request).conversation
+        if sure and talk.turns:
+            await self._delete([talk])
 
     async def export(self, request: gr.Request) -> str:
         """Return the path of a .zip with the conversation's Markdown and images."""
@@ -178,6 +171,7 @@ class Pages(Variants):
                 images = images_of(message)
             except gr.Error:
                 images = []
+            images = [image for image in images if image not in pdfs_of(images)]  # their pages follow
             self.chat.prefetcher.prefetch(key, images, detail if detail in DETAILS else "high")
 
     async def api_chat(self, message: dict, request: gr.Request, *settings) -> tuple[str, str]:

@@ -11,10 +11,11 @@ from urllib.parse import quote
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
+from ov_mllama.chat.imports import export_name, to_json
 from ov_mllama.chat.store import Conversation
-from ov_mllama.chat.turns import CUT, FAILED, STOPPED, WAITING, Turn
+from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, STOPPED, WAITING, Turn
 
-CONTINUE, LOOK_CLOSER = "Continue", "Look closer"  # options below an answer
+CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED = "Continue", "Look closer", "Where it looked"  # options below an answer
 JOINER = "\u2060"  # zero width
 LATEX: list[dict] = [  # delimiters of formulas
     {"left": left, "right": right, "display": display}
@@ -110,9 +111,10 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
         progress: of the answer under way.
     """
     messages: list[dict] = []
-    quick = False  # whether a picture before was shrunk
+    quick = sees = False  # whether a picture before was shrunk; whether there is one
     for i, turn in enumerate(turns):
         quick = (quick or (bool(turn.pictures) and turn.detail == "low")) and not turn.closer
+        sees = sees or bool(turn.pictures)
         pictures = [{"path": str(picture)} for picture in turn.pictures]
         question = [escape_markup(turn.question)] if turn.question else []
         messages.append({"role": "user", "content": [*pictures, *question]})
@@ -121,6 +123,7 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
         buttons = variant_buttons(i, turn)
         if turn.state != WAITING:
             options = [CONTINUE] * turn.can_continue + [LOOK_CLOSER] * quick
+            options += [WHERE_IT_LOOKED] * (sees and bool(turn.answer) and turn.state in (ANSWERED, CUT))
             messages.append(status_message(ending(turn), options=options, content=buttons))
         elif buttons or not turn.answer or not progress.startswith("Writing"):
             messages.append(status_message(progress, status="pending", content=buttons))
@@ -157,11 +160,6 @@ def detail_choices(model) -> list[tuple[str, str]]:
     return choices
 
 
-def export_name(picture: Path) -> str:
-    """Return an image's path within an export."""
-    return f"pictures/{picture.name}"
-
-
 def escape_with_backslashes(text: str) -> str:
     """Return readable Markdown that shows a text without images, links, HTML or headings."""
     return re.sub(r"[\\`*_\[\]<>#|~!&$]", r"\\\g<0>", text)
@@ -179,13 +177,17 @@ def to_markdown(conversation: Conversation) -> str:
 
 
 def write_export(conversation: Conversation) -> str:
-    """Write a conversation as a .zip of Markdown and images into Gradio's folder, and return its path."""
+    """Write a conversation as a .zip of Markdown, JSON and images into Gradio's folder, and return its path.
+
+    `imports.import_chat` reads the JSON.
+    """
     name = re.sub(r"[^\w -]", "", conversation.name).strip()[:60] or "chat"
     pictures = {picture for turn in conversation.turns for picture in turn.pictures if picture.is_file()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.zip"
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("chat.md", to_markdown(conversation))
+            file.writestr("chat.json", to_json(conversation))
             for picture in pictures:
                 file.write(picture, export_name(picture))
         return save_file_to_cache(path, get_upload_folder())

@@ -22,7 +22,8 @@ from data_preprocessing import questions_about
 from gradio_helper import LAUNCH, make_demo, written
 from ov_mllama.chat.answers import Chat, GenerationSettings, to_messages
 from ov_mllama.chat.render import CONTINUE, mark_formulas, to_gradio
-from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversations, Turn
+from ov_mllama.chat.store import Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, STOPPED, WAITING, Turn
 from ov_mllama.runtime.inference import Progress
 from ov_mllama.runtime.prompts import escape_special_tokens
 from ov_mllama_helper import OVMLlamaForConditionalGeneration

@@ -13,7 +13,8 @@ from conftest import demo_samples
 from openai_client import is_busy
 from ov_mllama.chat.answers import GRACE_S, Chat, GenerationSettings, Prefetcher
 from ov_mllama.chat.render import CONTINUE
-from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Conversations, Turn
+from ov_mllama.chat.store import Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, Turn
 from ov_mllama.runtime.image_cache import EncodingTimes
 from ov_mllama.runtime.inference import Progress
 from ov_mllama.runtime.prompts import hit_token_limit
