@@ -334,9 +334,10 @@ def test_unfinished_answer_is_continued_in_place(pages, state):
 
 def test_what_cannot_be_continued_is_left(pages):
     talk = pages.page(request_of("tab")).conversation
-    for turns in ([], [turn("a", "1")], [turn("a", state=STOPPED)]):
+    for turns in ([], [turn("a", "1")], [turn("a", state=STOPPED)], [turn("a", "It", CUT)]):
         talk.turns = turns
-        play(pages, chooses(pages, CONTINUE), chooses(pages, "Other"), chooses(pages, None))
+        for option in ("Other", None) if turns and turns[0].can_continue else (CONTINUE, "Other", None):
+            play(pages, chooses(pages, option))
         assert not pages.chat.prompts
         assert len(talk.turns) == len(turns)
 
@@ -368,8 +369,7 @@ def test_answer_continues_in_its_own_variant_while_another_is_shown(pages):
         chat.held, chat.begun = True, asyncio.Event()
         await pages.retry(request_of("tab"), *SETTINGS)
         await chat.begun.wait()
-        assert "Writing" not in (status := to_gradio(talk.turns, "Reading ... 1 s")[-1])["metadata"]["title"]
-        assert "2/2" in status["content"]
+        assert "2/2" in to_gradio(talk.turns, "Writing ... 1 s")[-1]["content"]
         await pages.flip("0 1", request_of("tab"))
         assert shown(talk.turns) == [("a", "1")]
         assert chat.answering(talk)
