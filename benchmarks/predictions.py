@@ -71,6 +71,8 @@ def format_of(stamp: dict[str, str]) -> str:
     form = stamp.get("format", "16 bit")
     if form == "int8":
         return "int8, calibrated"
+    if form in FORMATS:  # a checkpoint's own
+        return form
     return f"{form}, groups of {stamp['group_size']}" if form.startswith("int4") else form.split("_")[0]
 
 

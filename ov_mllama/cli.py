@@ -19,7 +19,7 @@ YES: dict = {
 }
 IMAGE_STORE_MB = 2000  # default; 9 images of four tiles of the 11B
 EXTRAS = {  # package -> extra that installs it
-    **dict.fromkeys(("gradio", "starlette", "platformdirs"), "chat"),
+    **dict.fromkeys(("gradio", "starlette"), "chat"),
     **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic"), "serve"),
 }
 

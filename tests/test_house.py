@@ -319,7 +319,7 @@ main()
 
 def test_installed_wheel_plans_without_the_extras_packages(bare_nursery, wheel, tmp_path):
     """As in an environment where `pip install .` was all: what only the extras bring cannot be imported."""
-    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,pypdfium2,platformdirs,IPython,ipywidgets"
+    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,pypdfium2,IPython,ipywidgets"
     extras += ",matplotlib,pandas"
     shutil.copytree(ROOT / "demo_model", tmp_path / "demo_model", ignore=shutil.ignore_patterns("__pycache__", ".run"))
     command = HIDING, extras, "plan", "demo_model"
@@ -328,7 +328,7 @@ def test_installed_wheel_plans_without_the_extras_packages(bare_nursery, wheel, 
 
 
 def test_installed_wheel_captions_without_the_extras_packages(bare_nursery, wheel, demo_dir, tmp_path):
-    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,platformdirs,IPython,ipywidgets,matplotlib,pandas"
+    extras = "gradio,starlette,fastapi,uvicorn,ray,openai,llguidance,IPython,ipywidgets,matplotlib,pandas"
     arguments = (ROOT / "demo_model" / "samples", "--limit", "1", "--model-dir", demo_dir, "--out", "captions.jsonl")
     run_alone(bare_nursery, tmp_path, tmp_path, wheel, HIDING, extras, "caption", *arguments, HOME=str(tmp_path))
     [row] = (tmp_path / "captions.jsonl").read_text(encoding="utf-8").splitlines()

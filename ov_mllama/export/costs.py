@@ -28,6 +28,8 @@ TAKING_OVER_MEMORY_BYTES = 2.5e9  # of one matrix at a time, the largest of whic
 INT8_BYTES_PER_WEIGHT = 1.02  # with its share of scales and zero points
 INT4_SAVING = 0.47  # share of the INT8 size that INT4 with a scale per 64 weights saves
 INT4_BYTES_PER_WEIGHT = INT8_BYTES_PER_WEIGHT * (1 - INT4_SAVING)
+# ... of a checkpoint's own forms: float32 scales of 32 or 16 values, and zero points; a sixth of a Q4_K_M is in 6 bit
+OWN_BYTES_PER_WEIGHT = {"q4_k_m": 0.84, "q8_0": 1.13}
 LM_HEAD_BYTES_PER_WEIGHT = 10.9  # peak while the head is compressed: float32, integers, and intermediate results
 AWQ_BYTES_PER_WEIGHT = 4  # of the scaled 16-bit copies of the two larger matrices of each MLP, per weight of one matrix
 PACKED_BYTES_PER_WEIGHT = 2.3  # of layers while NNCF runs the uncompressed model: 16 bit, repacked by the plugin
@@ -206,8 +208,14 @@ def answering_memory(config: MllamaConfig, weight_bytes: float) -> float:
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 
 
-def measured_format(settings: Settings) -> str:
-    """Return the format of `measure.FORMATS` nearest to settings: groups of 64 for other 4-bit formats."""
+def measured_format(settings: Settings, own_form: str = "") -> str:
+    """Return the format of `measure.FORMATS` nearest to settings: groups of 64 for other 4-bit formats.
+
+    Args:
+        own_form: of a language model that is taken over, which settings do not change.
+    """
+    if own_form in FORMATS:
+        return own_form
     name = f"{settings.algo}, groups of {settings.group_size}"
     return (name if name in FORMATS else "int4_asym, groups of 64") if settings.is_int4 else "int8"
 
@@ -247,16 +255,17 @@ def token_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) -
 
 
 def head_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) -> float:
-    """Return the seconds of one token's logits; a head of 4-bit layers is in 8 bit."""
+    """Return the seconds of one token's logits; a head of layers that NNCF has put in 4 bit is in 8 bit."""
     size = weights(config)
-    return step_seconds(size.head or size.embedding, speed, "16 bit" if form == "16 bit" else "int8")
+    return step_seconds(size.head or size.embedding, speed, "int8" if form.startswith("int") else form)
 
 
 def step_seconds(count: float, speed: Speed, form: str) -> float:
     """Return the seconds of multiplying one token by so many weights, once they are read and decompressed."""
     if form == "16 bit":
         return count * 2 / speed.read / READ_EFFICIENCY
-    size = INT8_BYTES_PER_WEIGHT if form == "int8" else INT4_BYTES_PER_WEIGHT
+    in_8_or_4_bit = INT8_BYTES_PER_WEIGHT if form == "int8" else INT4_BYTES_PER_WEIGHT
+    size = OWN_BYTES_PER_WEIGHT.get(form, in_8_or_4_bit)
     shorter, longer = sorted((size / speed.read, 1 / speed.rate("language", form, TOKEN)))
     return count * (longer + NOT_OVERLAPPED * shorter)
 

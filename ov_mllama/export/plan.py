@@ -237,7 +237,7 @@ def plan(
     steps = {**making(write_16_bit), "load": loading(config, loaded)}
     if machine.speed and machine.speed.threads == 1:
         steps = {name: step.on_one_core() for name, step in steps.items()}
-    steps |= answers(config, machine.speed, answering, measured_format(settings))
+    steps |= answers(config, machine.speed, answering, measured_format(settings, files.own_form))
     compare = write_16_bit and answering_memory(config, 2 * original) <= machine.memory
     return Plan(machine, write_16_bit, compare, steps)
 

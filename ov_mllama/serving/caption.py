@@ -17,7 +17,6 @@ get new rows with the same answers. With another model, IR or option all images 
 token limit those whose answers reached the lower one; the new answers are added as rows.
 """
 
-import argparse
 import contextlib
 import importlib
 import logging
@@ -30,14 +29,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ov_mllama.cli import user_path
+from ov_mllama.chat.user_data import encoded_images
 from ov_mllama.export.costs import duration
 from ov_mllama.export.prepare import files_to_load, print_load_estimate
 from ov_mllama.runtime.errors import DiskError, InputError
-from ov_mllama.runtime.images import DETAILS
+from ov_mllama.runtime.image_store import ImageStore
 from ov_mllama.runtime.ir import check_model_dir
-from ov_mllama.serving import positive
-from ov_mllama.serving.arguments import add_checkpoint_arguments, prepared
+from ov_mllama.serving.arguments import prepared
 from ov_mllama.serving.caption_answers import (
     Captioner,
     Settings,
@@ -46,13 +44,13 @@ from ov_mllama.serving.caption_answers import (
     parse_schema_file,
     prompt_texts,
 )
+from ov_mllama.serving.caption_arguments import parser_of_command, questions_of, sidecars_of, store_megabytes
 from ov_mllama.serving.caption_files import by_content, check_folder, find_images, printable, select
 from ov_mllama.serving.caption_outputs import Output, opened, output_for
 from ov_mllama.serving.caption_sidecars import Sidecars
 
 logger = logging.getLogger(__name__)
 
-MAX_TEMPERATURE = 2.0
 DEFAULTS = {"detail": "high", "temperature": 0.0}  # of rows of earlier versions
 
 
@@ -150,6 +148,7 @@ def caption(
     workers: int = 1,
     threads: int | None = None,
     on_ray: bool = False,
+    image_store: ImageStore | None = None,
 ) -> int:
     """Caption every image that this model has not captioned yet with these settings; return the number of new answers.
 
@@ -160,6 +159,7 @@ def caption(
         workers: processes that load the model, on Ray.
         threads: of each worker; None for its share of the cores.
         on_ray: use Ray, see `caption_ray.init_ray`.
+        image_store: as for `Captioner`.
     Raises:
         InputError: if the output holds something else, the model's template refuses the prompt, or no machine has as
             many cores.
@@ -177,9 +177,9 @@ def caption(
         if on_ray:
             from ov_mllama.serving.caption_ray import answer_on_ray
 
-            answers = answer_on_ray(model_dir, prompts, settings, todo, batch, workers, threads)
+            answers = answer_on_ray(model_dir, prompts, settings, todo, batch, workers, threads, image_store)
         else:
-            answers = answer_tasks(Captioner(model_dir, prompts, settings, batch, threads), todo, batch)
+            answers = answer_tasks(Captioner(model_dir, prompts, settings, batch, threads, image_store), todo, batch)
         skipped: list[str] = []
         total = len(table.files) * len(settings.questions)
         with contextlib.closing(answers), progress_bar(total, total - len(todo)) as bar:
@@ -212,99 +212,13 @@ def progress_bar(total: int, initial: int) -> Iterator[tqdm]:
         thread.join()
 
 
-def image_folder(text: str) -> Path | None:
-    """Parse the folder of images; None for an empty one, as of a variable that is not set."""
-    return user_path(text) if text.strip() else None
-
-
-def temperature(text: str) -> float:
-    """Parse a temperature."""
-    if not 0 <= float(text) <= MAX_TEMPERATURE:
-        raise ValueError
-    return float(text)
-
-
-def parser_of_command() -> argparse.ArgumentParser:
-    """Return the parser of the command's arguments."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("ov-mllama caption", description=__doc__, formatter_class=raw)
-    parser.add_argument("images", type=image_folder, metavar="FOLDER", help="folder of images")
-    asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--question", default="Describe this image.", help="default: 'Describe this image.'")
-    asked.add_argument("--question-file", type=user_path, help="a question per line; each image is encoded once")
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--system", default="", help="system prompt")
-    parser.add_argument("--detail", choices=DETAILS, default="high", help="low: one tile, less time; default: high")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, help="token limit; default: 128")
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="default: 0, the most probable tokens")
-    parser.add_argument("--schema", type=user_path, help="file with a JSON schema that answers match")
-    found = parser.add_argument_group("images")
-    found.add_argument("--recursive", action=argparse.BooleanOptionalAction, default=True, help="subfolders too")
-    found.add_argument("--include", action="append", default=[], help="pattern such as '*.jpg'; may be repeated")
-    found.add_argument("--exclude", action="append", default=[], help="pattern such as 'drafts/*'; may be repeated")
-    found.add_argument("--limit", type=positive, help="at most so many images of the folder")
-    found.add_argument("--shuffle", action="store_true", help="in random order, the same each time")
-    results = parser.add_argument_group("results")
-    out = Path("captions.parquet")
-    results.add_argument(
-        "--out", type=user_path, default=out, help=".parquet, .csv, .jsonl or .json; default: %(default)s"
-    )
-    results.add_argument("--sidecar", action="store_true", help="also write a .txt file beside each image")
-    results.add_argument("--prefix", default="", help="of each .txt file")
-    results.add_argument("--suffix", default="", help="of each .txt file")
-    results.add_argument("--overwrite", action="store_true", help="replace .txt files; default: leave out their images")
-    work = parser.add_argument_group("work")
-    work.add_argument("--batch", type=positive, default=4, help="answers that share the model's steps; default: 4")
-    work.add_argument("--threads", type=positive, help="of each process; default: its share of the cores")
-    work.add_argument("--workers", type=positive, default=1, help="processes that load the model, on Ray; default: 1")
-    work.add_argument("--address", help="of a Ray cluster, or 'local'; default: this process, without Ray")
-    return parser
-
-
-def questions_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """Return the questions of the command line.
-
-    Raises:
-        InputError: if the file cannot be read or holds none.
-    """
-    if options.question_file is None:
-        return (printable(options.question),)
-    try:
-        lines = options.question_file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{options.question_file} is no UTF-8 text: save it as UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"{options.question_file} cannot be read ({error.strerror}): check the path.") from error
-    questions = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not questions:
-        raise InputError(f"{options.question_file} holds no questions: write one per line.")
-    return questions
-
-
-def sidecars_of(options: argparse.Namespace, questions: int) -> Sidecars | None:
-    """Return what writes .txt files, if that is chosen.
-
-    Raises:
-        InputError: for several questions, or options without --sidecar.
-    """
-    if not options.sidecar:
-        if options.prefix or options.suffix or options.overwrite:
-            raise InputError("--prefix, --suffix and --overwrite are for .txt files: add --sidecar.")
-        return None
-    if questions > 1:
-        raise InputError(
-            f"A .txt file holds one answer, but there are {questions} questions: give one with --question."
-        )
-    return Sidecars(printable(options.prefix), printable(options.suffix), options.overwrite)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run the command `caption`.
 
     Args:
         arguments: those after the command's name.
     """
-    options = parser_of_command().parse_args(arguments)
+    options = parser_of_command(__doc__ or "").parse_args(arguments)
     # whatever is wrong with the arguments or the folder, before a model is made or loaded
     schema = parse_schema_file(options.schema) if options.schema else None
     chosen = {name: getattr(options, name) for name in ("detail", "max_new_tokens", "temperature")}
@@ -329,6 +243,7 @@ def main(arguments: Sequence[str]) -> None:
         importlib.import_module("ov_mllama.serving.caption_ray").init_ray(options.address)
     started = time.perf_counter()
     work = {name: getattr(options, name) for name in ("batch", "workers", "threads")}
-    count = caption(images, settings, output, model_dir, sidecars, **work, on_ray=on_ray)
+    store = encoded_images(store_megabytes(options.image_store_mb, len(images), model_dir))
+    count = caption(images, settings, output, model_dir, sidecars, **work, on_ray=on_ray, image_store=store)
     took = duration(time.perf_counter() - started)
     logger.info("✅ %d answers in %s, all results are in %s", count, took, options.out)

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from ov_mllama.runtime.errors import InputError, NumericalError
 from ov_mllama.runtime.generation import end_tokens
+from ov_mllama.runtime.image_store import ImageStore
 from ov_mllama.runtime.images import at_detail, load_image
 from ov_mllama.runtime.prompts import (
     escape_special_tokens,
@@ -109,12 +110,20 @@ class Captioner:
         prompts: of `prompt_texts`.
         batch: images that are encoded ahead.
         threads: of this process; None for all.
+        image_store: of encoded images that outlive the process; None for none.
     """
 
     def __init__(
-        self, model_dir: Path, prompts: dict[str, str], settings: Settings, batch: int = 4, threads: int | None = None
+        self,
+        model_dir: Path,
+        prompts: dict[str, str],
+        settings: Settings,
+        batch: int = 4,
+        threads: int | None = None,
+        image_store: ImageStore | None = None,
     ):
-        self.model, self.processor = load(model_dir, threads=threads, image_cache_bytes=batch * ENCODED_BYTES)
+        options: dict = {"image_cache_bytes": batch * ENCODED_BYTES, "image_store": image_store}
+        self.model, self.processor = load(model_dir, threads=threads, **options)
         self.prompts, self.settings = prompts, settings
         self.eos_token_ids = end_tokens(self.model.generation_config)
         self.matcher = None

@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
 )
 COLUMNS = SCHEMA.names
 NEEDED = {"id", "question", "answer"}  # columns by which a table is recognized
+FORMULA = re.compile(r"'*(?:[=+@\t\r]|-\S)")  # beginnings of cells that spreadsheets compute
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\d+")  # name of a Parquet file while it is written
 
 
@@ -179,7 +180,8 @@ class JsonLinesFile:
 
 
 class CsvFile(JsonLinesFile):
-    """CSV file with a header, for pandas and spreadsheets."""
+    """CSV file with a header, for pandas and spreadsheets. Text in an image may make the model write a formula: an
+    apostrophe before it has spreadsheets show it as text."""
 
     def _begins(self, line: bytes) -> bool:
         return (",".join(COLUMNS) + "\n").encode().startswith(line)
@@ -195,7 +197,8 @@ class CsvFile(JsonLinesFile):
 
     def _parse(self) -> Iterator[dict[str, Any]]:
         with self.path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
+            for cells in csv.DictReader(file):
+                row = {name: from_text(cell) for name, cell in cells.items()}
                 values: dict[str, Any] = {name: row.get(name) or None for name in COLUMNS}
                 for name, kind in (("max_new_tokens", int), ("temperature", float)):
                     values[name] = None if values[name] is None else kind(float(values[name]))
@@ -211,8 +214,18 @@ class CsvFile(JsonLinesFile):
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         if not self.path.exists() or not self.path.stat().st_size:
             text.write(",".join(COLUMNS) + "\n")
-        writer.writerows(rows)
+        writer.writerows({name: as_text(cell) for name, cell in row.items()} for row in rows)
         self._append(text.getvalue())
+
+
+def as_text(cell: Any) -> Any:
+    """Return a cell with an apostrophe before what a spreadsheet would compute."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def from_text(cell: str | None) -> str | None:
+    """Return a cell without the apostrophe of `as_text`."""
+    return cell[1:] if cell and cell[0] == "'" and FORMULA.match(cell, 1) else cell
 
 
 class JsonFile(JsonLinesFile):

@@ -11,6 +11,7 @@ import ray
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.runtime.errors import InputError
+from ov_mllama.runtime.image_store import ImageStore
 from ov_mllama.serving.caption_answers import Captioner, Settings, Task
 
 logger = logging.getLogger(__name__)
@@ -19,8 +20,8 @@ logger = logging.getLogger(__name__)
 class Worker:
     """Process with a model; arguments as for `Captioner`."""
 
-    def __init__(self, model_dir: str, prompts: dict[str, str], settings: Settings, batch: int, threads: int | None):
-        self.captioner = Captioner(Path(model_dir), prompts, settings, batch, threads)
+    def __init__(self, model_dir: str, *arguments):
+        self.captioner = Captioner(Path(model_dir), *arguments)
 
     def __call__(self, batch: dict) -> dict:
         """Answer a batch of tasks; their results are JSON."""
@@ -64,12 +65,14 @@ def answer_on_ray(
     batch: int,
     workers: int,
     threads: int | None,
+    image_store: ImageStore | None = None,
 ) -> Generator[list[tuple[Task, dict]]]:
     """Yield tasks and results in batches, as workers complete them; `init_ray` has been called.
 
     Args:
         workers: processes that load the model.
         threads: of each worker; None for its share of the cluster's cores.
+        image_store: as for `Captioner`.
     Raises:
         InputError: as `threads_per_worker`.
     """
@@ -78,7 +81,7 @@ def answer_on_ray(
     data = ray.data.from_items(rows, override_num_blocks=-(-len(tasks) // batch))
     results = data.map_batches(
         Worker,
-        fn_constructor_args=(str(model_dir), prompts, settings, batch, threads),
+        fn_constructor_args=(str(model_dir), prompts, settings, batch, threads, image_store),
         batch_size=None,  # one block of the above
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=threads or 1,

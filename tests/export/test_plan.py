@@ -23,7 +23,7 @@ from ov_mllama.export import costs
 from ov_mllama.export.compress import make_draft_model
 from ov_mllama.export.convert import convert_mllama
 from ov_mllama.export.machine import Machine
-from ov_mllama.export.plan import SYSTEM_BYTES, by_memory, plan
+from ov_mllama.export.plan import SYSTEM_BYTES, Files, by_memory, plan
 from ov_mllama.export.prepare import DRAFT_FOLDER, default_folder, plan_here, prepare
 from ov_mllama.export.settings import Settings
 from ov_mllama.export.sources.hub import has_weights
@@ -230,6 +230,19 @@ def test_token_takes_the_time_of_reading_and_of_computing(config, speed):
 def test_format_that_was_measured(settings, form):
     assert costs.measured_format(settings) == form
     assert form in FORMATS
+
+
+def test_own_form_is_predicted_as_it_is_stored(config, speed):
+    """Ollama's Q4_K_M: in groups of 32 with float32 scales, its head too; whatever the settings are."""
+    files = Files(own_form="q4_k_m", own_bytes=8.2e9)
+    own, ours = (plan(config, Machine(13e9, MUCH, speed=speed), PLAIN, files=each).steps for each in (files, None))
+    size, reading, computing = costs.weights(config), 0.84 / 2e10, 1 / 2e10
+    per_weight = computing + costs.NOT_OVERLAPPED * reading
+    assert own["token"].cost.seconds == pytest.approx((size.layers + size.head) * per_weight)
+    assert own["token"].cost.seconds > ours["token"].cost.seconds
+    slow = slower(speed, "q4_k_m")
+    assert costs.prompt_seconds(config, slow, "q4_k_m") > 1.9 * own["prompt"].cost.seconds
+    assert ours["prompt"].cost.seconds == costs.prompt_seconds(config, slow, "int4_asym, groups of 64")
 
 
 def test_plan_predicts_an_image_a_prompt_and_a_token(config, speed):

@@ -51,6 +51,7 @@ def test_weights_are_multiplied_as_they_are_stored(form):
     """OpenVINO folds equal numbers, and then measures something else."""
     matrix = ov.Model([measure.weights((128, 256), FORMATS[form])], [])
     kinds = {"16 bit": "bf16", "int8": "u8", "int4_asym, groups of 64": "u4", "int4_sym, groups of 128": "i4"}
+    kinds |= {"q4_k_m": "u4", "q8_0": "i8"}
     constants = [node for node in matrix.get_ops() if node.get_type_name() == "Constant"]
     assert kinds[form] in {node.get_element_type().get_type_name() for node in constants}
     request = ov.Core().compile_model(matrix, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()

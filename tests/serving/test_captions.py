@@ -19,11 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks.make_checkpoint import make_config
 from chat_page import path_of
 from conftest import demo_samples
+from ov_mllama.cli import IMAGE_STORE_MB
 from ov_mllama.runtime.errors import InputError, NumericalError, TemplateError
+from ov_mllama.runtime.prompts import load_processor
 from ov_mllama.serving import caption, caption_answers, caption_outputs
 from ov_mllama.serving.caption_answers import Captioner, Prepared, Settings, Task, answer_tasks, prompt_texts
+from ov_mllama.serving.caption_arguments import store_megabytes
 from ov_mllama.serving.caption_files import find_images, select
 from ov_mllama.serving.caption_outputs import COLUMNS, output_for
 
@@ -68,6 +72,7 @@ def stub(monkeypatch):
     monkeypatch.setattr(caption, "identity", lambda _: dict.fromkeys(("language_model", "vision_encoder"), Stub.model))
     for name in ("files_to_load", "print_load_estimate"):
         monkeypatch.setattr(caption, name, lambda *_: ())
+    monkeypatch.setattr(caption, "store_megabytes", lambda *_: 0)
     monkeypatch.setattr(Stub, "asked", [])
     monkeypatch.setattr(Stub, "model", "one")
     return Stub
@@ -666,6 +671,54 @@ def test_csv_with_any_question_is_completed(stub, tmp_path, question):
     table = pd.read_csv(out, keep_default_na=False)
     assert [*table.question] == [question] * 2
     assert [*table.path] == [str(path) for path in find_images(pictures)]
+
+
+FORMULAS = ("=1+1", "+1", "@SUM(1)", "-cmd|'/c calc'!A1", "'=1", "''", "- a list", "'quoted'", "\t=1")
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_csv_holds_no_formula_and_reads_as_it_was(tmp_path, text):
+    """Text in an image may make the model write one, and a spreadsheet would compute it."""
+    output = output_for(tmp_path / "captions.csv")
+    row = dict.fromkeys(COLUMNS) | {"id": "1", "path": "a", "question": text, "answer": text, "finish": "stop"}
+    output.write([row])
+    with output.path.open(encoding="utf-8", newline="") as file:
+        (cells,) = csv.DictReader(file)
+    assert not re.match(r"[=+@\t\r]|-\S", cells["answer"])
+    assert [*output.read()] == [row]
+
+
+def test_second_question_reads_encoded_images_from_disk(demo_dir, tmp_path, monkeypatch):
+    """With a budget that holds the whole folder; else each would be evicted before it is read."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr("ov_mllama.runtime.image_store.free_disk", lambda folder: 1e12)
+    model, _ = caption_answers.load(demo_dir)
+    encoded, original = [], model.image_encoder._infer
+    monkeypatch.setattr(model.image_encoder, "_infer", lambda *given: encoded.append(1) or original(*given))
+    monkeypatch.setattr(model.image_encoder, "store", None)
+
+    def load(model_dir, image_store, **_):
+        model.forget()  # as a new process
+        model.image_encoder.store = None
+        if image_store:
+            model.image_encoder.use_store(image_store)
+        return model, load_processor(model_dir)
+
+    monkeypatch.setattr(caption_answers, "load", load)
+    pictures = tmp_path / "in"
+    pictures.mkdir()
+    for index in (0, 2):
+        shutil.copy(path_of(SAMPLES[index]), pictures)
+    for question, options, known in (("What?", (), 2), ("Which?", (), 2), ("Why?", ("--image-store-mb", "0"), 4)):
+        run(pictures, tmp_path / "captions.csv", "--question", question, *options, model_dir=demo_dir)
+        assert len(encoded) == known
+    assert read(tmp_path / "captions.csv")["answer"].notna().sum() == 6
+
+
+def test_folder_that_the_store_does_not_hold_leaves_it_alone(tmp_path):
+    make_config(40, 32, 8).save_pretrained(tmp_path)  # the 11B's
+    assert [store_megabytes(None, images, tmp_path) for images in (9, 10)] == [IMAGE_STORE_MB, 0]
+    assert store_megabytes(7, 10, tmp_path) == 7
 
 
 def test_text_beside_an_image_with_the_longest_name(stub, tmp_path):
