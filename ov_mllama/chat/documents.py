@@ -36,7 +36,8 @@ INSERT = """(drawn, box) => {
     const pages = (drawn ?? []).map((page) => ({ ...page, mime_type: "image/png" }));
     const isNew = ({ path }) => !box.files.some((file) => file.path === path);
     const others = box.files.filter(({ path }) => !path.toLowerCase().endsWith(".pdf"));
-    if (others.length === box.files.length) return box;  // the question was sent meanwhile
+    // None, or the question was sent meanwhile: an older value would undo an upload that ends just now
+    if (others.length === box.files.length) return { __type__: "update" };
     return { ...box, files: [...others, ...pages.filter(isNew)] };
 }"""
 # A page that is in the box already leaves it
@@ -56,7 +57,7 @@ CLICKED = """element.addEventListener("click", ({ target }) => {
 def create_parts() -> SimpleNamespace:
     """Create the pages to choose from and two hidden components: the box's PDFs, and the pages drawn last."""
     return SimpleNamespace(
-        pdfs=gr.Textbox(visible="hidden"),
+        pdfs=gr.Textbox("[]", visible="hidden"),
         drawn=gr.File(file_count="multiple", visible="hidden", interactive=False),
         pages=gr.HTML(js_on_load=CLICKED, elem_classes="pages", apply_default_css=False),
     )
