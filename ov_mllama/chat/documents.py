@@ -31,6 +31,8 @@ IN_BOX = """(box) => {
     for (const page of document.querySelectorAll("[data-page]")) page.ariaPressed = paths.includes(page.dataset.path);
     return JSON.stringify(paths.filter((path) => path.toLowerCase().endsWith(".pdf")));
 }"""
+# Gradio reads the box when an upload under way has ended, but just before that file is in it
+AFTER_UPLOADS = "() => new Promise((done) => setTimeout(done, 50))"
 # Pages in place of their PDFs; the text may have changed while they were drawn
 INSERT = """(drawn, box) => {
     const pages = (drawn ?? []).map((page) => ({ ...page, mime_type: "image/png" }));
@@ -77,7 +79,8 @@ def connect_parts(on: Callable, part: SimpleNamespace, box: gr.MultimodalTextbox
     opened = on(part.pdfs.change, documents.open_pdfs, [box], [part.drawn, part.pages], trigger_mode="multiple")
     chosen = on(part.pages.click, documents.draw_page, None, [part.drawn], trigger_mode="multiple")
     for event, js in ((opened, INSERT), (chosen, TOGGLE)):
-        changed = event.success(inputs=[part.drawn, box], outputs=[box], js=js, **in_browser)
+        uploaded_all = event.success(inputs=[box], js=AFTER_UPLOADS, **in_browser)
+        changed = uploaded_all.then(inputs=[part.drawn, box], outputs=[box], js=js, **in_browser)
         changed.then(**mark).then(**typing, trigger_mode="always_last")
     box.submit(outputs=[part.pages], js="() => ''", **in_browser)
 

@@ -177,8 +177,9 @@ def test_files_are_pasted_anywhere_once(page, pdf):
         drop(page, {f"{count}.png": "image/png"}, target, "paste")
         expect(added).to_have_count(count)
     drop_file(page, pdf, ".multimodal-textbox textarea", "paste")
+    drop(page, {"6.png": "image/png"}, "body")  # at once
     expect(page.tab.locator("[data-page]")).to_have_count(3)
-    expect(added).to_have_count(5)
+    expect(added).to_have_count(6)
 
 
 def test_region_of_a_picture_is_added_in_its_own_pixels(page, says):
