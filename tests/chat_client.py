@@ -81,7 +81,9 @@ class Client:
         return json.dumps(self.call("refresh", "", session=session))
 
     def titles(self) -> list:
-        return self.call("refresh", "")[4].get("choices", [])
+        """Titles and ids of the chats in its list, in all groups."""
+        groups = [part for part in self.call("refresh", "")[9:] if isinstance(part, dict)]
+        return [row for group in groups if group.get("label") for row in group.get("choices", [])]
 
     def ask(self, text: str, *files) -> "Client":
         """Asks, and waits until the answer, "Yes.", is there."""
@@ -108,6 +110,9 @@ def assert_nothing_of(victim: Client, stranger: Client, question: str) -> None:
         stranger.call("poll", "opened", key, "", session=session)
         for name, data in (
             ("reopen", [key]),
+            ("pin", []),
+            ("delete_selected", [[key], "yes"]),
+            ("search", [question.split()[0]]),
             ("stop", []),
             ("undo", []),
             ("retry", SETTINGS),

@@ -14,13 +14,15 @@ from gradio.utils import get_upload_folder
 
 from ov_mllama.chat import documents
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.heat_maps import HeatMaps, connect_panel, lay_out_panel
 from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import report_errors
 from ov_mllama.chat.pages import POLL_S, Pages
 from ov_mllama.chat.proxies import LOOPBACK, bypass_proxy_for_loopback
 from ov_mllama.chat.render import LATEX, detail_choices, escape_markup
+from ov_mllama.chat.sidebar import connect_list, lay_out_list, list_outputs
 from ov_mllama.chat.store import Conversations
-from ov_mllama.cli import shutdown_promptly
+from ov_mllama.cli import root_path, shutdown_promptly
 from ov_mllama.runtime.images import SUFFIXES
 
 PARTS = Path(__file__).parent
@@ -35,6 +37,7 @@ SET_URL = """(key) => {
     history.pushState(null, "", url);
 }"""
 CONFIRM = "() => confirm('Delete this chat and its pictures for good?') ? 'yes' : ''"
+FLIP = "() => document.querySelector('#flip').dataset.choice"  # page.js
 DOWNLOAD = "() => document.querySelector('#exported').click()"
 
 # Defaults of `make_demo(...).launch()`: this machine only, no tunnel, no large uploads, no request to other origins
@@ -79,7 +82,9 @@ class ChatPage(gr.Blocks):
     def launch(self, *args, **options):
         host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or LAUNCH["server_name"]
         host = host.strip("[]")  # of an IPv6 address
+        root = options.get("root_path")
         options = {**LAUNCH, **options, "server_name": f"[{host}]" if ":" in host else host}
+        options["root_path"] = root_path(os.environ.get("GRADIO_ROOT_PATH", "") if root is None else root)
         options["app_kwargs"] = {**options.get("app_kwargs", {}), **self.app_kwargs()}
         if host not in LOOPBACK and not options.get("auth"):
             warnings.warn(
@@ -93,6 +98,7 @@ class ChatPage(gr.Blocks):
         shutdown_promptly(self.server)  # on Ctrl-C
         super().block_thread()
         self.chat.flush()
+        self.chat.conversations.delete_temporary()
 
 
 def written(examples: Iterable[dict], folder: Path) -> list[dict]:
@@ -160,10 +166,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
     part.former = gr.BrowserState("", storage_key="ov_mllama", secret="none: it hides a random word")  # noqa: S106
     part.pending, part.version, part.key, part.opened = (gr.Textbox(visible="hidden") for _ in range(4))
     with gr.Sidebar(width=300):
-        part.new = gr.Button("New chat")
-        part.history = gr.Radio(
-            [], label="Earlier chats", show_label=False, container=False, interactive=True, elem_classes="history"
-        )
+        lay_out_list(part)
         with gr.Accordion("Settings", open=False):
             part.settings = [
                 gr.Textbox("", label="System prompt", lines=2, interactive=True),
@@ -180,6 +183,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
             elem_classes="name",
             max_length=100,
         )
+        part.pin = gr.Button("Pin", size="sm", scale=0, min_width=0, elem_classes="quiet")
         part.export = gr.Button("Export", size="sm", scale=0, min_width=0, elem_classes="quiet")
         part.delete = gr.Button("Delete", size="sm", scale=0, min_width=0, elem_classes="quiet")
         part.exported = gr.DownloadButton(visible="hidden", elem_id="exported")
@@ -188,7 +192,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         show_label=False,
         elem_classes="chat",
         buttons=["copy"],
-        editable="user",
+        editable="all",
         group_consecutive_messages=False,  # editing a message with an image fails otherwise (gradio#10229)
         autoscroll=False,  # it resets the user's scrolling; page.js scrolls
         latex_delimiters=LATEX,
@@ -196,6 +200,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         examples=examples,
     )
     part.documents = documents.create_parts()
+    part.looked = lay_out_panel()
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
@@ -209,6 +214,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
     part.settings.append(detail_switch(details))
     part.foot = gr.Markdown(elem_classes="foot")
     part.timer = gr.Timer(POLL_S)
+    part.flip = gr.Button(visible="hidden", elem_id="flip")
     part.hidden = [gr.Textbox(visible=False), gr.Textbox(visible=False)]
     return part
 
@@ -230,8 +236,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     """Connect the components' events to their handlers."""
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     in_browser = {"fn": None, "api_visibility": "private"}
-    shown = [part.version, part.timer, part.chatbot, part.box, part.history, part.key, part.name, part.foot]
-    shown.append(part.settings[-1])
+    shown = [part.version, part.timer, part.chatbot, part.box, part.pin, part.key, part.name, part.foot]
+    shown += [part.settings[-1], *list_outputs(part)]
     poll = (pages.poll, [part.opened, part.key, part.version], [part.pending])
 
     def on(events, fn, inputs=None, outputs=None, **options):
@@ -252,12 +258,13 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     gr.on([part.box.change, part.settings[-1].input], **typing)
     documents.connect_parts(on, part.documents, part.box, pages, typing)
     on(part.chatbot.example_select, pages.example, part.settings)
-    on(part.chatbot.option_select, pages.choose_option, part.settings)
     on(part.chatbot.retry, pages.retry, part.settings)
+    connect_panel(part, HeatMaps(pages), on)
     on(part.chatbot.undo, pages.undo, None, [part.box])
     on(part.chatbot.edit, pages.edit, part.settings)
+    on(part.flip.click, pages.flip, part.hidden[:1], js=FLIP)
     on(part.new.click, pages.begin_new)
-    on(part.history.input, pages.reopen, [part.history])
+    connect_list(part, pages, on)
     on([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name])
     on(part.delete.click, pages.delete, part.hidden[:1], js=CONFIRM)
     exported = part.export.click(report_errors(pages.find, pages.export), None, [part.exported], **quick)

@@ -4,9 +4,32 @@
   const closeList = () => { if (narrow.matches) document.querySelector(".sidebar.open > .toggle-button")?.click(); };
   closeList();
   document.querySelector(".sidebar").addEventListener("click", ({ target }) => {
-    if (target.closest(".history input, .sidebar-content > .column > button")) closeList();
+    if (target.closest(".history input, .begin button")) closeList();
   });
-  document.querySelector(".history").ariaLabel = "Earlier chats";
+  document.querySelector(".detail").ariaLabel = "How closely pictures are looked at";
+  const sidebar = document.querySelector(".sidebar");
+  [sidebar.role, sidebar.ariaLabel] = ["navigation", "Chats and settings"];
+  // Groups of the list are called as their headings
+  const nameGroups = () => {
+    for (const group of document.querySelectorAll(".history")) {
+      const heading = group.querySelector("[data-testid=block-info]")?.textContent ?? "";
+      if (group.ariaLabel !== heading) group.ariaLabel = heading;
+    }
+  };
+
+  // Screen readers hear when an answer begins and ends, and errors; while it grows, its text is not read again and again
+  const status = document.createElement("div");
+  [status.role, status.className] = ["status", "announced"];
+  document.body.append(status);
+  let wasBusy = false, lastError = "";
+  const announce = () => {
+    const busy = !!document.querySelector(".stop-button"), log = document.querySelector("[role=log]");
+    const error = [...document.querySelectorAll(".foot p")].map((p) => p.innerText).find((t) => t.startsWith("⚠️")) ?? "";
+    if (log) log.ariaBusy = busy;
+    if (busy !== wasBusy) status.textContent = busy ? "Answering" : "Ready for a question";
+    if (error && error !== lastError) status.textContent = error;
+    [wasBusy, lastError] = [busy, error];
+  };
 
   // Files of a drop, a paste or a region go the way of chosen ones
   const addFiles = (files) => {
@@ -127,7 +150,7 @@
     for (const area of document.querySelectorAll(".edit-textarea")) {
       if (edited.has(area)) continue;
       edited.add(area);
-      area.value = decode(area.value);
+      area.value = area.closest(".bot-row") ? withoutJoiners(area.value) : decode(area.value);
       area.dispatchEvent(new Event("input", { bubbles: true }));
     }
   };
@@ -145,9 +168,59 @@
     event.preventDefault();
   });
 
+  // Buttons that flip between variants (render.py, layout.py FLIP); the focus stays where the page draws them anew
+  let flipped = "";
+  document.addEventListener("click", ({ target }) => {
+    if (target.id === "flip") return;
+    flipped = target.name === "flip" ? target.value : "";
+    if (!flipped) return;
+    const sender = document.querySelector("#flip");
+    sender.dataset.choice = flipped;
+    sender.click();
+  });
+  const nameFlips = () => {
+    for (const button of document.querySelectorAll("[name=flip]:not([aria-label])")) {
+      button.ariaLabel = button.title;
+      button.closest("[data-testid]").ariaLabel = `Answer ${button.parentElement.innerText.trim()}`;
+    }
+    if (flipped && document.activeElement === document.body)
+      document.querySelector(`[name=flip][value="${flipped}"]`)?.focus({ preventScroll: true });
+  };
+  // Status lines do not fold, and are no buttons
+  const inStatus = (event) => { if (event.target.closest?.(".thought-group .title")) event.stopPropagation(); };
+  for (const kind of ["click", "keydown"]) document.addEventListener(kind, inStatus, true);
+  // The words of an answer are one tab stop, and arrow keys choose: Gradio gives each radio button a name of its own
+  const words = () => [...document.querySelectorAll(".words input")];
+  const oneTabStop = () => {
+    const all = words(), stop = all.find((input) => input.checked) ?? all[0];
+    for (const input of all) input.tabIndex = input === stop ? 0 : -1;
+  };
+  document.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!step || !event.target.matches(".words input")) return;
+    event.preventDefault();
+    const all = words(), next = all.at((all.indexOf(event.target) + step) % all.length);
+    next.focus();
+    next.click();
+  });
+  // Each block of text has the direction of its own language; code stays left to right (page.css)
+  const directed = ".message .md > :not(pre, .code_wrap), textarea, .history label span";
+  const direct = () => {
+    for (const text of document.querySelectorAll(directed)) if (text.dir !== "auto") text.dir = "auto";
+    for (const message of document.querySelectorAll(".message > [aria-label*='&#'], .message > [aria-label*='\u2060']"))
+      message.ariaLabel = withoutJoiners(decode(message.ariaLabel));
+  };
+
   new MutationObserver(() => {
     follow();
     decodeEdited();
+    nameFlips();
+    for (const title of document.querySelectorAll(".thought-group .title[role]"))
+      for (const name of ["role", "tabindex"]) title.removeAttribute(name);
+    oneTabStop();
+    direct();
+    announce();
+    nameGroups();
     for (const button of document.querySelectorAll(".message.component button:not([aria-label])"))
       button.ariaLabel = "Open the picture large";
     for (const picture of document.querySelectorAll(".thumbnail-wrapper img:not([role])"))
@@ -176,6 +249,14 @@
     event.preventDefault();
     event.target.click();
   });
+
+  // Enter that ends the composition of a word (IME) neither sends nor renames; Safari reports it by the code 229 alone
+  for (const kind of ["keydown", "keypress"])
+    document.addEventListener(kind, (event) => {
+      if (event.key !== "Enter" || !(event.isComposing || event.keyCode === 229)) return;
+      event.stopImmediatePropagation();
+      if (kind === "keypress") event.preventDefault();  // a line break
+    }, true);
 
   // Typed text survives a reload, which Gradio triggers after a lost connection
   const box = document.querySelector("textarea[placeholder^='Ask a question']");

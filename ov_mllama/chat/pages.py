@@ -12,32 +12,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
-from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.answers import Chat
 from ov_mllama.chat.documents import pdfs_of
-from ov_mllama.chat.page_input import MAX_QUESTION, bounded_text, checked_settings, images_of, text_of, user_error
-from ov_mllama.chat.render import (
-    CONTINUE,
-    LOOK_CLOSER,
-    describe_model,
-    detail_choices,
-    escape_markup,
-    to_gradio,
-    write_export,
-)
-from ov_mllama.chat.store import MAX_TITLE, Conversation, Turn
-from ov_mllama.chat.tabs import Page, Tabs
+from ov_mllama.chat.listing import ChatList, ListTabs
+from ov_mllama.chat.page_input import bounded_text, checked_settings, images_of, text_of, user_error
+from ov_mllama.chat.render import describe_model, detail_choices, escape_markup, to_gradio, write_export
+from ov_mllama.chat.store import MAX_TITLE, Conversation
+from ov_mllama.chat.tabs import Page
+from ov_mllama.chat.turns import WAITING, Turn
+from ov_mllama.chat.variants import Variants
 from ov_mllama.runtime.images import DETAILS, PictureError, load_image
 from ov_mllama.runtime.inference import Progress
 
 POLL_S = 0.3  # during an answer; about one token of the 11B
 IDLE_POLL_S = 1.0  # else, for changes in other tabs
 MAX_PROGRAM_TURNS = 200
+TEMPORARY = "**Temporary chat:** it is not stored, and ends with this tab."
 
 
-class Pages(Tabs):
+class Pages(ListTabs, Variants):
     """Event handlers of the open tabs. They change conversations; `refresh` alone writes on pages.
 
     Args:
@@ -50,26 +44,29 @@ class Pages(Tabs):
         self.examples = examples
 
     def _state(self, page: Page) -> list:
-        """Return what a page should show: messages, whether it is busy, chats, id, name, foot."""
+        """Return what a page should show: messages, whether it is busy or pinned, id, name, foot, details, list."""
         if page.conversation.deleted:
             page.conversation = Conversation(page.owner)
-        _, titles = self._titles.get(page.owner, (None, []))
         talk, running = page.conversation, self.chat.answering(page.conversation)
         progress = "Stopping ..." if running and running.task.cancelling() else str(running and running.progress)
-        key = talk.id if talk.turns else ""
+        key = talk.id if talk.turns and not talk.temporary else ""
         states = self.chat.prefetcher.states(page.key)
         pictures = [f"Picture{'s' * (len(states) > 1)}: {', '.join(states)}"] * bool(states)
+        hidden = bool(running) and all(turn.state != WAITING for turn in talk.turns)
+        writing = [f"Another answer: {escape_markup(progress)}"] * hidden
         model = escape_markup(describe_model(self.chat.model))
-        foot = " · ".join([*(pictures or [model]), "Everything stays on the machine that serves this page."])
+        stays = TEMPORARY if talk.temporary else "Everything stays on the machine that serves this page."
+        foot = " · ".join([*(pictures or writing or [model]), stays])
         errors = [f"⚠️ {escape_markup(message)}" for message in (page.error, talk.unsaved) if message]
         return [
             to_gradio(talk.turns, progress),
             bool(running),
-            (titles, key),
+            page.pinned,
             key,
             talk.name,
             "\n\n".join([foot, *errors]),
             detail_choices(self.chat.model),
+            ChatList(page.groups, key, page.more, bool(page.query), page.selecting),
         ]
 
     async def poll(self, opened: str, key: str, version: str, request: gr.Request):
@@ -81,7 +78,7 @@ class Pages(Tabs):
         if not opened:
             return gr.skip()
         page = self._pages.get(self._key(request)) or await self.connect(key, request)
-        await self._list_chats(page.owner)
+        await self._list_chats(page)
         current = version == str(page.version) and self._state(page) == page.shown
         return gr.skip() if current else secrets.token_hex(8)
 
@@ -92,14 +89,16 @@ class Pages(Tabs):
             version: of what the page shows.
         """
         page = self.page(request)
-        await self._list_chats(page.owner)
+        await self._list_chats(page)
         before = page.shown if version == str(page.version) else [None] * len(page.shown)
         page.shown, page.version = self._state(page), page.version + 1
-        messages, busy, (titles, current), *texts, details = page.shown
-        box, chats = gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy), gr.Radio(titles, value=current or None)
-        parts = zip([messages, box, chats, *texts, gr.Radio(details)], page.shown, before, strict=True)
+        messages, busy, pinned, *texts, details, chats = page.shown
+        box, pin = gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy), "Unpin" if pinned else "Pin"
+        updates = [[messages], [box], [pin], *([text] for text in texts), [gr.Radio(details)], chats.updates()]
+        changed = zip(updates, page.shown, before, strict=True)
         timer = gr.Timer(POLL_S if busy else IDLE_POLL_S) if busy != before[1] else gr.skip()
-        return [str(page.version), timer, *(part if now != then else gr.skip() for part, now, then in parts)]
+        parts = (part if now != then else gr.skip() for group, now, then in changed for part in group)
+        return [str(page.version), timer, *parts]
 
     async def ask(self, message: dict, request: gr.Request, *settings):
         """Ask the text box's question and empty the box; during an answer, and after an error, it stays."""
@@ -139,72 +138,6 @@ class Pages(Tabs):
         text, images = self.examples[index]
         await self._ask(text, images, request, settings)
 
-    async def choose_option(self, chosen: gr.SelectData, request: gr.Request, *settings) -> None:
-        """Ask for the rest of an answer that has reached the token limit, or answer again at full detail."""
-        if chosen.value != LOOK_CLOSER:
-            await self._ask(CONTINUE, [], request, settings)
-            return
-        checked, talk = checked_settings(settings), await self._stopped(request)
-        for turn in talk.turns:
-            turn.detail = "high"
-        if talk.turns:
-            self.chat.begin(talk, checked)
-
-    async def stop(self, request: gr.Request) -> None:
-        """Cancel the answer under way."""
-        await self._stopped(request)
-
-    async def _stopped(self, request: gr.Request) -> Conversation:
-        """Cancel the answer under way in a page's conversation, and return the conversation."""
-        talk = self.page(request).conversation
-        await self.chat.stop(talk)
-        return talk
-
-    async def retry(self, request: gr.Request, *settings) -> None:
-        """Answer the last question again."""
-        checked, talk = checked_settings(settings), await self._stopped(request)
-        if talk.turns:  # another tab may have removed them
-            talk.turns[-1].detail = checked.detail
-            self.chat.begin(talk, checked)
-
-    async def undo(self, request: gr.Request):
-        """Move the last question back into the text box."""
-        talk = await self._stopped(request)
-        if not talk.turns:
-            return gr.skip()
-        turn = talk.turns.pop()
-        self.chat.save(talk)
-        pictures = [picture for picture in turn.pictures if picture.is_file()]
-        copies = [await asyncio.to_thread(save_file_to_cache, picture, get_upload_folder()) for picture in pictures]
-        return {"text": turn.question, "files": copies}
-
-    async def edit(self, edited: gr.EditData, request: gr.Request, *settings) -> None:
-        """Replace a question's text, keep its images, drop the turns after it, and answer it."""
-        checked, talk = checked_settings(settings), self.page(request).conversation
-        question = bounded_text(edited.value, MAX_QUESTION, "question")
-        index = edited.index[0] if isinstance(edited.index, (list, tuple)) and edited.index else edited.index
-        await self.chat.stop(talk)
-        messages = to_gradio(talk.turns)
-        if type(index) is not int or not 0 <= index < len(messages) or messages[index]["role"] != "user":
-            raise user_error("There is no such question any more.")
-        turn = sum(message["role"] == "user" for message in messages[:index])
-        edited_turn = talk.turns[turn]
-        talk.turns[turn:] = [
-            Turn(question, edited_turn.pictures, remarks=edited_turn.remarks, detail=edited_turn.detail)
-        ]
-        self.chat.begin(talk, checked)
-
-    async def begin_new(self, request: gr.Request) -> None:
-        """Show an empty conversation; an answer under way continues in its own."""
-        page = self.page(request)
-        page.conversation = Conversation(page.owner)
-
-    async def reopen(self, key: str, request: gr.Request) -> None:
-        """Show an earlier conversation."""
-        page = self.page(request)
-        stored = await self._read(self.conversations.get, key, page.owner) if isinstance(key, str) else None
-        page.conversation = stored or Conversation(page.owner)
-
     async def rename(self, name: str, request: gr.Request) -> str:
         """Rename the conversation, to its first question if the name is empty; return its name."""
         talk = self.page(request).conversation
@@ -216,11 +149,9 @@ class Pages(Tabs):
 
     async def delete(self, sure: str, request: gr.Request) -> None:
         """Delete the conversation and its images, if its owner has confirmed it."""
-        if sure and self.page(request).conversation.turns:
-            talk = await self._stopped(request)
-            pictures = [*self.conversations.pictures.glob(f"{talk.id}/*.png")]
-            await asyncio.to_thread(self.chat.remove_encoded, pictures)
-            await self._read(self.conversations.delete, talk)
+        talk = self.page(request).conversation
+        if sure and talk.turns:
+            await self._delete([talk])
 
     async def export(self, request: gr.Request) -> str:
         """Return the path of a .zip with the conversation's Markdown and images."""

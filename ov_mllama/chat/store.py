@@ -17,11 +17,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
+from ov_mllama.chat.migrations import migrate
+from ov_mllama.chat.search import ListedChat, find
+from ov_mllama.chat.turns import STOPPED, WAITING, Turn, every_turn
 from ov_mllama.chat.user_data import data_folder
 from ov_mllama.runtime.images import load_image
 
@@ -29,52 +32,6 @@ DAY_S = 24 * 60 * 60
 TITLE_LENGTH = 60  # characters of a title made from the first question
 MAX_TITLE = 100  # characters of a title set by the owner
 TIMEOUT_S = 10  # for another program's transaction
-
-# Each step leads to the next format (`PRAGMA user_version`); released steps never change
-MIGRATIONS = (
-    # of earlier versions, whose files say 0
-    """
-    CREATE TABLE IF NOT EXISTS conversations (
-        id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, changed REAL NOT NULL, turns TEXT NOT NULL);
-    CREATE INDEX IF NOT EXISTS by_owner ON conversations (owner, changed);
-    CREATE TABLE IF NOT EXISTS settings (owner TEXT PRIMARY KEY, chosen TEXT NOT NULL);
-    """,
-    # a browser could call itself "user alice": the prefix now tells owners apart
-    """
-    UPDATE conversations SET owner = CASE WHEN owner GLOB 'user *' THEN 'user:' || substr(owner, 6)
-        ELSE 'browser:' || owner END;
-    UPDATE settings SET owner = CASE WHEN owner GLOB 'user *' THEN 'user:' || substr(owner, 6)
-        ELSE 'browser:' || owner END;
-    """,
-)
-
-# States of a turn
-WAITING, ANSWERED, CUT, STOPPED, FAILED = "waiting", "answered", "cut", "stopped", "failed"
-
-
-@dataclass
-class Turn:
-    """A question and its answer.
-
-    Attributes:
-        question: its text; may be empty if there are pictures.
-        pictures: their files.
-        answer: as far as it is written.
-        note: statistics of the answer, or the error.
-        state: WAITING until the answer has ended; CUT at the token limit; STOPPED by the user; FAILED.
-        asked: seconds since 1970.
-        remarks: on its pictures.
-        detail: of its pictures, see `images.at_detail`.
-    """
-
-    question: str
-    pictures: list[Path] = field(default_factory=list)
-    answer: str = ""
-    note: str = ""
-    state: str = WAITING
-    asked: float = field(default_factory=time.time, compare=False)
-    remarks: list[str] = field(default_factory=list)
-    detail: str = "high"
 
 
 @dataclass(eq=False)
@@ -86,6 +43,7 @@ class Conversation:
         title: "" before the first question.
         deleted: whether it was deleted, and must not be saved again.
         unsaved: error of the last save; "" after a success.
+        temporary: whether it is never stored, see `begin_temporary`.
     """
 
     owner: str
@@ -94,11 +52,12 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     deleted: bool = False
     unsaved: str = ""
+    temporary: bool = False
 
     @property
     def name(self) -> str:
         """Title, or a placeholder."""
-        return self.title or "New chat"
+        return self.title or ("Temporary chat" if self.temporary else "New chat")
 
 
 class Conversations:
@@ -130,13 +89,33 @@ class Conversations:
             migrate(database, file)
             yield database
 
-    def titles(self, owner: str) -> list[tuple[str, str]]:
-        """Return title and id of an owner's conversations, the latest first."""
+    def find(self, owner: str, query: str = "", limit: int = -1) -> list[ListedChat]:
+        """Return an owner's conversations that match a query, as `search.find`; limit -1: all."""
         with self._database() as database:
-            rows = database.execute(
-                "SELECT title, id FROM conversations WHERE owner = ? ORDER BY changed DESC", [owner]
-            )
-            return list(rows)
+            return find(database, owner, query, limit)
+
+    def is_pinned(self, key: str) -> bool:
+        """Return whether a conversation is pinned, by its id."""
+        with self._database() as database:
+            return (1,) in database.execute("SELECT pinned FROM listed WHERE id = ?", [key])
+
+    def begin_temporary(self, owner: str) -> Conversation:
+        """Return a temporary conversation. Its pictures are deleted once nothing refers to it."""
+        conversation = Conversation(owner, temporary=True)
+        weakref.finalize(conversation, shutil.rmtree, self.pictures / conversation.id, ignore_errors=True)
+        return conversation
+
+    def delete_temporary(self) -> None:
+        """Delete the pictures of temporary conversations, when the program ends."""
+        for conversation in list(self._open.values()):
+            if conversation.temporary:
+                shutil.rmtree(self.pictures / conversation.id, ignore_errors=True)
+
+    def pin(self, conversation: Conversation, pinned: bool) -> None:
+        """Pin a stored conversation to the top of its owner's list, or unpin it."""
+        with self._database() as database:
+            database.execute("UPDATE listed SET pinned = ? WHERE id = ?", [pinned, conversation.id])
+        self.version += 1
 
     def get(self, key: str, owner: str) -> Conversation | None:
         """Return an owner's conversation by its id; None if there is none, or it is another owner's.
@@ -153,7 +132,7 @@ class Conversations:
                 if row is None or row[0] != owner:
                     return None
                 conversation = Conversation(row[0], key, row[1])
-                conversation.turns = [self._turn(conversation, fields) for fields in json.loads(row[2])]
+                conversation.turns = self._turns(conversation, json.loads(row[2]))
                 self._open[key] = conversation
         return conversation if conversation.owner == owner and not conversation.deleted else None
 
@@ -176,10 +155,14 @@ class Conversations:
                     conversation.owner = owner
         self.version += 1
 
+    def _turns(self, conversation: Conversation, rows: list[dict]) -> list[Turn]:
+        return [self._turn(conversation, fields) for fields in rows]
+
     def _turn(self, conversation: Conversation, fields: dict) -> Turn:
         """Return a turn that any version of this program has saved, without unknown fields."""
         known = {each.name for each in dataclasses.fields(Turn)} & fields.keys()
         turn = Turn(**{"question": "", **{name: fields[name] for name in known}})
+        turn.others = [self._turns(conversation, tail) for tail in turn.others]  # type: ignore[arg-type]
         turn.pictures = [self._as_stored_today(conversation, self.pictures / name) for name in turn.pictures]
         if turn.state == WAITING:
             turn.state, turn.note = STOPPED, "The program ended before the answer did."
@@ -210,16 +193,23 @@ class Conversations:
         first = conversation.turns[0].question.strip() or "A picture"
         title = conversation.title or " ".join(first.split())[:TITLE_LENGTH]
         conversation.title = title.encode(errors="replace").decode()  # lone surrogates are invalid for SQLite
-        turns = [
-            {**asdict(turn), "pictures": [path.relative_to(self.pictures).as_posix() for path in turn.pictures]}
-            for turn in conversation.turns
-        ]
         return [
             conversation.id,
             conversation.owner,
             conversation.title,
-            conversation.turns[-1].asked,
-            json.dumps(turns),
+            max(turn.asked for turn in every_turn(conversation.turns)),
+            json.dumps(self._fields(conversation.turns)),
+        ]
+
+    def _fields(self, turns: list[Turn]) -> list[dict]:
+        """Return turns, hidden variants too, as JSON has them."""
+        return [
+            {
+                **vars(turn),
+                "pictures": [path.relative_to(self.pictures).as_posix() for path in turn.pictures],
+                "others": [self._fields(tail) for tail in turn.others],
+            }
+            for turn in turns
         ]
 
     def write(self, conversation: Conversation, row: list | None) -> None:
@@ -229,34 +219,38 @@ class Conversations:
             sqlite3.Error, OSError: if it could not be written.
         """
         with self._lock:
-            if conversation.deleted:
+            if conversation.deleted or conversation.temporary:
                 return
             if row is None:
-                self._delete_row(conversation)
+                self._delete_rows(conversation)
                 return
             with self._database() as database:
                 database.execute("INSERT OR REPLACE INTO conversations VALUES (?, ?, ?, ?, ?)", row)
             self._open[conversation.id] = conversation
             self.version += 1
 
-    def delete(self, conversation: Conversation) -> None:
-        """Delete a conversation and its pictures.
+    def delete(self, *conversations: Conversation) -> None:
+        """Delete conversations and their pictures: all, or in case of an error none.
 
         Raises:
-            sqlite3.Error, OSError: if it could not be deleted, and is still there.
+            sqlite3.Error, OSError: if they could not be deleted, and are still there.
         """
         with self._lock:
             try:
-                conversation.deleted = True
-                self._delete_row(conversation)
+                for each in conversations:
+                    each.deleted = True
+                self._delete_rows(*conversations)
             except BaseException:
-                conversation.deleted = False
+                for each in conversations:
+                    each.deleted = False
                 raise
-        shutil.rmtree(self.pictures / conversation.id, ignore_errors=True)
+        for each in conversations:
+            shutil.rmtree(self.pictures / each.id, ignore_errors=True)
 
-    def _delete_row(self, conversation: Conversation) -> None:
+    def _delete_rows(self, *conversations: Conversation) -> None:
         with self._database() as database:
-            database.execute("DELETE FROM conversations WHERE id = ?", [conversation.id])
+            database.executemany("DELETE FROM conversations WHERE id = ?", [[each.id] for each in conversations])
+            database.execute("INSERT INTO texts (texts) VALUES ('optimize')")  # else it holds deleted words for a time
         self.version += 1
 
     def store_file(self, conversation: Conversation, file: Path) -> Path:
@@ -317,27 +311,3 @@ class Conversations:
         """Save an owner's settings."""
         with self._database() as database:
             database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", [owner, json.dumps(settings)])
-
-
-def migrate(database: sqlite3.Connection, file: Path) -> None:
-    """Migrate the SQLite file to this version's format, in one transaction.
-
-    Args:
-        file: its path, for the error.
-    Raises:
-        ValueError: if a newer version of the program has written it.
-    """
-    if database.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS):
-        return
-    database.execute("BEGIN IMMEDIATE")  # against other programs
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
-        raise ValueError(
-            f"{file} has format {version} of a newer version of this program; this one knows up to "
-            f"{len(MIGRATIONS)}: update the program, or move the file away."
-        )
-    for step in MIGRATIONS[version:]:
-        for statement in filter(str.strip, step.split(";")):
-            database.execute(statement)
-    database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-    database.commit()

@@ -1,7 +1,6 @@
 """Open tabs of the chat page, and the conversations that they show."""
 
 import asyncio
-import logging
 import re
 import sqlite3
 
@@ -10,11 +9,10 @@ import gradio as gr
 from ov_mllama.chat.answers import Chat, GenerationSettings
 from ov_mllama.chat.owners import owner_of
 from ov_mllama.chat.page_input import LruDict, user_error
+from ov_mllama.chat.search import MAX_LISTED
 from ov_mllama.chat.store import Conversation
 
-logger = logging.getLogger(__name__)
-
-MAX_PAGES, MAX_PROGRAMS, MAX_OWNERS = 1000, 100, 1000  # remembered; the least recently used are evicted
+MAX_PAGES, MAX_PROGRAMS = 1000, 100  # remembered; the least recently used are evicted
 FORMER_TOKEN = re.compile("[0-9a-f]{32}")  # in the browser's local storage, of earlier versions
 OPENED = "opened"
 
@@ -29,13 +27,20 @@ class Page:
         shown: what it shows already, by output of `refresh`.
         version: of `shown`.
         error: of the last event, such as a rejected question.
+        query, limit, selecting: of its list of chats, as the user has set them.
+        groups, more: chats of the list, and whether there are more; as `search.grouped` returns them.
+        pinned: whether `conversation` is pinned.
+        listed_as: what `groups`, `more` and `pinned` depend on.
     """
 
     def __init__(self, owner: str, session: str, conversation: Conversation):
         self.owner, self.key, self.conversation = owner, (owner, session), conversation
-        self.shown: list = [None] * 7
+        self.shown: list = [None] * 8
         self.version = 0
-        self.error = ""
+        self.error, self.query, self.limit = "", "", MAX_LISTED
+        self.selecting = self.more = self.pinned = False
+        self.groups: list[tuple[str, list[tuple[str, str]]]] = []
+        self.listed_as: tuple | None = None
 
 
 class Tabs:
@@ -51,7 +56,6 @@ class Tabs:
         self.chat, self.conversations, self.by_name = chat, chat.conversations, by_name
         self._pages: LruDict = LruDict(MAX_PAGES, lambda key: chat.prefetcher.prefetch(key, []))
         self._programs: LruDict = LruDict(MAX_PROGRAMS)
-        self._titles: LruDict = LruDict(MAX_OWNERS)
 
     def _key(self, request: gr.Request) -> tuple[str | None, str]:
         """Return a request's owner and session."""
@@ -111,18 +115,9 @@ class Tabs:
         saved = await self._read(self.conversations.settings, page.owner) or []
         return [OPENED, "", *saved, *GenerationSettings()[len(saved) :]]  # earlier versions saved fewer
 
-    def on_close(self, request: gr.Request) -> None:
-        """Forget a closed tab and cancel its prefetching; its answers continue."""
+    def forget(self, request: gr.Request) -> Page | None:
+        """Forget a closed tab, if it is known, and cancel its prefetching."""
         key = self._key(request)
-        self._pages.pop(key, None)
         self._programs.pop(key, None)
         self.chat.prefetcher.prefetch(key, [])
-
-    async def _list_chats(self, owner: str) -> None:
-        """Read an owner's titles if they have changed; if that fails, the old ones stay."""
-        version = self.conversations.version
-        if self._titles.get(owner, (None,))[0] != version:
-            try:
-                self._titles[owner] = version, await asyncio.to_thread(self.conversations.titles, owner)
-            except (sqlite3.Error, OSError):
-                logger.warning("The list of chats cannot be read", exc_info=True)
+        return self._pages.pop(key, None)

@@ -18,9 +18,11 @@ from PIL import Image, ImageChops
 
 from chat_page import wait_until
 from ov_mllama.chat.answers import Chat, GenerationSettings
+from ov_mllama.chat.migrations import MIGRATIONS
 from ov_mllama.chat.owners import COOKIE
 from ov_mllama.chat.pages import Pages
-from ov_mllama.chat.store import ANSWERED, CUT, MIGRATIONS, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.chat.store import Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, STOPPED, WAITING, Turn
 from ov_mllama.runtime.images import load_image
 
 ME, OTHER = "me", "somebody else"
@@ -47,6 +49,11 @@ def noise(seed: int) -> Image.Image:
 def same(one: Path, other) -> bool:
     """Return whether two images have the same pixels."""
     return ImageChops.difference(Image.open(one), load_image(other)).getbbox() is None
+
+
+def titles(kept, owner: str) -> list[tuple[str, str]]:
+    """Titles and ids of an owner's conversations, the latest first."""
+    return [(chat.title, chat.id) for chat in kept.find(owner)]
 
 
 def talk(kept, *questions: str, owner=ME) -> Conversation:
@@ -97,10 +104,10 @@ def test_the_conversation_asked_last_is_first(kept):
     talk(kept, "not mine", owner=OTHER)
     for written_on in (first, second, first):  # or the list would change under a person's hand while two are answered
         kept.save(written_on)
-    assert kept.titles(ME) == [("third", third.id), ("second", second.id), ("first", first.id)]
+    assert titles(kept, ME) == [("third", third.id), ("second", second.id), ("first", first.id)]
     first.turns.append(Turn("more"))
     kept.save(first)
-    assert another_program(kept).titles(ME) == [("first", first.id), ("third", third.id), ("second", second.id)]
+    assert titles(another_program(kept), ME) == [("first", first.id), ("third", third.id), ("second", second.id)]
 
 
 def test_every_caller_gets_the_same_object(kept):
@@ -115,7 +122,7 @@ def test_somebody_elses_is_none(kept):
     for program in (kept, another_program(kept)):
         assert program.get(conversation.id, OTHER) is None
         assert program.get(conversation.id, "") is None
-        assert program.titles(OTHER) == []
+        assert titles(program, OTHER) == []
         assert program.get(conversation.id, ME)
     assert kept.get("no such", ME) is None
 
@@ -123,7 +130,7 @@ def test_somebody_elses_is_none(kept):
 def test_one_that_nobody_asked_anything_is_not_kept(kept):
     conversation = Conversation(ME)
     kept.save(conversation)
-    assert kept.titles(ME) == []
+    assert titles(kept, ME) == []
     assert kept.get(conversation.id, ME) is None
 
 
@@ -133,11 +140,11 @@ def test_one_whose_only_question_was_taken_back_is_not_kept(kept):
     conversation.turns.pop()
     kept.save(conversation)
     assert kept.version > version
-    assert (kept.titles(ME), conversation.name) == ([], "New chat")
+    assert (titles(kept, ME), conversation.name) == ([], "New chat")
     assert another_program(kept).get(conversation.id, ME) is None
     conversation.turns.append(Turn("Another?"))
     kept.save(conversation)
-    assert kept.titles(ME) == [("Another?", conversation.id)]
+    assert titles(kept, ME) == [("Another?", conversation.id)]
 
 
 def test_titles(kept):
@@ -242,7 +249,7 @@ def test_what_is_deleted_is_gone(kept, picture):
     kept.save(conversation)  # by an answer that was under way
     for program in (kept, another_program(kept)):
         assert program.get(conversation.id, ME) is None
-        assert program.titles(ME) == [("Another?", other.id)]
+        assert titles(program, ME) == [("Another?", other.id)]
     assert files(kept.pictures) == other.turns[0].pictures
 
 
@@ -259,7 +266,7 @@ def test_any_text_is_kept(kept):
     for text in ("\ud800 \udfff\ud800", "\0\1", "'; DROP TABLE conversations; --", "x" * 100_000):
         conversation = talk(kept, text)
         assert another_program(kept).get(conversation.id, ME).turns[0].question == text
-    assert len(kept.titles(ME)) == 4
+    assert len(titles(kept, ME)) == 4
 
 
 def test_pictures_of_no_conversation_go_after_a_day(kept, picture):
@@ -303,9 +310,9 @@ def test_programs_that_write_at_once_lose_nothing(kept, start):
     code += "write(Path(sys.argv[1]), int(sys.argv[2]))"
     programs = [start(code, kept.folder, number) for number in range(PROGRAMS)]
     assert [program.wait() for program in programs] == [0] * PROGRAMS
-    titles = kept.titles(ME)
-    assert sorted(title for title, _ in titles) == sorted(f"{n}.{i}" for n in range(PROGRAMS) for i in range(SAVES))
-    assert {len(kept.get(key, ME).turns) for _, key in titles} == {2}
+    found = titles(kept, ME)
+    assert sorted(title for title, _ in found) == sorted(f"{n}.{i}" for n in range(PROGRAMS) for i in range(SAVES))
+    assert {len(kept.get(key, ME).turns) for _, key in found} == {2}
     assert [kept.settings(f"user {number}") for number in range(PROGRAMS)] == [[SAVES - 1]] * PROGRAMS
 
 
@@ -337,27 +344,26 @@ def test_file_of_an_earlier_version_is_migrated(kept):
     )
     for program in (kept, another_program(kept)):  # once
         for key, owner in (("a", "browser:alice-token"), ("b", "user:alice"), ("d", "user:user x")):
-            assert [name for _, name in program.titles(owner)] == [key]
+            assert [name for _, name in titles(program, owner)] == [key]
             assert program.get(key, owner).turns[0].answer == "A cat."
             assert program.settings(owner) == ["Brief.", 7, 0, 0.9]
-        assert [name for _, name in program.titles(f"browser:{token}")] == ["c"]
-        assert (
-            program.titles("user alice") == program.titles("alice-token") == program.titles("browser:user alice") == []
-        )
+        assert [name for _, name in titles(program, f"browser:{token}")] == ["c"]
+        for nobody in ("user alice", "alice-token", "browser:user alice"):
+            assert titles(program, nobody) == []
 
 
 def test_programs_that_migrate_at_once_do_it_once(tmp_path):
     write_file(tmp_path / "data", 0, a=("user alice", []))
     programs = [Conversations(tmp_path / "data") for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        assert {len(titles) for titles in pool.map(lambda program: program.titles("user:alice"), programs)} == {1}
+        assert {len(found) for found in pool.map(lambda program: titles(program, "user:alice"), programs)} == {1}
 
 
 @pytest.mark.parametrize("version", [len(MIGRATIONS) + 1, 1000])
 def test_file_of_a_newer_version_is_refused_and_left_alone(kept, version):
     write_file(kept.folder, version, a=("user:alice", []))
     before = (kept.folder / "chat.sqlite3").read_bytes()
-    for use in (kept.delete_orphans, lambda: kept.titles("user:alice"), lambda: talk(kept, "?")):
+    for use in (kept.delete_orphans, lambda: titles(kept, "user:alice"), lambda: talk(kept, "?")):
         with pytest.raises(ValueError, match=f"chat.sqlite3 has format {version}.*update the program"):
             use()
     assert (kept.folder / "chat.sqlite3").read_bytes() == before
@@ -365,11 +371,11 @@ def test_file_of_a_newer_version_is_refused_and_left_alone(kept, version):
 
 def test_migration_that_fails_changes_nothing(kept, monkeypatch):
     write_file(kept.folder, 0, a=("user alice", []))
-    monkeypatch.setattr("ov_mllama.chat.store.MIGRATIONS", (*MIGRATIONS, "SELECT no_such_column FROM settings"))
+    monkeypatch.setattr("ov_mllama.chat.migrations.MIGRATIONS", (*MIGRATIONS, "SELECT no_such_column FROM settings"))
     with pytest.raises(sqlite3.OperationalError):
         kept.delete_orphans()
     monkeypatch.undo()
-    assert len(kept.titles("user:alice")) == 1
+    assert len(titles(kept, "user:alice")) == 1
 
 
 def test_fields_of_other_versions(kept):
@@ -405,7 +411,7 @@ def test_picture_of_an_earlier_version_is_stored_anew_without_exif(kept, tmp_pat
 def test_save_that_fails_is_repeated_until_it_succeeds(kept, monkeypatch):
     monkeypatch.setattr("ov_mllama.chat.answers.SAVE_EVERY_S", 0.05)
     chat, conversation = Chat(None, None, kept), Conversation(ME, turns=[Turn("?", state=ANSWERED)])
-    kept.titles(ME)
+    titles(kept, ME)
     file, tried, real = kept.folder / "chat.sqlite3", [], kept.write
 
     def write(*given):
@@ -470,13 +476,12 @@ def test_conversation_that_could_not_be_deleted_is_still_there(kept, monkeypatch
             kept.delete(conversation)
     assert kept.get(conversation.id, ME) is conversation
     kept.delete(conversation)
-    assert kept.titles(ME) == []
+    assert titles(kept, ME) == []
 
 
 def test_state_of_sessions_that_strangers_name_is_bounded(kept, monkeypatch):
     monkeypatch.setattr("ov_mllama.chat.tabs.MAX_PAGES", 10)
     monkeypatch.setattr("ov_mllama.chat.tabs.MAX_PROGRAMS", 5)
-    monkeypatch.setattr("ov_mllama.chat.tabs.MAX_OWNERS", 7)
     pages = pages_of(kept)
 
     async def answer(*_):

@@ -489,6 +489,7 @@ class Forger:
             "reopen": [victim["chat"]],
             "open": [self.value()],
             "delete": ["yes"],
+            "flip": [self.pick("0 1", "0 -1", "999999 1")],
             "refresh": [""],
             "choose": ["opened", "", 8, 0, 0.9, "high"],
         }.get(named, [])

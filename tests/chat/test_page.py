@@ -67,7 +67,7 @@ def test_what_is_no_picture_is_refused_at_once(page, tmp_path):
             if target:
                 drop(page, {name: kind}, target)
             else:
-                page.tab.locator("input[type=file]").first.set_input_files(str(tmp_path / name))
+                page.tab.locator(".multimodal-textbox input[type=file]").first.set_input_files(str(tmp_path / name))
             expect(message).to_contain_text(re.compile("Invalid file type|Accepted formats: .jpg"))
             expect(page.tab.locator(".thumbnail-item")).to_have_count(0)
             page.tab.get_by_test_id("toast-close").click()
@@ -252,7 +252,7 @@ def test_everything_is_reached_and_done_with_a_keyboard(page):
 def test_what_a_screen_reader_says(page):
     page.ask(SAMPLE["question"], path_of(SAMPLE))
     page.expect_answers(SAMPLE["answer"], "1 picture")
-    expect(page.tab.get_by_role("group", name="Earlier chats")).to_be_visible()
+    expect(page.tab.get_by_role("group", name="Today")).to_be_visible()
     expect(page.tab.get_by_role("radio", name=SAMPLE["question"])).to_be_checked()
     expect(page.tab.get_by_label("Open the picture large")).to_have_count(1)
     unnamed = "buttons => buttons.filter(b => b.checkVisibility() && !(b.ariaLabel || b.innerText.trim() || b.title))"
