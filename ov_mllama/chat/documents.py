@@ -31,12 +31,15 @@ IN_BOX = """(box) => {
     for (const page of document.querySelectorAll("[data-page]")) page.ariaPressed = paths.includes(page.dataset.path);
     return JSON.stringify(paths.filter((path) => path.toLowerCase().endsWith(".pdf")));
 }"""
+# Gradio reads the box when an upload under way has ended, but just before that file is in it
+AFTER_UPLOADS = "() => new Promise((done) => setTimeout(done, 50))"
 # Pages in place of their PDFs; the text may have changed while they were drawn
 INSERT = """(drawn, box) => {
     const pages = (drawn ?? []).map((page) => ({ ...page, mime_type: "image/png" }));
     const isNew = ({ path }) => !box.files.some((file) => file.path === path);
     const others = box.files.filter(({ path }) => !path.toLowerCase().endsWith(".pdf"));
-    if (others.length === box.files.length) return box;  // the question was sent meanwhile
+    // None, or the question was sent meanwhile: an older value would undo an upload that ends just now
+    if (others.length === box.files.length) return { __type__: "update" };
     return { ...box, files: [...others, ...pages.filter(isNew)] };
 }"""
 # A page that is in the box already leaves it
@@ -56,7 +59,7 @@ CLICKED = """element.addEventListener("click", ({ target }) => {
 def create_parts() -> SimpleNamespace:
     """Create the pages to choose from and two hidden components: the box's PDFs, and the pages drawn last."""
     return SimpleNamespace(
-        pdfs=gr.Textbox(visible="hidden"),
+        pdfs=gr.Textbox("[]", visible="hidden"),
         drawn=gr.File(file_count="multiple", visible="hidden", interactive=False),
         pages=gr.HTML(js_on_load=CLICKED, elem_classes="pages", apply_default_css=False),
     )
@@ -76,7 +79,8 @@ def connect_parts(on: Callable, part: SimpleNamespace, box: gr.MultimodalTextbox
     opened = on(part.pdfs.change, documents.open_pdfs, [box], [part.drawn, part.pages], trigger_mode="multiple")
     chosen = on(part.pages.click, documents.draw_page, None, [part.drawn], trigger_mode="multiple")
     for event, js in ((opened, INSERT), (chosen, TOGGLE)):
-        changed = event.success(inputs=[part.drawn, box], outputs=[box], js=js, **in_browser)
+        uploaded_all = event.success(inputs=[box], js=AFTER_UPLOADS, **in_browser)
+        changed = uploaded_all.then(inputs=[part.drawn, box], outputs=[box], js=js, **in_browser)
         changed.then(**mark).then(**typing, trigger_mode="always_last")
     box.submit(outputs=[part.pages], js="() => ''", **in_browser)
 
