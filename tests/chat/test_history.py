@@ -397,7 +397,7 @@ def test_a_conversation_is_exported_with_its_pictures(page, model, tmp_path):
     with zipfile.ZipFile(download.value.path()) as exported:
         text = exported.read("chat.md").decode()
         linked = [unquote(link) for link in re.findall(r"!\[\]\((\S+)\)", text)]
-        assert sorted(exported.namelist()) == sorted(["chat.md", *linked])
+        assert sorted(exported.namelist()) == sorted(["chat.json", "chat.md", *linked])
         for link, file in zip(linked, (path_of(SHAPES), odd), strict=True):
             pixels = Image.open(io.BytesIO(exported.read(link)))
             assert ImageChops.difference(pixels, Image.open(file).convert("RGB")).getbbox() is None
