@@ -141,10 +141,9 @@ def test_values_that_could_mislead_are_bounded(store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../../evil.png", "/evil.png", "C:\\evil.png", "..", "a/../../evil\0.png", "~/x", ""]
+    "name", ["../../../evil.png", "/evil.png", "C:\\evil.png", "..", "a/../../evil.png", "~/x", "."]
 )
 def test_names_in_a_zip_are_no_paths(store, tmp_path, name):
-    name = name.replace("\0", "")  # zipfile ends names there
     file = written(tmp_path, export_of({**TURN, "pictures": [name]}), **{name: png()})
     imported = import_chat(file, store, IMPORTER)
     [picture] = imported.turns[0].pictures
