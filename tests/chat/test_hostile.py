@@ -489,6 +489,9 @@ class Forger:
             "reopen": [victim["chat"]],
             "open": [self.value()],
             "delete": ["yes"],
+            "delete_selected": [[victim["chat"], self.value()], "yes"],
+            "search": [self.pick(self.value(), "x" * 1_000_000, '"')],
+            "import_chat": [file],
             "refresh": [""],
             "choose": ["opened", "", 8, 0, 0.9, "high"],
         }.get(named, [])
