@@ -8,10 +8,11 @@
 #                   MODEL_DIR=<converted>; DRAFT=<hub id or folder>: draft model; REFERENCE=meta or transformers: code that
 #                   the weights were trained with, where the checkpoint does not say (docs/upstream.md); BASE=<hub id or
 #                   folder>: base of a LoRA adapter that MODEL_ID names, here and for serve and caption
-#                   IMAGE_STORE_MB=0: no encoded pictures on disk, here and for serve
+#                   IMAGE_STORE_MB=0: no encoded pictures on disk, here and for serve; HOST, PORT and ROOT_PATH (of a
+#                   proxy in front) likewise
 #   make serve      answer other programs as OpenAI's API does, on the demo model, MODEL_ID or MODEL_DIR; CHAT=1 with the page;
 #                   OLLAMA=1 at Ollama's port, for programs that speak its API;
-#                   HOST, PORT, TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
+#                   TRUSTED_HOSTS and KEY_FILE as its options (the key also from OV_MLLAMA_KEY)
 #   make caption    ask QUESTION about every picture of the folder PICTURES; answers go to OUT, whose ending is .parquet,
 #                   .csv, .jsonl or .json
 #   make bench      measure time and memory beside PyTorch, on random weights of the 11B's widths
@@ -33,11 +34,12 @@ BASE ?=
 REFERENCE ?=
 SETTINGS := MODEL_ID REFERENCE CALIBRATION_DATA DRAFT_MODEL MAX_NEW_TOKENS COMPARE_WITH_PYTORCH QUESTIONS
 # values reach commands by the environment, as they were typed: neither make nor a shell reads them
-VALUES := $(SETTINGS) MODEL_DIR BASE DRAFT QUESTION PICTURES OUT HOST PORT KEY_FILE IMAGE_STORE_MB
+VALUES := $(SETTINGS) MODEL_DIR BASE DRAFT QUESTION PICTURES OUT HOST PORT ROOT_PATH KEY_FILE IMAGE_STORE_MB
 $(foreach name,$(VALUES),$(if $(value $(name)),$(eval override $(name) := $$(value $(name)))))
 export $(VALUES)
 option = $(if $($(2)),--$(1) "$$$(2)")
 model = $(call option,checkpoint,MODEL_ID) $(call option,base,BASE) $(call option,model-dir,MODEL_DIR) $(call option,reference,REFERENCE)
+listen = $(call option,host,HOST) $(call option,port,PORT) $(call option,root-path,ROOT_PATH)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -50,10 +52,10 @@ lab: .venv/.run
 	$(BIN)/jupyter lab mllama-3.2.ipynb
 
 chat: .venv/.run
-	$(BIN)/python -m ov_mllama chat $(model) $(call option,draft,DRAFT) $(call option,image-store-mb,IMAGE_STORE_MB)
+	$(BIN)/python -m ov_mllama chat $(model) $(call option,draft,DRAFT) $(listen) $(call option,image-store-mb,IMAGE_STORE_MB)
 
 serve: .venv/.scale
-	$(BIN)/python -m ov_mllama serve $(model) $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(call option,host,HOST) $(call option,port,PORT) $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(call option,key-file,KEY_FILE) $(call option,image-store-mb,IMAGE_STORE_MB)
+	$(BIN)/python -m ov_mllama serve $(model) $(if $(CHAT),--chat) $(if $(OLLAMA),--ollama) $(listen) $(if $(TRUSTED_HOSTS),--trusted-hosts $(foreach host,$(TRUSTED_HOSTS),'$(host)')) $(call option,key-file,KEY_FILE) $(call option,image-store-mb,IMAGE_STORE_MB)
 
 caption: .venv/.run
 	$(BIN)/python -m ov_mllama caption $(model) --question="$$QUESTION" --out="$$OUT" -- "$$PICTURES"

@@ -133,6 +133,31 @@ def show_tiles(image, inputs, processor, padding_alike: bool) -> None:
     show_picture(figure, f"A picture of {image.width} by {image.height} pixels, its {real} tiles{empty}")
 
 
+def show_attention(image, words: list[str], maps: list[np.ndarray]) -> None:
+    """Draw where each word of an answer looks: heat maps over the picture, from 0 to each one's peak.
+
+    Args:
+        image: PIL picture.
+        maps: f32 [height, width], as `ov_mllama.runtime.attention_maps.image_attention` returns them.
+    """
+    if not words:
+        return
+    columns = min(len(words), 5)
+    rows = -(-len(words) // columns)
+    size = (2.4 * columns, rows * (2.4 * image.height / image.width + 0.35))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    places, extent = [], (0, image.width, image.height, 0)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, word, heat in zip(axes.flat, words, maps, strict=False):
+        axis.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
+        axis.imshow(heat, cmap="inferno", alpha=0.65, vmin=0, extent=extent)
+        axis.set_title(word, fontsize=10)
+        y, x = np.unravel_index(heat.argmax(), heat.shape)
+        places.append(f"{word} {100 * x // heat.shape[1]} % from the left, {100 * y // heat.shape[0]} % from the top")
+    show_picture(figure, f"Heat maps of the cross-attention, with their peaks: {'; '.join(places)}")
+
+
 def show_weights(before: np.ndarray, after: np.ndarray, group_size: int, name: str) -> None:
     """Draw a layer's weights before and after compression: all of them, two groups of a row, and the groups' scales.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
-from ov_mllama.cli import IMAGE_STORE_MB, YES, confirm, exit_on_user_error, megabytes, user_path
+from ov_mllama.cli import IMAGE_STORE_MB, YES, confirm, exit_on_user_error, megabytes, root_path, user_path
 from ov_mllama.export.costs import gigabytes
 from ov_mllama.export.plan import markdown
 from ov_mllama.export.prepare import (
@@ -108,7 +108,11 @@ def run_chat(options: argparse.Namespace) -> None:
     drafting: dict = {"assistant_model": draft} if draft else {}
     demo = make_demo(model, load_processor(model_dir), examples, **drafting)
     _, url, _ = demo.launch(
-        server_name=options.host, server_port=options.port, auth=users or None, prevent_thread_lock=True
+        server_name=options.host,
+        server_port=options.port,
+        root_path=options.root_path,
+        auth=users or None,
+        prevent_thread_lock=True,
     )
     # repacking the 11B's weights takes half a minute: meanwhile the page is open, and a first image is encoded
     parts: list = [model, *drafting.values()]
@@ -209,6 +213,9 @@ def add_chat_arguments(page: argparse.ArgumentParser) -> None:
     )
     page.add_argument("--host", help="address to listen on; default: GRADIO_SERVER_NAME, else 127.0.0.1")
     page.add_argument("--port", type=int, help="default: the first free one from GRADIO_SERVER_PORT, else 7860, on")
+    page.add_argument(
+        "--root-path", type=root_path, metavar="PATH", help="path of a proxy in front; default: GRADIO_ROOT_PATH"
+    )
     users = page.add_mutually_exclusive_group()
     users.add_argument("--auth-file", type=user_path, help="lines NAME:PASSWORD; users see only their own chats")
     users.add_argument("--auth", nargs=2, metavar=("NAME", "PASSWORD"), help="visible to all users of this machine")

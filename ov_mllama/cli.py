@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ov_mllama.runtime.errors import UserError
+from ov_mllama.runtime.errors import InputError, UserError
 
 logger = logging.getLogger("ov_mllama")
 
@@ -66,6 +67,19 @@ def megabytes(text: str) -> int:
     if int(text) < 0:
         raise ValueError
     return int(text)
+
+
+def root_path(text: str) -> str:
+    """Return the path at which a proxy serves this program, "/a/b" or "" for none; one with a scheme and a host, as
+    Gradio accepts it, is returned without a trailing slash.
+
+    Raises:
+        InputError: if it has other characters than a path.
+    """
+    text = text.strip().rstrip("/")
+    if not re.fullmatch(r"(https?://[\w.:\[\]-]+)?[\w.~%@/-]*", text, re.ASCII):
+        raise InputError(f"{text!r} is no path of a proxy: give one such as /proxy/7860.")
+    return text if not text or text.startswith(("/", "http://", "https://")) else f"/{text}"
 
 
 def user_path(text: str) -> Path:

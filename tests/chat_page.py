@@ -69,6 +69,7 @@ class Says:
 
     async def words(self, model, processor, note, progress, **inputs):
         said = 0
+        progress.enter("Writing")
         while not self.over or said < len(self.text):
             if said < len(self.text):
                 piece, said = self.text[said:], len(self.text)
@@ -203,9 +204,10 @@ class Tab:
         expect(self.send).to_have_count(1, timeout=20_000)
         expect(self.box).to_be_enabled(timeout=20_000)
 
-    def press(self, label: str) -> None:
-        """Presses one of the buttons under the last message that has it."""
-        self.tab.get_by_label(label).last.click()
+    def press(self, label: str, side: str = "") -> None:
+        """Presses one of the buttons under the last message that has it; under the last question (`side` "-right") or
+        answer ("-left")."""
+        self.tab.locator(f".message-buttons{side} [aria-label='{label}']:visible").last.click()
 
     def new_chat(self) -> None:
         """Begins another conversation."""

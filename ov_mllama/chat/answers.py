@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ov_mllama.chat.messages import details_of, to_messages
-from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.chat.recorded_queries import RecordedQueries
+from ov_mllama.chat.store import Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, STOPPED, WAITING, Turn
 from ov_mllama.runtime.errors import UserError
 from ov_mllama.runtime.images import DETAILS
 from ov_mllama.runtime.inference import Cancelled, Progress
 from ov_mllama.runtime.prompts import (
     FifoLock,
+    escape_special_tokens,
     picture_tensors,
     prompt_tensors,
     sampling,
@@ -66,12 +69,14 @@ class Chat:
     Attributes:
         queue: FIFO queue of questions.
         prefetcher: encodes images while questions about them are typed.
+        recorded: the last answers' queries, for heat maps.
     """
 
     def __init__(self, model, processor, conversations: Conversations, **options):
         self.model, self.processor, self.conversations, self.options = model, processor, conversations, options
         self.prefetcher = Prefetcher(model, processor)
         self.queue = FifoLock()
+        self.recorded = RecordedQueries()
         self._running: dict[Conversation, RunningAnswer] = {}
         self._writer = ThreadPoolExecutor(1, "saves")  # in order, off the event loop
         self._failed: set[Conversation] = set()  # whose retry is scheduled
@@ -81,14 +86,15 @@ class Chat:
         return self._running.get(conversation)
 
     def begin(self, conversation: Conversation, settings: GenerationSettings, uploads: Collection[Path] = ()) -> None:
-        """Begin to answer a conversation's last question.
+        """Begin to answer a conversation's last question, or to continue its answer.
 
         Args:
             uploads: its images under the names that were prefetched.
         """
-        turn, progress = conversation.turns[-1], Progress()
-        turn.answer, turn.note, turn.state = "", "", WAITING
-        task = asyncio.create_task(self._answer_and_save(conversation, progress, settings, uploads))
+        turns, progress = [*conversation.turns], Progress()  # a copy: another variant may be shown meanwhile
+        turn = turns[-1]
+        turn.note, turn.state = "", WAITING
+        task = asyncio.create_task(self._answer_and_save(conversation, turns, progress, settings, uploads))
         self._running[conversation] = RunningAnswer(task, progress)
 
         def ended(_) -> None:
@@ -144,7 +150,7 @@ class Chat:
             with contextlib.suppress(RuntimeError):  # the program ends
                 self.save(conversation)
 
-    async def _answer_and_save(self, conversation, progress: Progress, settings: GenerationSettings, uploads) -> None:
+    async def _answer_and_save(self, conversation, turns, progress: Progress, settings: GenerationSettings, uploads):
         async def save_often() -> None:
             while True:
                 self.save(conversation)
@@ -152,21 +158,23 @@ class Chat:
 
         saving = asyncio.create_task(save_often())
         try:
-            await self.answer(conversation.turns, progress, settings, uploads)
+            await self.answer(turns, progress, settings, uploads)
         finally:
             saving.cancel()
 
     async def answer(
         self, turns: Sequence[Turn], progress: Progress, settings: GenerationSettings, uploads: Collection[Path] = ()
     ) -> None:
-        """Answer the last turn: append the text as it comes, then set note and state. An error goes into the note;
-        cancelled, the turn is STOPPED within a token.
+        """Answer the last turn, or continue its answer: append the text as it comes, then set note and state. An error
+        goes into the note; cancelled, the turn is STOPPED within a token.
 
         Args:
             progress: updated with each stage.
             uploads: as for `begin`.
         """
         turn, limit = turns[-1], int(settings.max_new_tokens)
+        turn.answer = turn.answer.rstrip("\ufffd")  # some of a character's tokens, at the token limit
+        prefill = escape_special_tokens(turn.answer)
         try:
             messages, pictures = to_messages(turns, settings.system)
             arguments = {**self.options, **sampling(settings.temperature, settings.top_p), "max_new_tokens": limit}
@@ -178,13 +186,15 @@ class Chat:
             with self.prefetcher.hold(uploads, turn.detail):
                 async with self.queue.turn(progress):
                     progress.enter("Opening the question’s pictures" if pictures else "Preparing the question")
-                    inputs, remarks = await asyncio.to_thread(
-                        prompt_tensors, self.model, self.processor, messages, pictures, limit, details_of(turns)
-                    )
-                    words = stream_words(self.model, self.processor, finish, progress, **{**inputs, **arguments})
+                    prompt = (messages, pictures, limit, details_of(turns), prefill)
+                    inputs, remarks = await asyncio.to_thread(prompt_tensors, self.model, self.processor, *prompt)
+                    recording = {} if prefill else self.recorded.begin(self.model, inputs)
+                    arguments = {**inputs, **arguments, **recording}
+                    words = stream_words(self.model, self.processor, finish, progress, **arguments)
                     async with contextlib.aclosing(words):
                         async for piece in words:
                             turn.answer += piece
+                    self.recorded.put(turns, recording.get("queries"))
         except asyncio.CancelledError:
             turn.state = STOPPED
             raise

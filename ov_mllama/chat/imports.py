@@ -14,21 +14,12 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ov_mllama.chat.page_input import MAX_IMAGES, MAX_QUESTION
-from ov_mllama.chat.store import (
-    ANSWERED,
-    CUT,
-    FAILED,
-    MAX_TITLE,
-    STOPPED,
-    WAITING,
-    Conversation,
-    Conversations,
-    Turn,
-)
+from ov_mllama.chat.store import MAX_TITLE, Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, EDITED, FAILED, STOPPED, WAITING, Turn
 from ov_mllama.runtime.errors import ImageError, InputError
 from ov_mllama.runtime.images import DETAILS, load_image
 
@@ -45,11 +36,11 @@ def export_name(picture: Path) -> str:
 
 
 def to_json(conversation: Conversation) -> str:
-    """Return an export's JSON."""
-    turns = [
-        {**asdict(turn), "pictures": [export_name(picture) for picture in turn.pictures if picture.is_file()]}
-        for turn in conversation.turns
-    ]
+    """Return an export's JSON: the variant that is shown."""
+    turns = []
+    for turn in conversation.turns:
+        fields = {name: value for name, value in vars(turn).items() if name not in ("others", "position")}
+        turns.append(fields | {"pictures": [export_name(picture) for picture in turn.pictures if picture.is_file()]})
     return json.dumps({"format": FORMAT, "version": VERSION, "title": conversation.title, "turns": turns}, indent=1)
 
 
@@ -165,7 +156,7 @@ def checked_turn(fields: object) -> tuple[Turn, list[str]]:
     if not isinstance(fields, dict):
         raise InputError("A turn of the export is broken: export the chat again.")
     asked = checked(fields, "asked", time.time(), lambda value: type(value) in (int, float) and math.isfinite(value))
-    state = checked(fields, "state", ANSWERED, (WAITING, ANSWERED, CUT, STOPPED, FAILED).__contains__)
+    state = checked(fields, "state", ANSWERED, (WAITING, ANSWERED, CUT, STOPPED, FAILED, EDITED).__contains__)
     turn = Turn(
         question=checked_text(fields, "question", MAX_QUESTION),
         answer=checked_text(fields, "answer", MAX_ANSWER),
@@ -174,6 +165,7 @@ def checked_turn(fields: object) -> tuple[Turn, list[str]]:
         asked=min(max(float(asked), 0.0), time.time()),
         remarks=checked_texts(fields, "remarks", MAX_REMARKS),
         detail=checked(fields, "detail", "high", DETAILS.__contains__),
+        closer=checked(fields, "closer", False, lambda value: type(value) is bool),
     )
     return turn, checked_texts(fields, "pictures", MAX_IMAGES)
 

@@ -12,7 +12,9 @@ import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 
+from ov_mllama.chat import documents
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.heat_maps import HeatMaps, connect_panel, lay_out_panel
 from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import report_errors
 from ov_mllama.chat.pages import POLL_S, Pages
@@ -20,13 +22,13 @@ from ov_mllama.chat.proxies import LOOPBACK, bypass_proxy_for_loopback
 from ov_mllama.chat.render import LATEX, detail_choices, escape_markup
 from ov_mllama.chat.sidebar import connect_list, lay_out_list, list_outputs
 from ov_mllama.chat.store import Conversations
-from ov_mllama.cli import shutdown_promptly
+from ov_mllama.cli import root_path, shutdown_promptly
 from ov_mllama.runtime.images import SUFFIXES
 
 PARTS = Path(__file__).parent
 WELCOME = """## What would you like to know?
 
-Add pictures, or drop them anywhere. {}"""
+Add pictures or PDFs: drop or paste them anywhere. {}"""
 # The conversation's id is in the page's URL, for reload, bookmarks and Back
 SET_URL = """(key) => {
     const url = new URL(location);
@@ -35,6 +37,7 @@ SET_URL = """(key) => {
     history.pushState(null, "", url);
 }"""
 CONFIRM = "() => confirm('Delete this chat and its pictures for good?') ? 'yes' : ''"
+FLIP = "() => document.querySelector('#flip').dataset.choice"  # page.js
 DOWNLOAD = "() => document.querySelector('#exported').click()"
 
 # Defaults of `make_demo(...).launch()`: this machine only, no tunnel, no large uploads, no request to other origins
@@ -79,7 +82,9 @@ class ChatPage(gr.Blocks):
     def launch(self, *args, **options):
         host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or LAUNCH["server_name"]
         host = host.strip("[]")  # of an IPv6 address
+        root = options.get("root_path")
         options = {**LAUNCH, **options, "server_name": f"[{host}]" if ":" in host else host}
+        options["root_path"] = root_path(os.environ.get("GRADIO_ROOT_PATH", "") if root is None else root)
         options["app_kwargs"] = {**options.get("app_kwargs", {}), **self.app_kwargs()}
         if host not in LOOPBACK and not options.get("auth"):
             warnings.warn(
@@ -187,13 +192,15 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         show_label=False,
         elem_classes="chat",
         buttons=["copy"],
-        editable="user",
+        editable="all",
         group_consecutive_messages=False,  # editing a message with an image fails otherwise (gradio#10229)
         autoscroll=False,  # it resets the user's scrolling; page.js scrolls
         latex_delimiters=LATEX,
         placeholder=WELCOME.format(escape_markup(about)),
         examples=examples,
     )
+    part.documents = documents.create_parts()
+    part.looked = lay_out_panel()
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
@@ -207,6 +214,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
     part.settings.append(detail_switch(details))
     part.foot = gr.Markdown(elem_classes="foot")
     part.timer = gr.Timer(POLL_S)
+    part.flip = gr.Button(visible="hidden", elem_id="flip")
     part.hidden = [gr.Textbox(visible=False), gr.Textbox(visible=False)]
     return part
 
@@ -234,7 +242,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
 
     def on(events, fn, inputs=None, outputs=None, **options):
         event = gr.on(events, report_errors(pages.find, fn), inputs, outputs, **options, **quick)
-        return event.then(*poll, **quick)
+        event.then(*poll, **quick)
+        return event
 
     part.timer.tick(*poll, **quick)
     part.pending.change(pages.refresh, [part.version], shown, trigger_mode="always_last", **quick)
@@ -245,12 +254,15 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
 
     on(part.box.submit, pages.ask, [part.box, *part.settings], [part.box])
     on(part.box.stop, pages.stop)
-    gr.on([part.box.change, part.settings[-1].input], pages.on_typing, [part.box, part.settings[-1]], **quick)
+    typing = {"fn": pages.on_typing, "inputs": [part.box, part.settings[-1]], **quick}
+    gr.on([part.box.change, part.settings[-1].input], **typing)
+    documents.connect_parts(on, part.documents, part.box, pages, typing)
     on(part.chatbot.example_select, pages.example, part.settings)
-    on(part.chatbot.option_select, pages.choose_option, part.settings)
     on(part.chatbot.retry, pages.retry, part.settings)
+    connect_panel(part, HeatMaps(pages), on)
     on(part.chatbot.undo, pages.undo, None, [part.box])
     on(part.chatbot.edit, pages.edit, part.settings)
+    on(part.flip.click, pages.flip, part.hidden[:1], js=FLIP)
     on(part.new.click, pages.begin_new)
     connect_list(part, pages, on)
     on([part.name.submit, part.name.blur], pages.rename, [part.name], [part.name])

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ov_mllama.chat.store import Turn
+from ov_mllama.chat.turns import Turn
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.prompts import escape_special_tokens
 
@@ -29,9 +29,11 @@ def to_messages(turns: Sequence[Turn], system: str = "") -> tuple[list[dict], li
 
 
 def details_of(turns: Sequence[Turn]) -> list[str]:
-    """Return the detail of each image of `to_messages`."""
+    """Return the detail of each image of `to_messages`: full up to the last turn with a closer look."""
     *before, question = turns
-    return [turn.detail for turn in [*(t for t in before if t.answer), question] for _ in turn.pictures]
+    used = [*(turn for turn in before if turn.answer), question]
+    closer = max((i for i, turn in enumerate(used) if turn.closer), default=-1)
+    return ["high" if i <= closer else turn.detail for i, turn in enumerate(used) for _ in turn.pictures]
 
 
 def message(role: str, text: str, pictures: Collection[Path] = ()) -> dict:

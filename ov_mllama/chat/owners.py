@@ -81,6 +81,7 @@ class OwnerCookie:
             await self.app(scope, receive, send)
             return
         token = browser_token(HTTPConnection(scope).cookies) or secrets.token_hex(32)
+        # of all paths, also behind a proxy: its path may have the port in it, which changes
         common = f"{token}; Path=/; Max-Age={COOKIE_S}; HttpOnly"
         secure = "; Secure" if scope.get("scheme") == "https" else ""
         cookies = (

@@ -12,23 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
-from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.documents import pdfs_of
 from ov_mllama.chat.listing import ChatList, ListTabs
-from ov_mllama.chat.page_input import MAX_QUESTION, bounded_text, checked_settings, images_of, text_of, user_error
-from ov_mllama.chat.render import (
-    CONTINUE,
-    LOOK_CLOSER,
-    describe_model,
-    detail_choices,
-    escape_markup,
-    to_gradio,
-    write_export,
-)
-from ov_mllama.chat.store import MAX_TITLE, Conversation, Turn
+from ov_mllama.chat.page_input import bounded_text, checked_settings, images_of, text_of, user_error
+from ov_mllama.chat.render import describe_model, detail_choices, escape_markup, to_gradio, write_export
+from ov_mllama.chat.store import MAX_TITLE, Conversation
 from ov_mllama.chat.tabs import Page
+from ov_mllama.chat.turns import WAITING, Turn
+from ov_mllama.chat.variants import Variants
 from ov_mllama.runtime.images import DETAILS, PictureError, load_image
 from ov_mllama.runtime.inference import Progress
 
@@ -38,7 +31,7 @@ MAX_PROGRAM_TURNS = 200
 TEMPORARY = "**Temporary chat:** it is not stored, and ends with this tab."
 
 
-class Pages(ListTabs):
+class Pages(ListTabs, Variants):
     """Event handlers of the open tabs. They change conversations; `refresh` alone writes on pages.
 
     Args:
@@ -59,9 +52,11 @@ class Pages(ListTabs):
         key = talk.id if talk.turns and not talk.temporary else ""
         states = self.chat.prefetcher.states(page.key)
         pictures = [f"Picture{'s' * (len(states) > 1)}: {', '.join(states)}"] * bool(states)
+        hidden = bool(running) and all(turn.state != WAITING for turn in talk.turns)
+        writing = [f"Another answer: {escape_markup(progress)}"] * hidden
         model = escape_markup(describe_model(self.chat.model))
         stays = TEMPORARY if talk.temporary else "Everything stays on the machine that serves this page."
-        foot = " · ".join([*(pictures or [model]), stays])
+        foot = " · ".join([*(pictures or writing or [model]), stays])
         errors = [f"⚠️ {escape_markup(message)}" for message in (page.error, talk.unsaved) if message]
         return [
             to_gradio(talk.turns, progress),
@@ -143,61 +138,6 @@ class Pages(ListTabs):
         text, images = self.examples[index]
         await self._ask(text, images, request, settings)
 
-    async def choose_option(self, chosen: gr.SelectData, request: gr.Request, *settings) -> None:
-        """Ask for the rest of an answer that has reached the token limit, or answer again at full detail."""
-        if chosen.value != LOOK_CLOSER:
-            await self._ask(CONTINUE, [], request, settings)
-            return
-        checked, talk = checked_settings(settings), await self._stopped(request)
-        for turn in talk.turns:
-            turn.detail = "high"
-        if talk.turns:
-            self.chat.begin(talk, checked)
-
-    async def stop(self, request: gr.Request) -> None:
-        """Cancel the answer under way."""
-        await self._stopped(request)
-
-    async def _stopped(self, request: gr.Request) -> Conversation:
-        """Cancel the answer under way in a page's conversation, and return the conversation."""
-        talk = self.page(request).conversation
-        await self.chat.stop(talk)
-        return talk
-
-    async def retry(self, request: gr.Request, *settings) -> None:
-        """Answer the last question again."""
-        checked, talk = checked_settings(settings), await self._stopped(request)
-        if talk.turns:  # another tab may have removed them
-            talk.turns[-1].detail = checked.detail
-            self.chat.begin(talk, checked)
-
-    async def undo(self, request: gr.Request):
-        """Move the last question back into the text box."""
-        talk = await self._stopped(request)
-        if not talk.turns:
-            return gr.skip()
-        turn = talk.turns.pop()
-        self.chat.save(talk)
-        pictures = [picture for picture in turn.pictures if picture.is_file()]
-        copies = [await asyncio.to_thread(save_file_to_cache, picture, get_upload_folder()) for picture in pictures]
-        return {"text": turn.question, "files": copies}
-
-    async def edit(self, edited: gr.EditData, request: gr.Request, *settings) -> None:
-        """Replace a question's text, keep its images, drop the turns after it, and answer it."""
-        checked, talk = checked_settings(settings), self.page(request).conversation
-        question = bounded_text(edited.value, MAX_QUESTION, "question")
-        index = edited.index[0] if isinstance(edited.index, (list, tuple)) and edited.index else edited.index
-        await self.chat.stop(talk)
-        messages = to_gradio(talk.turns)
-        if type(index) is not int or not 0 <= index < len(messages) or messages[index]["role"] != "user":
-            raise user_error("There is no such question any more.")
-        turn = sum(message["role"] == "user" for message in messages[:index])
-        edited_turn = talk.turns[turn]
-        talk.turns[turn:] = [
-            Turn(question, edited_turn.pictures, remarks=edited_turn.remarks, detail=edited_turn.detail)
-        ]
-        self.chat.begin(talk, checked)
-
     async def rename(self, name: str, request: gr.Request) -> str:
         """Rename the conversation, to its first question if the name is empty; return its name."""
         talk = self.page(request).conversation
@@ -231,6 +171,7 @@ class Pages(ListTabs):
                 images = images_of(message)
             except gr.Error:
                 images = []
+            images = [image for image in images if image not in pdfs_of(images)]  # their pages follow
             self.chat.prefetcher.prefetch(key, images, detail if detail in DETAILS else "high")
 
     async def api_chat(self, message: dict, request: gr.Request, *settings) -> tuple[str, str]:

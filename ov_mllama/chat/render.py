@@ -12,9 +12,10 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.imports import export_name, to_json
-from ov_mllama.chat.store import CUT, FAILED, STOPPED, WAITING, Conversation, Turn
+from ov_mllama.chat.store import Conversation
+from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, STOPPED, WAITING, Turn
 
-CONTINUE, LOOK_CLOSER = "Continue", "Look closer"  # options below an answer
+CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED = "Continue", "Look closer", "Where it looked"  # options below an answer
 JOINER = "\u2060"  # zero width
 LATEX: list[dict] = [  # delimiters of formulas
     {"left": left, "right": right, "display": display}
@@ -58,6 +59,12 @@ def block_loading(text: str) -> str:
     return re.sub(r"!(?=\[)|<(?=[A-Za-z/!?])", rf"\g<0>{JOINER}", text)
 
 
+def unrender_answer(text: str) -> str:
+    """Return an answer that was edited on the page: as `render_answer` got it, except that formulas between single
+    dollars have TeX's brackets."""
+    return text.replace(JOINER, "").replace("``` mermaid", "```mermaid")
+
+
 def apply_outside_formulas(text: str, change: Callable[[str], str]) -> str:
     """Change a text except for its formulas, which are found as the page finds them and never become HTML."""
     formulas: list[str] = []
@@ -75,11 +82,26 @@ def apply_outside_formulas(text: str, change: Callable[[str], str]) -> str:
     return text
 
 
-def status_message(title: str, status: str = "", options: Sequence[str] = ()) -> dict:
-    """Return a status line of a conversation as a Gradio message, with options to choose from."""
+def status_message(title: str, status: str = "", options: Sequence[str] = (), content: str = "") -> dict:
+    """Return a status line of a conversation as a Gradio message, with options to choose from.
+
+    Args:
+        content: Markdown beside it.
+    """
     metadata = {"title": escape_markup(title)} | ({"status": status} if status else {})
     offered = {"options": [{"value": option} for option in options]} if options else {}
-    return {"role": "assistant", "content": "", "metadata": metadata, **offered}
+    return {"role": "assistant", "content": content, "metadata": metadata, **offered}
+
+
+def variant_buttons(index: int, turn: Turn) -> str:
+    """Return Markdown of two buttons for `Variants.flip`, such as "< 2/3 >"; "" for a turn without variants."""
+    if not turn.others:
+        return ""
+    before, after = (
+        f'<button name="flip" value="{index} {step}" title="{name} answer"></button>'
+        for step, name in ((-1, "Previous"), (1, "Next"))
+    )
+    return f"{before} {turn.position + 1}/{len(turn.others) + 1} {after}"
 
 
 def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
@@ -89,26 +111,33 @@ def to_gradio(turns: Iterable[Turn], progress: str = "") -> list[dict]:
         progress: of the answer under way.
     """
     messages: list[dict] = []
-    quick = False  # whether a picture before was shrunk
-    for turn in turns:
-        quick = quick or (bool(turn.pictures) and turn.detail == "low")
-        closer = [LOOK_CLOSER] * quick
+    quick = sees = False  # whether a picture before was shrunk; whether there is one
+    for i, turn in enumerate(turns):
+        quick = (quick or (bool(turn.pictures) and turn.detail == "low")) and not turn.closer
+        sees = sees or bool(turn.pictures)
         pictures = [{"path": str(picture)} for picture in turn.pictures]
         question = [escape_markup(turn.question)] if turn.question else []
         messages.append({"role": "user", "content": [*pictures, *question]})
         if turn.answer:
             messages.append({"role": "assistant", "content": render_answer(turn.answer)})
-        if turn.state == WAITING:
-            if not turn.answer or progress.startswith("Stopping"):
-                messages.append(status_message(progress, status="pending"))
-        elif turn.state == CUT:
-            messages.append(status_message(f"Token limit reached · {turn.note}", options=[CONTINUE, *closer]))
-        elif turn.state == STOPPED:
-            messages.append(status_message(f"Stopped. {turn.note}".strip()))
-        else:
-            note = f"No answer: {turn.note}" if turn.state == FAILED else turn.note
-            messages.append(status_message(note, options=closer))
+        buttons = variant_buttons(i, turn)
+        if turn.state != WAITING:
+            options = [CONTINUE] * turn.can_continue + [LOOK_CLOSER] * quick
+            options += [WHERE_IT_LOOKED] * (sees and bool(turn.answer) and turn.state in (ANSWERED, CUT))
+            messages.append(status_message(ending(turn), options=options, content=buttons))
+        elif buttons or not turn.answer or not progress.startswith("Writing"):
+            messages.append(status_message(progress, status="pending", content=buttons))
     return messages
+
+
+def ending(turn: Turn) -> str:
+    """Return the status line of a turn whose answer has ended."""
+    titles = {
+        CUT: f"Token limit reached · {turn.note}",
+        STOPPED: f"Stopped. {turn.note}".strip(),
+        FAILED: f"No answer: {turn.note}",
+    }
+    return titles.get(turn.state, turn.note)
 
 
 def describe_model(model) -> str:

@@ -17,13 +17,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from ov_mllama.chat.migrations import migrate
 from ov_mllama.chat.search import ListedChat, find
+from ov_mllama.chat.turns import STOPPED, WAITING, Turn, every_turn
 from ov_mllama.chat.user_data import data_folder
 from ov_mllama.runtime.images import load_image
 
@@ -31,34 +32,6 @@ DAY_S = 24 * 60 * 60
 TITLE_LENGTH = 60  # characters of a title made from the first question
 MAX_TITLE = 100  # characters of a title set by the owner
 TIMEOUT_S = 10  # for another program's transaction
-
-# States of a turn
-WAITING, ANSWERED, CUT, STOPPED, FAILED = "waiting", "answered", "cut", "stopped", "failed"
-
-
-@dataclass
-class Turn:
-    """A question and its answer.
-
-    Attributes:
-        question: its text; may be empty if there are pictures.
-        pictures: their files.
-        answer: as far as it is written.
-        note: statistics of the answer, or the error.
-        state: WAITING until the answer has ended; CUT at the token limit; STOPPED by the user; FAILED.
-        asked: seconds since 1970.
-        remarks: on its pictures.
-        detail: of its pictures, see `images.at_detail`.
-    """
-
-    question: str
-    pictures: list[Path] = field(default_factory=list)
-    answer: str = ""
-    note: str = ""
-    state: str = WAITING
-    asked: float = field(default_factory=time.time, compare=False)
-    remarks: list[str] = field(default_factory=list)
-    detail: str = "high"
 
 
 @dataclass(eq=False)
@@ -159,7 +132,7 @@ class Conversations:
                 if row is None or row[0] != owner:
                     return None
                 conversation = Conversation(row[0], key, row[1])
-                conversation.turns = [self._turn(conversation, fields) for fields in json.loads(row[2])]
+                conversation.turns = self._turns(conversation, json.loads(row[2]))
                 self._open[key] = conversation
         return conversation if conversation.owner == owner and not conversation.deleted else None
 
@@ -182,10 +155,14 @@ class Conversations:
                     conversation.owner = owner
         self.version += 1
 
+    def _turns(self, conversation: Conversation, rows: list[dict]) -> list[Turn]:
+        return [self._turn(conversation, fields) for fields in rows]
+
     def _turn(self, conversation: Conversation, fields: dict) -> Turn:
         """Return a turn that any version of this program has saved, without unknown fields."""
         known = {each.name for each in dataclasses.fields(Turn)} & fields.keys()
         turn = Turn(**{"question": "", **{name: fields[name] for name in known}})
+        turn.others = [self._turns(conversation, tail) for tail in turn.others]  # type: ignore[arg-type]
         turn.pictures = [self._as_stored_today(conversation, self.pictures / name) for name in turn.pictures]
         if turn.state == WAITING:
             turn.state, turn.note = STOPPED, "The program ended before the answer did."
@@ -216,16 +193,23 @@ class Conversations:
         first = conversation.turns[0].question.strip() or "A picture"
         title = conversation.title or " ".join(first.split())[:TITLE_LENGTH]
         conversation.title = title.encode(errors="replace").decode()  # lone surrogates are invalid for SQLite
-        turns = [
-            {**asdict(turn), "pictures": [path.relative_to(self.pictures).as_posix() for path in turn.pictures]}
-            for turn in conversation.turns
-        ]
         return [
             conversation.id,
             conversation.owner,
             conversation.title,
-            conversation.turns[-1].asked,
-            json.dumps(turns),
+            max(turn.asked for turn in every_turn(conversation.turns)),
+            json.dumps(self._fields(conversation.turns)),
+        ]
+
+    def _fields(self, turns: list[Turn]) -> list[dict]:
+        """Return turns, hidden variants too, as JSON has them."""
+        return [
+            {
+                **vars(turn),
+                "pictures": [path.relative_to(self.pictures).as_posix() for path in turn.pictures],
+                "others": [self._fields(tail) for tail in turn.others],
+            }
+            for turn in turns
         ]
 
     def write(self, conversation: Conversation, row: list | None) -> None:

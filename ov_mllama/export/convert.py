@@ -31,7 +31,7 @@ from ov_mllama.export.takeover import (
 from ov_mllama.export.tracing import make_stateful, name_ports, trace
 from ov_mllama.runtime.ir import LANGUAGE_MODEL_NAME, VISION_ENCODER_NAME, check_disk_and_memory, ir_stamp, is_current
 from ov_mllama.runtime.reference import TRANSFORMERS, Reference, described
-from ov_mllama.runtime.shapes import MllamaShapes
+from ov_mllama.runtime.shapes import QUERIES, MllamaShapes
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ def convert_language_model(
     if shapes.cross_layers:
         inputs |= {"cross_attention_bias": [-1, 1, -1, -1], "sees_image": [-1, -1, 1]}
         inputs |= {name: list(shapes.cross_kv_shape(name, -1, -1)) for name in shapes.cross_kv_names}
-    name_ports(ov_model, inputs, ["logits", *shapes.present_names])
+    queries = [QUERIES] if shapes.cross_layers else []
+    name_ports(ov_model, inputs, ["logits", *queries, *shapes.present_names])
     make_stateful(ov_model, shapes)
     return ov_model
 

@@ -1,7 +1,7 @@
 """The graphs of the two IRs: Mllama as two `nn.Module`s around the checkpoint's own sub-modules, made to be traced.
 
     pixels of one image -> VisionEncoder -> cross-attention K/V
-    tokens, those, the text KV cache -> LanguageModel -> logits, grown cache
+    tokens, those, the text KV cache -> LanguageModel -> logits, queries of the cross-attention, grown cache
 
 `convert.py` has them traced; tests compare them with transformers.
 """
@@ -186,21 +186,26 @@ class LanguageModel(nn.Module):
                 layers is switched off, and with Meta's row mask their attention too.
             cross_attn_key_values: (key, value) for each cross-attention layer, as the vision encoder wrote them.
         Returns:
-            logits f32 [batch, logits_to_keep, vocab], then the grown key and value of each self-attention layer.
+            logits f32 [batch, logits_to_keep, vocab]; with cross-attention layers their queries for the same positions,
+            f32 [batch, logits_to_keep, layers * heads * head_dim], normalised; then the grown key and value of each
+            self-attention layer.
         """
         x = self.text_model.embed_tokens(input_ids)  # [batch, query, hidden_size]
         rotary = self.text_model.rotary_emb(x, position_ids)
         bias = self.causal_bias(input_ids, attention_mask)
-        cross_kv, past, present = iter(cross_attn_key_values), iter(past_key_values), []
+        cross_kv, past, present, queries = iter(cross_attn_key_values), iter(past_key_values), [], []
+        first = input_ids.shape[1] - logits_to_keep  # position with logits
         for index, layer in enumerate(_progress(self.text_model.layers, "Tracing language model")):
             if index in self.shapes.cross_layers:
                 key, value = next(cross_kv)
-                x = self.cross_attention_layer(layer, x, key, value, cross_attention_bias, sees_image)
+                query = self.cross_attention_query(layer, x)
+                queries.append(query[:, first:].flatten(2))
+                x = self.cross_attention_layer(layer, x, query, key, value, cross_attention_bias, sees_image)
             else:
                 x, key_value = self.self_attention_layer(layer, x, rotary, bias, *next(past))
                 present.extend(key_value)
-        x = x[:, x.shape[1] - logits_to_keep :]
-        return self.lm_head(self.text_model.norm(x)), *present
+        logits = self.lm_head(self.text_model.norm(x[:, first:]))
+        return (logits, torch.cat(queries, dim=-1), *present) if queries else (logits, *present)
 
     @staticmethod
     def causal_bias(input_ids, attention_mask):
@@ -231,13 +236,17 @@ class LanguageModel(nn.Module):
         x = x + layer.mlp(layer.post_attention_layernorm(x))
         return x, (key, value)
 
-    def cross_attention_layer(self, layer, x, key, value, bias, sees_image):
+    def cross_attention_query(self, layer, x):
+        """Return a cross-attention layer's normalised queries, [batch, query, heads, head_dim]."""
+        query = layer.cross_attn.q_proj(layer.input_layernorm(x))
+        return layer.cross_attn.q_norm(query.view(*x.shape[:2], self.shapes.num_heads, self.shapes.head_dim))
+
+    def cross_attention_layer(self, layer, x, query, key, value, bias, sees_image):
         """Let text attend to image rows. Query heads that share a key fold into the query axis: [B, kv, G*Q, D]."""
         attention, shapes = layer.cross_attn, self.shapes
         batch, queries, _ = x.shape
-        query = attention.q_proj(layer.input_layernorm(x)).view(batch, queries, shapes.num_heads, shapes.head_dim)
-        query = attention.q_norm(query).transpose(1, 2)
-        scores = query.reshape(batch, shapes.num_kv_heads, -1, shapes.head_dim) @ key  # [batch, kv heads, G * Q, rows]
+        query = query.transpose(1, 2).reshape(batch, shapes.num_kv_heads, -1, shapes.head_dim)
+        scores = query @ key  # [batch, kv heads, G * Q, rows]
         groups = shapes.num_heads // shapes.num_kv_heads
         scores = scores.view(batch, shapes.num_kv_heads, groups, queries, -1) + bias[:, :, None]
         weights = scores.softmax(dim=-1).view(batch, shapes.num_kv_heads, groups * queries, -1)

@@ -252,3 +252,12 @@ def check_ports(shapes: MllamaShapes, encoder: OVImageEncoder, language_model: o
             f"{model_dir / 'config.json'} describes another model than the IRs beside it: run convert_mllama again "
             "into another folder."
         )
+
+
+def check_gives_queries(language_model: OVLanguageModel) -> None:
+    """Reject a language IR without cross-attention queries, as earlier versions wrote it."""
+    if not language_model.gives_queries:
+        raise InputError(
+            "The language model's IR gives no attention maps, as an earlier version made it: delete it "
+            "(openvino_language_model.xml, llm_*.xml), then run `ov-mllama prepare`, or convert_mllama and compress."
+        )

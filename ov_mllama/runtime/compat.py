@@ -63,3 +63,13 @@ class ModuleCompatMixin:
 
     def get_experts_implementation(self) -> dict:
         return {}
+
+    @property
+    def vision_encoder_infer_time(self) -> list[float]:
+        """Seconds for each different image of the last prompt, about 0 for cached ones."""
+        return self.stats.image_s
+
+    @property
+    def llm_infer_time(self) -> list[float]:
+        """Seconds for each step of the language model since the last prompt; the first is the prompt's."""
+        return [self.stats.prefill_s, *self.stats.step_s] if self.stats.prefill_s else []

@@ -22,7 +22,8 @@ from .reference import Reference
 logger = logging.getLogger(__name__)
 
 # Increase whenever a graph's inputs, outputs or meaning change: IRs of another version are rebuilt, never loaded. Note
-# the cost in CHANGELOG.md; tests/export/test_convert.py detects a graph that changed without it.
+# the cost in CHANGELOG.md; tests/export/test_convert.py detects a graph that changed without it. Not for an output that
+# one feature alone reads, such as `shapes.QUERIES`: IRs without it are loaded, and the feature's error has the fix.
 CONVERTER_VERSION = "5"
 
 VISION_ENCODER_NAME = "openvino_vision_encoder.xml"

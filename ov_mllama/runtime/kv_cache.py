@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import openvino as ov
 
 from .cross_attention import CrossAttention
 from .errors import InputError
@@ -65,6 +66,7 @@ class OVCache:
         cross_attention: image K/V for the tokens after the prompt.
         drafting: assisted decoding is on, see `activate_past_recording`.
         stats: `GenerationStats` of the prompt and the tokens since.
+        queries: `attention_maps.AnswerQueries` that records those of each step; None: they are not read.
     """
 
     is_compileable = False  # by torch.compile
@@ -82,6 +84,7 @@ class OVCache:
         self.cross_attention: CrossAttention | None = None
         self.drafting = False
         self.stats = GenerationStats()
+        self.queries: Any = None
 
     # ---- Called by transformers ----
 
@@ -191,3 +194,10 @@ def see_alike(
     tiles = shared and shared * (seen.shape[1] // len(keys))  # of the common first images
     same = (seen[:, :tiles] == others_seen[:, :tiles]).all(-1)
     return same & ~seen[:, tiles:].any(-1) & ~others_seen[:, tiles:].any(-1)
+
+
+def kv_cache_bits(compiled: ov.CompiledModel) -> int:
+    """Return the bits per number in the KV cache; 32 if the device does not tell."""
+    if "KV_CACHE_PRECISION" in compiled.get_property("SUPPORTED_PROPERTIES"):
+        return compiled.get_property("KV_CACHE_PRECISION").bitwidth
+    return 32

@@ -17,8 +17,8 @@ from .devices import choose
 from .errors import InputError
 from .inference import Progress, check_stop
 from .ir import ir_stamp
-from .kv_cache import OVCache, Prompt
-from .shapes import MllamaShapes
+from .kv_cache import OVCache, Prompt, kv_cache_bits
+from .shapes import QUERIES, MllamaShapes
 from .vision import Encoded, check_finite
 
 # Tokens of a prefill step, all rows together: a cancellation waits for it, 2.8 s with the 11B on two cores. It adds a
@@ -156,16 +156,14 @@ class OVLanguageModel:
         return self.infer(self.compiled.create_infer_request(), language_inputs(np.zeros((1, 1), np.int64), view))
 
     @property
+    def gives_queries(self) -> bool:
+        """Whether the IR returns its cross-attention's queries; those of earlier versions do not."""
+        return any(QUERIES in port.get_names() for port in self.compiled.outputs)
+
+    @property
     def token_bytes(self) -> float:
         """Bytes of one token of one row in a KV cache."""
         return 2 * len(self.shapes.self_layers) * self.shapes.num_kv_heads * self.shapes.head_dim * self._cache_bits / 8
-
-
-def kv_cache_bits(compiled: ov.CompiledModel) -> int:
-    """Return the bits per number in the KV cache; 32 if the device does not tell."""
-    if "KV_CACHE_PRECISION" in compiled.get_property("SUPPORTED_PROPERTIES"):
-        return compiled.get_property("KV_CACHE_PRECISION").bitwidth
-    return 32
 
 
 class Session:
@@ -346,5 +344,7 @@ class Session:
             check_finite(logits, "logits")
             cache.append(input_ids)
             cache.beam_idx = None
+            if cache.queries is not None:
+                cache.queries.record(len(cache.positions), request.get_tensor(QUERIES).data)
             self.cache = cache
         return logits, seconds

@@ -17,11 +17,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
+from .attention_maps import AnswerQueries
 from .checks import (
     as_array,
     check_arguments,
     check_cache,
     check_continuation,
+    check_gives_queries,
     check_images,
     check_ports,
     check_tokens,
@@ -119,6 +121,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, PrefetchMixin, Generat
         self.stats = GenerationStats()
         self.turn = threading.RLock()
         self._watched: tuple = None, Progress()  # stop and progress of the current call of generate
+        self._queries: AnswerQueries | None = None  # of the current call of generate
         self._calls = 0  # depth in the current thread: generate calls the model
         started = time.perf_counter()
         self.image_encoder = OVImageEncoder(
@@ -142,16 +145,6 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, PrefetchMixin, Generat
         if image_store:  # after the golden answer, which verifies the encoder
             self.image_encoder.use_store(image_store)
 
-    @property
-    def vision_encoder_infer_time(self) -> list[float]:
-        """Seconds for each different image of the last prompt, about 0 for cached ones."""
-        return self.stats.image_s
-
-    @property
-    def llm_infer_time(self) -> list[float]:
-        """Seconds for each step of the language model since the last prompt; the first is the prompt's."""
-        return [self.stats.prefill_s, *self.stats.step_s] if self.stats.prefill_s else []
-
     def forget(self) -> None:
         """Drop all sessions and cached images."""
         with self.turn:
@@ -159,21 +152,28 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, PrefetchMixin, Generat
             self.sessions.forget()
             self.image_encoder.forget()
 
-    def generate(self, *args, stop: threading.Event | None = None, progress: Progress | None = None, **kwargs):
+    def generate(self, *args, stop=None, progress=None, queries: AnswerQueries | None = None, **kwargs):
         """Run `GenerationMixin.generate`, one thread at a time.
 
         Args:
-            stop: once set, the answer ends after the current token; before the first one, `Cancelled` is raised.
-            progress: updated with the current stage.
+            stop: `threading.Event`; once set, the answer ends after the current token, and before the first one
+                `Cancelled` is raised.
+            progress: `Progress`, updated with the current stage.
+            queries: filled for `image_attention`; InputError if the IR gives none, or there are several rows.
         """
+        if queries is not None:
+            check_gives_queries(self.language_model)
         if stop:
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stopping_criterion(stop)]
         with self._in_turn(stop):
-            self._watched = stop, progress or Progress()
+            self._watched, self._queries = (stop, progress or Progress()), queries
             try:
-                return super().generate(*args, **kwargs)
+                output = super().generate(*args, **kwargs)
             finally:
-                self._watched = None, Progress()
+                self._watched, self._queries = (None, Progress()), None
+        if queries is not None:
+            queries.tokens = getattr(output, "sequences", output)[0, queries.prompt_tokens :].tolist()
+        return output
 
     @can_return_tuple
     def forward(
@@ -224,6 +224,7 @@ class OVMLlamaForConditionalGeneration(ModuleCompatMixin, PrefetchMixin, Generat
             cache = OVCache(self.session) if past_key_values is None else past_key_values
             session = check_continuation(cache, ids, images, seen) if cache.positions else None
             check_tokens(ids, mask, positions, len(cache.positions), self.shapes)
+            cache.queries = self._queries
             drafts = logits_to_keep - 1 if cache.drafting and sliced else 0
             if session:
                 self.sessions.use(session)

@@ -37,12 +37,15 @@ def opened(file: Path | io.BytesIO, name: str) -> Iterator:
             raise ImageError(f"{name} {advice}.") from error
 
 
-def pdf_pages(file: Path | io.BytesIO, name: str, first: int, count: int) -> tuple[list[Image.Image], int]:
+def pdf_pages(
+    file: Path | io.BytesIO, name: str, first: int, count: int, max_pixels: int = MAX_PAGE_PIXELS
+) -> tuple[list[Image.Image], int]:
     """Return pages of a PDF as images in RGB, and the number of its pages.
 
     Args:
         first: number from 1 of the first page.
         count: pages at most.
+        max_pixels: of a page; a larger one is drawn smaller.
     Raises:
         ImageError: as `opened`, or if it has no such page.
     """
@@ -50,7 +53,7 @@ def pdf_pages(file: Path | io.BytesIO, name: str, first: int, count: int) -> tup
         total = len(pdf)
         if not 1 <= first <= total:
             raise ImageError(f"{name} has {total} page{'s' * (total != 1)}: page={first} is none of them.")
-        return [drawn(pdf[index]) for index in range(first - 1, min(total, first - 1 + count))], total
+        return [drawn(pdf[index], max_pixels) for index in range(first - 1, min(total, first - 1 + count))], total
 
 
 def page_sizes(file: Path | io.BytesIO, name: str, limit: int) -> list[tuple[int, int]]:
@@ -70,16 +73,16 @@ def page_sizes(file: Path | io.BytesIO, name: str, limit: int) -> list[tuple[int
         return sizes
 
 
-def scale_of(page) -> float:
+def scale_of(page, max_pixels: int = MAX_PAGE_PIXELS) -> float:
     """Return the pixels per point of 1/72 inch at which a page is drawn."""
     width, height = page.get_size()
-    longer = MAX_PAGE_PIXELS / max(1, width, height)  # the other side may be far below a pixel, and becomes one
-    return min(DPI / 72, math.sqrt(MAX_PAGE_PIXELS / max(1, width * height)), longer)
+    longer = max_pixels / max(1, width, height)  # the other side may be far below a pixel, and becomes one
+    return min(DPI / 72, math.sqrt(max_pixels / max(1, width * height)), longer)
 
 
-def drawn(page) -> Image.Image:
+def drawn(page, max_pixels: int) -> Image.Image:
     """Return a page of a PDF as an image."""
-    bitmap = page.render(scale=scale_of(page), rev_byteorder=True)
+    bitmap = page.render(scale=scale_of(page, max_pixels), rev_byteorder=True)
     try:
         return bitmap.to_pil().convert("RGB")  # a copy: PDFium frees the bitmap
     finally:

@@ -106,7 +106,13 @@ def prompt_text(model, processor, messages: list[dict], max_new_tokens: int) -> 
 
 
 def prompt_tensors(
-    model, processor, messages: list[dict], pictures: list, max_new_tokens: int, detail: str | Sequence[str] = "high"
+    model,
+    processor,
+    messages: list[dict],
+    pictures: list,
+    max_new_tokens: int,
+    detail: str | Sequence[str] = "high",
+    prefill: str = "",
 ):
     """Return the processor's tensors for a conversation, and remarks on its images (`load_image`).
 
@@ -115,10 +121,12 @@ def prompt_tensors(
         pictures: for `load_image`, in the template's order.
         max_new_tokens: of the answer, which the context must hold too.
         detail: "high" or "low" for all images, or one for each, see `images.at_detail`.
+        prefill: beginning of the answer, which the model continues.
     Raises:
         InputError: for an invalid image or `detail`, or as `prompt_text`.
     """
-    text = prompt_text(model, processor, messages, max_new_tokens)
+    begun = len(processor.tokenizer(prefill, add_special_tokens=False)["input_ids"]) if prefill else 0
+    text = prompt_text(model, processor, messages, begun + max_new_tokens) + prefill
     opened = [load_image(picture) for picture in pictures]
     tile = model.config.vision_config.image_size
     details = [detail] * len(opened) if isinstance(detail, str) else detail

@@ -8,6 +8,9 @@ import numpy as np
 # openvino_notebooks#2442); its exp() is 0 in every precision.
 MASKED = float(np.finfo(np.float16).min) / 2
 
+# Output of the language IR: cross-attention queries of the positions with logits. IRs of earlier versions lack it.
+QUERIES = "cross_attention_queries"
+
 
 @dataclass(frozen=True)
 class MllamaShapes:

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -24,7 +25,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ov_mllama.chat.http_headers import SecurityHeaders
 from ov_mllama.chat.proxies import bypass_proxy_for_loopback
 from ov_mllama.chat.user_data import encoded_images
-from ov_mllama.cli import IMAGE_STORE_MB, megabytes, user_path
+from ov_mllama.cli import IMAGE_STORE_MB, megabytes, root_path, user_path
 from ov_mllama.export.prepare import files_to_load, print_load_estimate
 from ov_mllama.runtime.devices import check_device
 from ov_mllama.serving import load, positive
@@ -44,7 +45,7 @@ from ov_mllama.serving.ollama import PORT as OLLAMA_PORT
 from ov_mllama.serving.ollama import OllamaApi
 from ov_mllama.serving.openai_api import OpenAiApi
 from ov_mllama.serving.parsing import RequestParser
-from ov_mllama.serving.paths import CanonicalPaths, hint
+from ov_mllama.serving.paths import CanonicalPaths, ProxiedPath, hint
 from ov_mllama.serving.protocol import ApiError
 from ov_mllama.serving.scheduler import IMAGE_CACHE_BYTES, Scheduler
 
@@ -144,7 +145,8 @@ def main(arguments: Sequence[str]) -> None:
         logger.warning("❗ %s", warning)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     gate = Gate()
-    with bind_socket(options.host, options.port) as listener, serve_in_thread(gate, listener) as ended:
+    proxied = ProxiedPath(gate, urlsplit(options.root_path).path)
+    with bind_socket(options.host, options.port) as listener, serve_in_thread(proxied, listener) as ended:
         app, name = load_app(options, key)
         gate.open(app)
         url = f"http://{options.host}:{options.port}"
@@ -176,6 +178,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1")
     access.add_argument("--port", type=int, help=f"default: {PORT}, with --ollama {OLLAMA_PORT}")
+    access.add_argument(
+        "--root-path", type=root_path, default="", metavar="PATH", help="path at which a proxy serves all of this"
+    )
     access.add_argument(
         "--ollama", action="store_true", help="stand in for Ollama: listen at its port, and answer its probe at /"
     )
@@ -249,4 +254,7 @@ def mount_chat(app: FastAPI, model, processor, checkpoint: str | Path, key: str 
     launch = {name: LAUNCH[name] for name in names}
     demo = make_demo(model, processor, questions_about(checkpoint)[:3], by_name=False)
     auth = (lambda name, password: keys_match(password, key)) if key else None
-    return gr.mount_gradio_app(app, demo, "/chat", auth=auth, show_error=False, app_kwargs=demo.app_kwargs(), **launch)
+    # with a root_path of its own, as from GRADIO_ROOT_PATH, a mounted page finds no route; ProxiedPath gives it one
+    return gr.mount_gradio_app(
+        app, demo, "/chat", auth=auth, root_path="", show_error=False, app_kwargs=demo.app_kwargs(), **launch
+    )

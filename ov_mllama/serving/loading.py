@@ -71,7 +71,7 @@ class Gate:
 async def respond_loading(scope, receive, send) -> None:
     """ASGI application that responds while the model is loaded."""
     headers = {"Retry-After": str(RETRY_AFTER_S)}
-    if scope["path"] == "/health":
+    if scope["path"].removeprefix(scope.get("root_path", "")) == "/health":
         response = JSONResponse({"status": "loading"}, 503, headers)
     else:
         message = f"The model is being loaded: try again in {RETRY_AFTER_S} s."

@@ -55,3 +55,21 @@ class CanonicalPaths:
             if path.startswith(root):
                 scope = {**scope, "path": root + canonical_path(path[len(root) :])}
         await self.app(scope, receive, send)
+
+
+class ProxiedPath:
+    """ASGI middleware for a server to which a proxy sends the requests of one path, with or without that path.
+
+    Args:
+        root: the path, such as "/llama"; "" for none.
+    """
+
+    def __init__(self, app: ASGIApp, root: str):
+        self.app, self.root = app, root
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.root and scope["type"] in ("http", "websocket"):
+            path = scope["path"]
+            inside = path == self.root or path.startswith(f"{self.root}/")
+            scope = {**scope, "root_path": self.root, "path": path if inside else self.root + path}
+        await self.app(scope, receive, send)

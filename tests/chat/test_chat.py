@@ -22,7 +22,8 @@ from data_preprocessing import questions_about
 from gradio_helper import LAUNCH, make_demo, written
 from ov_mllama.chat.answers import Chat, GenerationSettings, to_messages
 from ov_mllama.chat.render import CONTINUE, mark_formulas, to_gradio
-from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversations, Turn
+from ov_mllama.chat.store import Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, STOPPED, WAITING, Turn
 from ov_mllama.runtime.inference import Progress
 from ov_mllama.runtime.prompts import escape_special_tokens
 from ov_mllama_helper import OVMLlamaForConditionalGeneration
@@ -157,7 +158,8 @@ def test_a_turn_as_messages(tmp_path):
 
 def test_remarks_say_how_an_answer_stands():
     assert titles(to_gradio([Turn("?", state=WAITING)], "Looking ...")) == ["Looking ..."]
-    assert titles(to_gradio([Turn("?", answer="It", state=WAITING)], "Looking ...")) == []
+    assert titles(to_gradio([Turn("?", answer="It", state=WAITING)], "Looking ...")) == ["Looking ..."]  # continued
+    assert titles(to_gradio([Turn("?", answer="It", state=WAITING)], "Writing ...")) == []
     assert titles(to_gradio([Turn("?", answer="It", state=WAITING)], "Stopping ...")) == ["Stopping ..."]
     assert titles(to_gradio([Turn("?", answer="It", state=STOPPED)])) == ["Stopped."]
     assert titles(to_gradio([Turn("?", note="too long", state=FAILED)])) == ["No answer: too long"]
@@ -329,13 +331,13 @@ def test_edited_question_keeps_its_picture_and_what_came_before(page):
     page.expect_answers(first["answer"], "1 picture")
     page.ask(second["question"], path_of(second))
     page.expect_answers(first["answer"], "1 picture", second["answer"], "2 pictures")
-    page.press("Edit")
+    page.press("Edit", "-right")
     page.tab.locator(".edit-textarea").fill("How many shapes are there?")
     page.tab.get_by_label("Submit").first.click()
     page.expect_answers(first["answer"], "1 picture", "There are two shapes.", "2 pictures")
     expect(page.user).to_have_count(4)
     expect(page.user.last).to_have_text("How many shapes are there?")
-    page.tab.get_by_label("Edit").first.click()
+    page.tab.locator("[aria-label='Edit']:visible").first.click()
     page.tab.locator(".edit-textarea").fill("How many shapes are there?")
     page.tab.get_by_label("Submit").first.click()
     page.expect_answers("There are three shapes.", "1 picture")

@@ -21,7 +21,8 @@ from ov_mllama.chat.answers import Chat, GenerationSettings
 from ov_mllama.chat.migrations import MIGRATIONS
 from ov_mllama.chat.owners import COOKIE
 from ov_mllama.chat.pages import Pages
-from ov_mllama.chat.store import ANSWERED, CUT, STOPPED, WAITING, Conversation, Conversations, Turn
+from ov_mllama.chat.store import Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, STOPPED, WAITING, Turn
 from ov_mllama.runtime.images import load_image
 
 ME, OTHER = "me", "somebody else"

@@ -12,8 +12,9 @@ from conftest import demo_samples
 from ov_mllama.chat.answers import Chat, GenerationSettings, Prefetcher
 from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.page_input import checked_settings
-from ov_mllama.chat.render import CONTINUE, LOOK_CLOSER, detail_choices, to_gradio
-from ov_mllama.chat.store import ANSWERED, CUT, Conversation, Conversations, Turn
+from ov_mllama.chat.render import CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED, detail_choices, to_gradio
+from ov_mllama.chat.store import Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, Turn
 from ov_mllama.runtime.inference import Progress
 
 SAMPLE = demo_samples()[0]  # of four tiles
@@ -89,10 +90,10 @@ def options(turns) -> list[str]:
 def test_closer_look_is_offered_below_a_quick_answer_only():
     quick, full = (Turn("?", ["a"], "Yes.", "1 s", ANSWERED, detail=detail) for detail in ("low", "high"))
     text = Turn("And?", [], "No.", "1 s", ANSWERED, detail="low")
-    assert options([quick]) == options([quick, text]) == [LOOK_CLOSER]
-    assert options([full]) == options([text]) == options([full, text]) == []
+    assert options([quick]) == options([quick, text]) == [LOOK_CLOSER, WHERE_IT_LOOKED]
+    assert LOOK_CLOSER not in options([full]) + options([text]) + options([full, text])
     quick.state = CUT
-    assert options([quick]) == [CONTINUE, LOOK_CLOSER]
+    assert options([quick]) == [CONTINUE, LOOK_CLOSER, WHERE_IT_LOOKED]
 
 
 def test_other_details_are_refused_and_older_rows_are_full(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from chat_page import WHO, Tab, expect, path_of, wait_until
 from conftest import demo_samples
 from openai_client import HTTP, openai_client
-from ov_mllama.chat.store import STOPPED
+from ov_mllama.chat.turns import STOPPED
 from programs import free_port
 
 SAMPLE = demo_samples()[0]

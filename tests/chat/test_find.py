@@ -22,7 +22,8 @@ from ov_mllama.chat.migrations import MIGRATIONS
 from ov_mllama.chat.owners import COOKIE
 from ov_mllama.chat.pages import Pages
 from ov_mllama.chat.search import MAX_GROUPS, MAX_LISTED, ListedChat, day_group, find, grouped
-from ov_mllama.chat.store import ANSWERED, Conversation, Conversations, Turn
+from ov_mllama.chat.store import Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, Turn
 
 TOKEN = "a" * 64
 ME, OTHER = f"browser:{TOKEN}", "browser:other"

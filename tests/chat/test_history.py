@@ -248,7 +248,7 @@ def test_edit_during_an_answer(page, model):
     page.ask(WHO)
     expect(page.bot.last).to_have_text(re.compile("^A"), timeout=20_000)  # about the picture again
     words = page.bot.last.inner_text()
-    page.press("Edit")
+    page.press("Edit", "-right")
     page.tab.locator(".edit-textarea").fill(HOW_MANY)
     model.free_steps = 3
     expect(page.tab.locator("[role=log]")).to_contain_text(re.compile(rf"{words}\s*\S"))  # words come

@@ -492,6 +492,7 @@ class Forger:
             "delete_selected": [[victim["chat"], self.value()], "yes"],
             "search": [self.pick(self.value(), "x" * 1_000_000, '"')],
             "import_chat": [file],
+            "flip": [self.pick("0 1", "0 -1", "999999 1")],
             "refresh": [""],
             "choose": ["opened", "", 8, 0, 0.9, "high"],
         }.get(named, [])

@@ -17,7 +17,8 @@ from conftest import demo_samples
 from ov_mllama.chat import imports
 from ov_mllama.chat.imports import FORMAT, VERSION, import_chat
 from ov_mllama.chat.render import write_export
-from ov_mllama.chat.store import ANSWERED, CUT, STOPPED, Conversation, Conversations, Turn
+from ov_mllama.chat.store import Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, CUT, STOPPED, Turn
 from ov_mllama.runtime.errors import InputError
 
 ME, IMPORTER = "user:me", "user:importer"

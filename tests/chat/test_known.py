@@ -7,7 +7,8 @@ import pytest
 from chat_page import Slow, ahead_threads, expect, path_of, wait_until
 from conftest import F32, demo_samples
 from ov_mllama.chat.answers import Chat, GenerationSettings, Prefetcher
-from ov_mllama.chat.store import ANSWERED, Conversation, Conversations, Turn
+from ov_mllama.chat.store import Conversation, Conversations
+from ov_mllama.chat.turns import ANSWERED, Turn
 from ov_mllama.runtime import image_store
 from ov_mllama.runtime.image_store import ImageStore
 from ov_mllama.runtime.inference import Progress

@@ -126,7 +126,7 @@ def test_question_is_shown_as_typed_and_edited_and_copied_so(page, says):
     page.expect_answers("asked", "1 s")
     assert page.user.locator("p").inner_text() == TYPED
     expect(page.user.locator("a, em, i, code, li, h1, img, .katex")).to_have_count(0)
-    page.press("Edit")
+    page.press("Edit", "-right")
     expect(page.tab.locator(".edit-textarea")).to_have_value(TYPED)
     page.tab.locator(".edit-textarea").fill(f"{TYPED} *again*")
     page.tab.get_by_label("Submit").first.click()

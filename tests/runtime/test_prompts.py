@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ov_mllama.chat.answers import Chat, GenerationSettings, to_messages
-from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Turn
+from ov_mllama.chat.turns import ANSWERED, CUT, FAILED, Turn
 from ov_mllama.runtime import prompts
 from ov_mllama.runtime.inference import Progress
 from ov_mllama.runtime.prompts import escape_special_tokens

@@ -13,7 +13,7 @@ from transformers import MllamaForConditionalGeneration
 
 from notebook_utils import follow
 from ov_mllama.chat.answers import to_messages
-from ov_mllama.chat.store import Turn
+from ov_mllama.chat.turns import Turn
 from ov_mllama.export.settings import GROUP_SIZES, INT4, Settings
 from ov_mllama.runtime.cross_attention import take_tiles, tiles_seen, visible_kv
 from ov_mllama.runtime.prompts import escape_special_tokens
