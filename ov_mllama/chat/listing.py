@@ -41,9 +41,7 @@ class ChatList(NamedTuple):
     def updates(self) -> list:
         """Return updates for the components of `sidebar.list_outputs`."""
         radios = [
-            gr.Radio(
-                rows, label=heading, visible=True, value=next((key for _, key in rows if key == self.current), None)
-            )
+            gr.Radio(rows, label=heading, visible=True, value=self._selected(rows))
             for heading, rows in ([] if self.selecting else self.groups)
         ]
         hidden = [gr.Radio([], value=None, visible=False)] * (MAX_GROUPS - len(radios))

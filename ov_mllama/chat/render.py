@@ -186,7 +186,7 @@ def write_export(conversation: Conversation) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.zip"
         with zipfile.ZipFile(path, "w") as file:
-            file.writestr("chat.md", to_markdown(conversation))
+            file.writestr("chat.md", to_markdown(conversation).encode(errors="replace"))  # lone surrogates
             file.writestr("chat.json", to_json(conversation))
             for picture in pictures:
                 file.write(picture, export_name(picture))

@@ -65,10 +65,11 @@ def find(database: sqlite3.Connection, owner: str, query: str, limit: int) -> li
         limit: of what is returned.
     """
     conditions, values = _conditions(query)
-    matching = f"AND number IN (SELECT rowid FROM texts WHERE {' AND '.join(conditions)})" if conditions else ""  # noqa: S608 - constants
+    # CROSS JOIN: in this order; in SQLite's own a search among 2000 chats takes 300 ms instead of 2 ms
+    matching = "texts CROSS JOIN listed ON number = texts.rowid CROSS JOIN" if conditions else "listed JOIN"
     rows = database.execute(
-        "SELECT title, id, changed, pinned FROM conversations JOIN listed USING (id) "  # noqa: S608 - constants
-        f"WHERE owner = ? {matching} ORDER BY pinned DESC, changed DESC LIMIT ?",
+        f"SELECT title, id, changed, pinned FROM {matching} conversations USING (id) "  # noqa: S608 - constants
+        f"WHERE {' AND '.join(['owner = ?', *conditions])} ORDER BY pinned DESC, changed DESC LIMIT ?",
         [owner, *values, limit],
     )
     return [ListedChat(title, key, changed, bool(pinned)) for title, key, changed, pinned in rows]
