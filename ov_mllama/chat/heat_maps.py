@@ -7,6 +7,7 @@ import asyncio
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.page_input import user_error
+from ov_mllama.chat.recorded_queries import key_of
 from ov_mllama.chat.render import WHERE_IT_LOOKED
 from ov_mllama.chat.turns import Turn
 from ov_mllama.runtime.attention_maps import AnswerQueries, image_attention, peak_of, word_tokens
@@ -46,16 +48,21 @@ class HeatMaps:
             await self.pages.choose_option(chosen, request, *settings)
             return [gr.Column(visible=False), gr.skip(), gr.skip()]
         turns = self._turns(request)
-        words = [(word, index) for index, (word, _) in enumerate(self._words(turns))]
+        words = [(word, f"{key_of(turns)} {index}") for index, (word, _) in enumerate(self._words(turns))]
         return [gr.Column(visible=True), gr.Radio(words, value=None), ""]
 
-    async def show(self, index: int, request: gr.Request) -> str:
-        """Return the pictures with the heat map of a word, by its index among the answer's words."""
+    async def show(self, choice: str, request: gr.Request) -> str:
+        """Return the pictures with the heat map of a word.
+
+        Args:
+            choice: of the panel's words: key of the answer, and index among its words.
+        """
         turns = self._turns(request)
-        words = self._words(turns)
-        if type(index) is not int or not 0 <= index < len(words):
-            raise user_error("There is no such word in the answer any more.")
-        word, tokens = words[index]
+        found = re.fullmatch("([0-9a-f]{64}) ([0-9]{1,6})", choice) if isinstance(choice, str) else None
+        words = self._words(turns) if found and found[1] == key_of(turns) else []
+        if not found or int(found[2]) >= len(words):
+            raise user_error("The answer that is shown has no such word: press Where it looked again.")
+        word, tokens = words[int(found[2])]
         try:
             return await asyncio.to_thread(self._html, turns, word, tokens)
         except (UserError, OSError) as error:  # such as a picture that is missing
