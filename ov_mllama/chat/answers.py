@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from ov_mllama.chat.decoding import Decoding, GenerationSettings
 from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.store import ANSWERED, CUT, FAILED, STOPPED, WAITING, Conversation, Conversations, Turn
 from ov_mllama.runtime.errors import UserError
@@ -21,7 +22,6 @@ from ov_mllama.runtime.prompts import (
     FifoLock,
     picture_tensors,
     prompt_tensors,
-    sampling,
     stream_words,
 )
 
@@ -29,22 +29,6 @@ logger = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 2.0
 GRACE_S = 2.0  # between the removal of an image and the end of its encoding: a sent question empties its text box first
-
-
-class GenerationSettings(NamedTuple):
-    """Settings of an answer.
-
-    Attributes:
-        system: system prompt; may be empty.
-        temperature, top_p: for sampling; temperature 0 is greedy.
-        detail: of new pictures, see `images.at_detail`.
-    """
-
-    system: str = ""
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 0.9
-    detail: str = "high"
 
 
 class RunningAnswer(NamedTuple):
@@ -69,9 +53,10 @@ class Chat:
     """
 
     def __init__(self, model, processor, conversations: Conversations, **options):
-        self.model, self.processor, self.conversations, self.options = model, processor, conversations, options
+        self.model, self.processor, self.conversations = model, processor, conversations
         self.prefetcher = Prefetcher(model, processor)
         self.queue = FifoLock()
+        self.decoding = Decoding(model, processor, options)
         self._running: dict[Conversation, RunningAnswer] = {}
         self._writer = ThreadPoolExecutor(1, "saves")  # in order, off the event loop
         self._failed: set[Conversation] = set()  # whose retry is scheduled
@@ -169,7 +154,6 @@ class Chat:
         turn, limit = turns[-1], int(settings.max_new_tokens)
         try:
             messages, pictures = to_messages(turns, settings.system)
-            arguments = {**self.options, **sampling(settings.temperature, settings.top_p), "max_new_tokens": limit}
 
             def finish(stats, hit_limit: bool) -> None:
                 turn.note = " · ".join([stats.times, *turn.remarks, *remarks])
@@ -181,10 +165,12 @@ class Chat:
                     inputs, remarks = await asyncio.to_thread(
                         prompt_tensors, self.model, self.processor, messages, pictures, limit, details_of(turns)
                     )
+                    arguments, text = await asyncio.to_thread(self.decoding.arguments, settings)
                     words = stream_words(self.model, self.processor, finish, progress, **{**inputs, **arguments})
                     async with contextlib.aclosing(words):
                         async for piece in words:
-                            turn.answer += piece
+                            turn.answer = text.extended(turn.answer, piece)
+                    turn.answer = text.completed(turn.answer)
         except asyncio.CancelledError:
             turn.state = STOPPED
             raise

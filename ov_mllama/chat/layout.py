@@ -16,8 +16,10 @@ from ov_mllama.chat.answers import Chat
 from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import report_errors
 from ov_mllama.chat.pages import POLL_S, Pages
+from ov_mllama.chat.presets import PresetEvents
 from ov_mllama.chat.proxies import LOOPBACK, bypass_proxy_for_loopback
 from ov_mllama.chat.render import LATEX, detail_choices, escape_markup
+from ov_mllama.chat.settings import connect_prompts, ready_prompts, settings_panel
 from ov_mllama.chat.store import Conversations
 from ov_mllama.cli import root_path, shutdown_promptly
 from ov_mllama.runtime.images import SUFFIXES
@@ -165,13 +167,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         part.history = gr.Radio(
             [], label="Earlier chats", show_label=False, container=False, interactive=True, elem_classes="history"
         )
-        with gr.Accordion("Settings", open=False):
-            part.settings = [
-                gr.Textbox("", label="System prompt", lines=2, interactive=True),
-                gr.Slider(1, 2048, 512, step=1, label="Max new tokens", interactive=True),
-                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)", interactive=True),
-                gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p (if temperature > 0)", interactive=True),
-            ]
+        settings_panel(part)
     with gr.Row(scale=0, elem_classes="top"):
         part.name = gr.Textbox(
             label="Name of this chat",
@@ -196,6 +192,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         placeholder=WELCOME.format(escape_markup(about)),
         examples=examples,
     )
+    ready_prompts(part)
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
@@ -206,7 +203,8 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         autofocus=True,
         interactive=True,
     )
-    part.settings.append(detail_switch(details))
+    part.detail = detail_switch(details)
+    part.settings += [part.detail, *part.advanced]
     part.foot = gr.Markdown(elem_classes="foot")
     part.timer = gr.Timer(POLL_S)
     part.hidden = [gr.Textbox(visible=False), gr.Textbox(visible=False)]
@@ -231,7 +229,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     in_browser = {"fn": None, "api_visibility": "private"}
     shown = [part.version, part.timer, part.chatbot, part.box, part.history, part.key, part.name, part.foot]
-    shown.append(part.settings[-1])
+    shown.append(part.detail)
     poll = (pages.poll, [part.opened, part.key, part.version], [part.pending])
 
     def on(events, fn, inputs=None, outputs=None, **options):
@@ -247,7 +245,8 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
 
     on(part.box.submit, pages.ask, [part.box, *part.settings], [part.box])
     on(part.box.stop, pages.stop)
-    gr.on([part.box.change, part.settings[-1].input], pages.on_typing, [part.box, part.settings[-1]], **quick)
+    gr.on([part.box.change, part.detail.input], pages.on_typing, [part.box, part.detail], **quick)
+    connect_prompts(part)
     on(part.chatbot.example_select, pages.example, part.settings)
     on(part.chatbot.option_select, pages.choose_option, part.settings)
     on(part.chatbot.retry, pages.retry, part.settings)
@@ -259,8 +258,14 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     on(part.delete.click, pages.delete, part.hidden[:1], js=CONFIRM)
     exported = part.export.click(report_errors(pages.find, pages.export), None, [part.exported], **quick)
     exported.success(js=DOWNLOAD, **in_browser)
-    prompt, *sliders, detail = part.settings
+    prompt, *sliders = part.settings[:4]
     # `change` also fires when the page opens
-    changes = [prompt.blur, detail.input, *(slider.release for slider in sliders)]
+    changes = [prompt.blur, part.detail.input, *(slider.release for slider in sliders)]
+    changes += [field.blur for field in part.advanced]
     on(changes, pages.choose, [part.opened, *part.settings])
+    presets = PresetEvents(pages)
+    loaded.then(presets.list_presets, None, [part.preset], **quick)
+    on(part.preset.input, presets.apply_preset, [part.preset, *part.settings], part.settings)
+    on(part.save_preset.click, presets.save_preset, [part.preset, *part.settings], [part.preset])
+    on(part.delete_preset.click, presets.delete_preset, [part.preset], [part.preset])
     gr.on([], pages.api_chat, [part.box, *part.settings], part.hidden, api_name="chat")

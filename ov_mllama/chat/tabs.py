@@ -7,9 +7,9 @@ import sqlite3
 
 import gradio as gr
 
-from ov_mllama.chat.answers import Chat, GenerationSettings
+from ov_mllama.chat.answers import Chat
 from ov_mllama.chat.owners import owner_of
-from ov_mllama.chat.page_input import LruDict, user_error
+from ov_mllama.chat.page_input import LruDict, restored, user_error
 from ov_mllama.chat.store import Conversation
 
 logger = logging.getLogger(__name__)
@@ -108,8 +108,8 @@ class Tabs:
         if owner and owner.startswith("browser:") and isinstance(former, str) and FORMER_TOKEN.fullmatch(former):
             await self._read(self.conversations.adopt, f"browser:{former}", owner)
         page = await self.connect(request.query_params.get("chat", ""), request)
-        saved = await self._read(self.conversations.settings, page.owner) or []
-        return [OPENED, "", *saved, *GenerationSettings()[len(saved) :]]  # earlier versions saved fewer
+        saved = await self._read(self.conversations.settings, page.owner)
+        return [OPENED, "", *restored(saved)]
 
     def on_close(self, request: gr.Request) -> None:
         """Forget a closed tab and cancel its prefetching; its answers continue."""
