@@ -121,7 +121,7 @@ def checked_settings(values: Sequence) -> GenerationSettings:
         ("The seed", settings.seed, SEED),
     ):
         if value is not None and not least <= value <= most:
-            raise user_error(f"{name} is {value:g}: choose {least} to {most}, or leave it empty.")
+            raise user_error(f"{name} is {str(value)[:20]}: choose {least} to {most}, or leave it empty.")
     try:
         schema_of(bounded_text(settings.schema, MAX_SCHEMA_CHARS, "JSON schema"))
     except InputError as error:

@@ -15,7 +15,7 @@ from ov_mllama.chat.page_input import checked_settings, restored
 from ov_mllama.chat.presets import BUILT_IN, MAX_PRESETS, Presets
 from ov_mllama.chat.schemas import schema_of
 from ov_mllama.chat.settings import PROMPTS
-from ov_mllama.chat.store import ANSWERED, FAILED, Conversations, Turn
+from ov_mllama.chat.store import ANSWERED, CUT, FAILED, Conversations, Turn
 from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.inference import Progress
 
@@ -113,7 +113,7 @@ def answer(model, processor, question: str, **wishes) -> Turn:
 
 def test_same_seed_gives_the_same_answer(model, processor):
     texts = [
-        answer(model, processor, WHO, temperature=2.0, top_p=1.0, seed=seed, max_new_tokens=24).answer
+        answer(model, processor, WHO, temperature=9.0, top_p=1.0, seed=seed, max_new_tokens=24).answer
         for seed in (1, 2, 1, 3, None, None)
     ]
     assert texts[0] == texts[2]
@@ -121,13 +121,19 @@ def test_same_seed_gives_the_same_answer(model, processor):
 
 
 def test_answer_matches_a_schema_and_is_a_code_block(model, processor):
-    turn = answer(model, processor, WHO, schema=FIELDS, temperature=0.0)
+    schema = {name: {"enum": values} for name, values in (("shape", ["disc", "box"]), ("sides", [1, 2]))}
+    schema["round"] = {"type": "boolean"}
+    turn = answer(
+        model, processor, WHO, schema=json.dumps({"type": "object", "properties": schema, "required": [*schema]})
+    )
     assert turn.state == ANSWERED
     first, *middle, last = turn.answer.split("\n")
     assert (first, last) == ("```json", "```")
     found = json.loads("\n".join(middle))
-    assert [type(value) for value in found.values()] == [str, int, bool, list]
-    assert [*found] == ["shape", "sides", "round", "colours"]
+    assert (found["shape"] in ("disc", "box"), found["sides"] in (1, 2), type(found["round"])) == (True, True, bool)
+    cut = answer(model, processor, WHO, schema=FIELDS, max_new_tokens=4)
+    assert cut.state == CUT
+    assert cut.answer.startswith('```json\n{"sh')
 
 
 def test_schema_that_cannot_be_matched_is_the_answers_error(model, processor):
@@ -154,7 +160,7 @@ def test_presets_are_applied_saved_and_deleted(demo, url):
     client, now = Client(demo, url).open(), [*DEFAULTS._replace(system="Brief.", detail="low")]
     creative = [*DEFAULTS._replace(system="Brief.", detail="low", temperature=0.8, top_p=0.95)]
     assert client.call("apply_preset", "Creative", *now) == creative
-    assert client.call("open", "")[2:] != creative  # another session's page: until it is opened
+    assert client.call("open", "")[2:] == creative
     assert "Mine" in json.dumps(client.call("save_preset", " Mine ", *creative))
     assert "Mine" in json.dumps(client.call("list_presets"))
     assert client.call("apply_preset", "Mine", *DEFAULTS) == [
