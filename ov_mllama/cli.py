@@ -20,8 +20,8 @@ YES: dict = {
 }
 IMAGE_STORE_MB = 2000  # default; 9 images of four tiles of the 11B
 EXTRAS = {  # package -> extra that installs it
-    **dict.fromkeys(("gradio", "starlette"), "chat"),
-    **dict.fromkeys(("fastapi", "uvicorn", "openai", "llguidance", "ray", "pydantic"), "serve"),
+    **dict.fromkeys(("gradio", "starlette", "llguidance"), "chat"),
+    **dict.fromkeys(("fastapi", "uvicorn", "openai", "ray", "pydantic"), "serve"),
 }
 
 

@@ -17,7 +17,7 @@ from chat_page import wait_until
 from conftest import demo_samples
 
 SAMPLE = demo_samples()[0]
-SETTINGS = ["", 8, 0, 0.9, "high"]
+SETTINGS = ["", 8, 0, 0.9, "high", None, None, None, ""]
 SECRET = Image.new("RGB", (23, 17), "purple")
 META = {"_type": "gradio.FileData"}
 VERIFY = ssl.create_default_context()  # one for all: each new one reads its certificates for 30 ms

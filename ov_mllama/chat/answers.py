@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from ov_mllama.chat.decoding import Decoding, GenerationSettings
 from ov_mllama.chat.messages import details_of, to_messages
 from ov_mllama.chat.recorded_queries import RecordedQueries
 from ov_mllama.chat.store import Conversation, Conversations
@@ -24,7 +25,6 @@ from ov_mllama.runtime.prompts import (
     escape_special_tokens,
     picture_tensors,
     prompt_tensors,
-    sampling,
     stream_words,
 )
 
@@ -32,22 +32,6 @@ logger = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 2.0
 GRACE_S = 2.0  # between the removal of an image and the end of its encoding: a sent question empties its text box first
-
-
-class GenerationSettings(NamedTuple):
-    """Settings of an answer.
-
-    Attributes:
-        system: system prompt; may be empty.
-        temperature, top_p: for sampling; temperature 0 is greedy.
-        detail: of new pictures, see `images.at_detail`.
-    """
-
-    system: str = ""
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 0.9
-    detail: str = "high"
 
 
 class RunningAnswer(NamedTuple):
@@ -73,10 +57,11 @@ class Chat:
     """
 
     def __init__(self, model, processor, conversations: Conversations, **options):
-        self.model, self.processor, self.conversations, self.options = model, processor, conversations, options
+        self.model, self.processor, self.conversations = model, processor, conversations
         self.prefetcher = Prefetcher(model, processor)
         self.queue = FifoLock()
         self.recorded = RecordedQueries()
+        self.decoding = Decoding(model, processor, options)
         self._running: dict[Conversation, RunningAnswer] = {}
         self._writer = ThreadPoolExecutor(1, "saves")  # in order, off the event loop
         self._failed: set[Conversation] = set()  # whose retry is scheduled
@@ -175,9 +160,9 @@ class Chat:
         turn, limit = turns[-1], int(settings.max_new_tokens)
         turn.answer = turn.answer.rstrip("\ufffd")  # some of a character's tokens, at the token limit
         prefill = escape_special_tokens(turn.answer)
+        settings = settings._replace(schema="") if prefill else settings  # which a matcher would begin anew
         try:
             messages, pictures = to_messages(turns, settings.system)
-            arguments = {**self.options, **sampling(settings.temperature, settings.top_p), "max_new_tokens": limit}
 
             def finish(stats, hit_limit: bool) -> None:
                 turn.note = " · ".join([stats.times, *turn.remarks, *remarks])
@@ -188,12 +173,14 @@ class Chat:
                     progress.enter("Opening the question’s pictures" if pictures else "Preparing the question")
                     prompt = (messages, pictures, limit, details_of(turns), prefill)
                     inputs, remarks = await asyncio.to_thread(prompt_tensors, self.model, self.processor, *prompt)
+                    arguments, text = await asyncio.to_thread(self.decoding.arguments, settings)
                     recording = {} if prefill else self.recorded.begin(self.model, inputs)
                     arguments = {**inputs, **arguments, **recording}
                     words = stream_words(self.model, self.processor, finish, progress, **arguments)
                     async with contextlib.aclosing(words):
                         async for piece in words:
-                            turn.answer += piece
+                            turn.answer = text.extended(turn.answer, piece)
+                    turn.answer = text.completed(turn.answer)
                     self.recorded.put(turns, recording.get("queries"))
         except asyncio.CancelledError:
             turn.state = STOPPED

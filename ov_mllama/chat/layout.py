@@ -18,8 +18,10 @@ from ov_mllama.chat.heat_maps import HeatMaps, connect_panel, lay_out_panel
 from ov_mllama.chat.owners import Files, record_queue_owners
 from ov_mllama.chat.page_input import report_errors
 from ov_mllama.chat.pages import POLL_S, Pages
+from ov_mllama.chat.presets import PresetEvents
 from ov_mllama.chat.proxies import LOOPBACK, bypass_proxy_for_loopback
 from ov_mllama.chat.render import LATEX, detail_choices, escape_markup
+from ov_mllama.chat.settings import connect_prompts, ready_prompts, settings_panel
 from ov_mllama.chat.sidebar import connect_list, lay_out_list, list_outputs
 from ov_mllama.chat.store import Conversations
 from ov_mllama.cli import root_path, shutdown_promptly
@@ -167,13 +169,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
     part.pending, part.version, part.key, part.opened = (gr.Textbox(visible="hidden") for _ in range(4))
     with gr.Sidebar(width=300):
         lay_out_list(part)
-        with gr.Accordion("Settings", open=False):
-            part.settings = [
-                gr.Textbox("", label="System prompt", lines=2, interactive=True),
-                gr.Slider(1, 2048, 512, step=1, label="Max new tokens", interactive=True),
-                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)", interactive=True),
-                gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p (if temperature > 0)", interactive=True),
-            ]
+        settings_panel(part)
     with gr.Row(scale=0, elem_classes="top"):
         part.name = gr.Textbox(
             label="Name of this chat",
@@ -201,6 +197,7 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
     )
     part.documents = documents.create_parts()
     part.looked = lay_out_panel()
+    ready_prompts(part)
     part.box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
@@ -211,7 +208,8 @@ def lay_out(about: str, examples: list[dict], details: list[tuple[str, str]]) ->
         autofocus=True,
         interactive=True,
     )
-    part.settings.append(detail_switch(details))
+    part.detail = detail_switch(details)
+    part.settings += [part.detail, *part.advanced]
     part.foot = gr.Markdown(elem_classes="foot")
     part.timer = gr.Timer(POLL_S)
     part.flip = gr.Button(visible="hidden", elem_id="flip")
@@ -237,7 +235,7 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     in_browser = {"fn": None, "api_visibility": "private"}
     shown = [part.version, part.timer, part.chatbot, part.box, part.pin, part.key, part.name, part.foot]
-    shown += [part.settings[-1], *list_outputs(part)]
+    shown += [part.detail, *list_outputs(part)]
     poll = (pages.poll, [part.opened, part.key, part.version], [part.pending])
 
     def on(events, fn, inputs=None, outputs=None, **options):
@@ -254,9 +252,10 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
 
     on(part.box.submit, pages.ask, [part.box, *part.settings], [part.box])
     on(part.box.stop, pages.stop)
-    typing = {"fn": pages.on_typing, "inputs": [part.box, part.settings[-1]], **quick}
-    gr.on([part.box.change, part.settings[-1].input], **typing)
+    typing = {"fn": pages.on_typing, "inputs": [part.box, part.detail], **quick}
+    gr.on([part.box.change, part.detail.input], **typing)
     documents.connect_parts(on, part.documents, part.box, pages, typing)
+    connect_prompts(part)
     on(part.chatbot.example_select, pages.example, part.settings)
     on(part.chatbot.retry, pages.retry, part.settings)
     connect_panel(part, HeatMaps(pages), on)
@@ -269,8 +268,14 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     on(part.delete.click, pages.delete, part.hidden[:1], js=CONFIRM)
     exported = part.export.click(report_errors(pages.find, pages.export), None, [part.exported], **quick)
     exported.success(js=DOWNLOAD, **in_browser)
-    prompt, *sliders, detail = part.settings
+    prompt, *sliders = part.settings[:4]
     # `change` also fires when the page opens
-    changes = [prompt.blur, detail.input, *(slider.release for slider in sliders)]
+    changes = [prompt.blur, part.detail.input, *(slider.release for slider in sliders)]
+    changes += [field.blur for field in part.advanced]
     on(changes, pages.choose, [part.opened, *part.settings])
+    presets = PresetEvents(pages)
+    loaded.then(presets.list_presets, None, [part.preset], **quick)
+    on(part.preset.input, presets.apply_preset, [part.preset, *part.settings], part.settings)
+    on(part.save_preset.click, presets.save_preset, [part.preset, *part.settings], [part.preset])
+    on(part.delete_preset.click, presets.delete_preset, [part.preset], [part.preset])
     gr.on([], pages.api_chat, [part.box, *part.settings], part.hidden, api_name="chat")

@@ -22,6 +22,7 @@ MIGRATIONS = (
         ELSE 'browser:' || owner END;
     """,
     search.SCHEMA,
+    "CREATE TABLE IF NOT EXISTS presets (owner TEXT, name TEXT, chosen TEXT NOT NULL, PRIMARY KEY (owner, name));",
 )
 
 

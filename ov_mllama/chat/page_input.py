@@ -9,12 +9,15 @@ from pathlib import Path
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from ov_mllama.chat.answers import GenerationSettings
+from ov_mllama.chat.decoding import GenerationSettings
 from ov_mllama.chat.owners import file_within
+from ov_mllama.chat.schemas import MAX_SCHEMA_CHARS, schema_of
+from ov_mllama.runtime.errors import InputError
 from ov_mllama.runtime.images import DETAILS
 
 MAX_QUESTION, MAX_SYSTEM = 500_000, 20_000  # characters; a context of 131072 tokens is about 500 000
 MAX_IMAGES = 100  # per question
+TOP_K, PENALTY, SEED = (1, 1000), (1, 2), (0, 2**32 - 1)  # least and most
 
 
 def user_error(message: object) -> gr.Error:
@@ -94,15 +97,47 @@ def checked_settings(values: Sequence) -> GenerationSettings:
         gr.Error: if a type is wrong, or a value out of bounds.
     """
     try:
-        system, tokens, temperature, top_p, detail = values
-        settings = GenerationSettings(system or "", int(tokens), float(temperature), float(top_p), str(detail))
+        system, tokens, temperature, top_p, detail, top_k, penalty, seed, schema = GenerationSettings(*values)
+        settings = GenerationSettings(
+            system or "",
+            int(tokens),
+            float(temperature),
+            float(top_p),
+            str(detail),
+            None if top_k is None else int(top_k),
+            None if penalty is None else float(penalty),
+            None if seed is None else int(seed),
+            schema or "",
+        )
     except (TypeError, ValueError, OverflowError) as error:
         raise user_error("A setting is missing or no number: load the page again.") from error
     bounded_text(settings.system, MAX_SYSTEM, "system prompt")
     numbers = 1 <= settings.max_new_tokens <= 2048 and 0 <= settings.temperature <= 2 and 0 < settings.top_p <= 1
     if not numbers or settings.detail not in DETAILS:
         raise user_error("A setting is out of its bounds: load the page again.")
+    for name, value, (least, most) in (
+        ("Top-k", settings.top_k, TOP_K),
+        ("The repetition penalty", settings.repetition_penalty, PENALTY),
+        ("The seed", settings.seed, SEED),
+    ):
+        if value is not None and not least <= value <= most:
+            raise user_error(f"{name} is {str(value)[:20]}: choose {least} to {most}, or leave it empty.")
+    try:
+        schema_of(bounded_text(settings.schema, MAX_SCHEMA_CHARS, "JSON schema"))
+    except InputError as error:
+        raise user_error(error) from error
     return settings
+
+
+def restored(saved: dict | Sequence | None) -> GenerationSettings:
+    """Return settings that any version has saved: by name, or by position, as earlier versions did. Those that are not
+    valid any more are the defaults."""
+    named = saved if isinstance(saved, dict) else dict(zip(GenerationSettings._fields, saved or (), strict=False))
+    known = {name: value for name, value in named.items() if name in GenerationSettings._fields}
+    try:
+        return checked_settings(GenerationSettings(**known))
+    except gr.Error:
+        return GenerationSettings()
 
 
 class LruDict(OrderedDict):

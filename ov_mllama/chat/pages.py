@@ -161,7 +161,7 @@ class Pages(ListTabs, Variants):
         """Save the settings, unless the page has not received the saved ones yet."""
         if opened:
             owner = self.page(request).owner
-            await self._read(self.conversations.save_settings, owner, [*checked_settings(settings)])
+            await self._read(self.conversations.save_settings, owner, checked_settings(settings)._asdict())
 
     async def on_typing(self, message: dict | None, detail: str, request: gr.Request) -> None:
         """Prefetch the images in the text box of a connected page. An invalid one is left to the question's error."""

@@ -301,13 +301,13 @@ class Conversations:
                 else:  # an incomplete upload
                     path.unlink()
 
-    def settings(self, owner: str) -> list | None:
+    def settings(self, owner: str) -> dict | list | None:
         """Return the settings that an owner has saved last; None if there are none."""
         with self._database() as database:
             row = database.execute("SELECT chosen FROM settings WHERE owner = ?", [owner]).fetchone()
         return json.loads(row[0]) if row else None
 
-    def save_settings(self, owner: str, settings: list) -> None:
+    def save_settings(self, owner: str, settings: dict) -> None:
         """Save an owner's settings."""
         with self._database() as database:
             database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", [owner, json.dumps(settings)])

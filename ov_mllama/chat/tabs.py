@@ -6,9 +6,9 @@ import sqlite3
 
 import gradio as gr
 
-from ov_mllama.chat.answers import Chat, GenerationSettings
+from ov_mllama.chat.answers import Chat
 from ov_mllama.chat.owners import owner_of
-from ov_mllama.chat.page_input import LruDict, user_error
+from ov_mllama.chat.page_input import LruDict, restored, user_error
 from ov_mllama.chat.search import MAX_LISTED
 from ov_mllama.chat.store import Conversation
 
@@ -112,8 +112,8 @@ class Tabs:
         if owner and owner.startswith("browser:") and isinstance(former, str) and FORMER_TOKEN.fullmatch(former):
             await self._read(self.conversations.adopt, f"browser:{former}", owner)
         page = await self.connect(request.query_params.get("chat", ""), request)
-        saved = await self._read(self.conversations.settings, page.owner) or []
-        return [OPENED, "", *saved, *GenerationSettings()[len(saved) :]]  # earlier versions saved fewer
+        saved = await self._read(self.conversations.settings, page.owner)
+        return [OPENED, "", *restored(saved)]
 
     def forget(self, request: gr.Request) -> Page | None:
         """Forget a closed tab, if it is known, and cancel its prefetching."""

@@ -14,6 +14,7 @@ from ov_mllama.runtime.errors import InputError
 # States of a turn
 WAITING, ANSWERED, CUT, STOPPED, FAILED = "waiting", "answered", "cut", "stopped", "failed"
 EDITED = "edited"
+OPENING = "```json\n"  # of an answer by a schema, which the model cannot continue
 
 MAX_DEPTH = 50  # of variants within hidden variants: they are nested JSON
 
@@ -52,7 +53,7 @@ class Turn:
     @property
     def can_continue(self) -> bool:
         """Whether the model may write more of the answer."""
-        return bool(self.answer) and self.state not in (WAITING, ANSWERED)
+        return bool(self.answer) and self.state not in (WAITING, ANSWERED) and not self.answer.startswith(OPENING)
 
     def again(self, **changes) -> "Turn":
         """Return a variant of the turn without an answer, with changes."""

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import re
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -142,9 +142,25 @@ def picture_tensors(model, processor, picture, detail: str = "high") -> dict[str
     return {name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
 
 
-def sampling(temperature: float, top_p: float) -> dict:
-    """Return arguments of `generate`; a temperature of 0 is greedy."""
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
+def sampling(temperature: float, top_p: float, top_k: int | None = None) -> dict:
+    """Return arguments of `generate`; a temperature of 0 is greedy.
+
+    Args:
+        top_k: None for the checkpoint's.
+    """
+    limit = {} if top_k is None else {"top_k": top_k}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, **limit} if temperature > 0 else GREEDY
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch within the block, and put its state back after it; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def hit_token_limit(
@@ -179,7 +195,12 @@ class FifoLock:
 
 
 async def stream_words(
-    model, processor, on_complete=lambda stats, hit_limit: None, progress: Progress | None = None, **arguments
+    model,
+    processor,
+    on_complete=lambda stats, hit_limit: None,
+    progress: Progress | None = None,
+    seed: int | None = None,
+    **arguments,
 ) -> AsyncGenerator[str]:
     """Stream the text of `generate`, which runs in a thread.
 
@@ -191,6 +212,7 @@ async def stream_words(
             `turn` and `generation_config`.
         on_complete: called after a complete answer, holding `turn`, with the statistics and `hit_token_limit`.
         progress: updated with the current stage.
+        seed: of a sampled answer; None for any.
         arguments: of `generate`, `max_new_tokens` included.
     """
     stop = threading.Event()
@@ -200,7 +222,7 @@ async def stream_words(
 
     def generate():
         try:
-            with contextlib.suppress(Cancelled), acquire(model.turn, stop):
+            with contextlib.suppress(Cancelled), acquire(model.turn, stop), seeded(seed):
                 progress.enter("Beginning")
                 output = model.generate(**arguments, streamer=streamer, stop=stop, progress=progress)
                 if stop.is_set():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from transformers import AutoConfig
 
+from ov_mllama.chat.schemas import parse_schema
 from ov_mllama.runtime.errors import InputError, NumericalError
 from ov_mllama.runtime.generation import end_tokens
 from ov_mllama.runtime.image_store import ImageStore
@@ -96,9 +97,9 @@ def prompt_texts(model_dir: Path, settings: Settings) -> dict[str, str]:
         messages = [*(system if settings.system else []), {"role": "user", "content": content}]
         texts[question] = prompt_text(model, processor, messages, settings.max_new_tokens)
     if settings.schema:
-        from ov_mllama.serving.caption_schemas import matcher_for
+        from ov_mllama.chat.schema_matcher import MatcherCompiler
 
-        matcher_for(processor.tokenizer, settings.schema, [])
+        MatcherCompiler(processor.tokenizer, []).compile_schema(parse_schema(settings.schema))
     return texts
 
 
@@ -128,9 +129,10 @@ class Captioner:
         self.eos_token_ids = end_tokens(self.model.generation_config)
         self.matcher = None
         if settings.schema:
-            from ov_mllama.serving.caption_schemas import matcher_for
+            from ov_mllama.chat.schema_matcher import MatcherCompiler
 
-            self.matcher = matcher_for(self.processor.tokenizer, settings.schema, self.eos_token_ids)
+            compiler = MatcherCompiler(self.processor.tokenizer, self.eos_token_ids)
+            self.matcher = compiler.compile_schema(parse_schema(settings.schema))
 
     def prepare(self, tasks: list[Task], stop: threading.Event | None = None) -> list[Prepared]:
         """Open and encode the images of tasks, each once.
@@ -187,7 +189,7 @@ class Captioner:
         inputs, settings = padded(prompts, self.processor.tokenizer.pad_token_id), self.settings
         processors, errors = [], dict[int, str]()
         if self.matcher is not None:
-            from ov_mllama.serving.caption_schemas import SchemaProcessor
+            from ov_mllama.chat.schema_matcher import SchemaProcessor
 
             processors = [SchemaProcessor(self.matcher, len(prompts), self.eos_token_ids)]
             errors = processors[0].errors

@@ -4,10 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ov_mllama.chat.schemas import MAX_SCHEMA_CHARS, parse_schema
+from ov_mllama.runtime.errors import InputError
 from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest
-
-MAX_SCHEMA_CHARS = 100_000  # of a grammar too
-
 
 # structured_outputs' names of grammars
 GRAMMARS = ("json", "regex", "choice", "grammar", "json_object")
@@ -35,15 +34,9 @@ def json_grammar(schema: dict | str, param: str) -> Grammar:
         ApiError: if it is no JSON object or too long.
     """
     try:
-        if isinstance(schema, str):
-            schema = json.loads(schema[: MAX_SCHEMA_CHARS + 1])
-        length = len(json.dumps(schema))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The schema is not valid JSON.", "invalid_json_schema", param) from error
-    if not isinstance(schema, dict) or length > MAX_SCHEMA_CHARS:
-        message = f"A schema is a JSON object of at most {MAX_SCHEMA_CHARS} characters."
-        raise ApiError(400, message, "invalid_json_schema", param)
-    return Grammar("json", closed(schema), param)
+        return Grammar("json", parse_schema(schema), param)
+    except InputError as error:
+        raise ApiError(400, str(error), "invalid_json_schema", param) from error
 
 
 def choice_grammar(choices: Any, param: str) -> Grammar:
@@ -117,23 +110,3 @@ def vllm_grammar(request: ChatCompletionRequest) -> Grammar | None:
     if name == "choice":
         return choice_grammar(value, param)
     return bounded(Grammar("regex" if name == "regex" else "lark", value, param))
-
-
-def closed(schema: Any) -> Any:
-    """Return a JSON schema whose objects have only the properties that it names, unless it says otherwise. Ollama reads
-    schemas so, and pydantic's rely on it; by the standard other properties are allowed, which some models add without
-    end. What matches the result matches the schema."""
-    if not isinstance(schema, dict) or "allOf" in schema:  # whose parts would exclude each other's properties
-        return schema
-    result: dict[str, Any] = {}
-    for keyword, value in schema.items():
-        if keyword in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            result[keyword] = {name: closed(each) for name, each in value.items()}
-        elif keyword in ("anyOf", "oneOf", "prefixItems") and isinstance(value, list):
-            result[keyword] = [closed(each) for each in value]
-        else:
-            result[keyword] = closed(value) if keyword == "items" else value
-    named, required = result.get("properties"), result.get("required", [])
-    if not isinstance(named, dict) or not isinstance(required, list) or any(each not in [*named] for each in required):
-        return result
-    return {"additionalProperties": False, **result}

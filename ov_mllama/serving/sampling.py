@@ -1,12 +1,12 @@
 """The next token of a sequence: grammars (llguidance), penalties, temperature, top_k, top_p, min_p."""
 
-import llguidance.hf
-import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ov_mllama.chat import schema_matcher
+from ov_mllama.runtime.errors import InputError
 from ov_mllama.serving.grammars import Grammar
 from ov_mllama.serving.parsing import GenerationRequest
 from ov_mllama.serving.protocol import ApiError
@@ -22,8 +22,7 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer, eos_token_ids: list[int]):
-        self._tokenizer, self._eos_token_ids = tokenizer, eos_token_ids
-        self._ll_tokenizer: LLTokenizer | None = None
+        self._compiler = schema_matcher.MatcherCompiler(tokenizer, eos_token_ids)
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """Return the matcher of a new answer. For one thread at a time: the largest schemas take a second.
@@ -31,25 +30,16 @@ class GrammarCompiler:
         Raises:
             ApiError: if the grammar is invalid or too complex.
         """
-        if self._ll_tokenizer is None:
-            self._ll_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer, eos_token=self._eos_token_ids or None)
         try:
-            source = source_of(grammar)
+            return self._compiler.compile(source_of(grammar))
         except (ValueError, GbnfToLarkError, RecursionError) as error:
             raise grammar_error(str(error), grammar) from error
-        matcher = LLMatcher(self._ll_tokenizer, source, limits=LLParserLimits(verbose_errors=False))
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # some grammars turn out too complex only here
-        if matcher.is_error():
-            raise grammar_error(matcher.get_error(), grammar)
-        return matcher
 
 
 def source_of(grammar: Grammar) -> str:
     """Return a grammar as llguidance reads it; GBNF, llama.cpp's language, becomes Lark."""
     if grammar.kind == "json":
-        # or an unsure model writes blanks without end
-        return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_flexible": False})
+        return schema_matcher.schema_source(grammar.source)
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.source)
     return LLMatcher.grammar_from_lark(any_to_lark(grammar.source))
@@ -69,13 +59,10 @@ def mask_logits(logits: torch.Tensor, matcher: LLMatcher) -> torch.Tensor:
     Raises:
         ApiError: if the grammar becomes too complex here.
     """
-    bitmask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-    if matcher.is_error():
-        raise grammar_error(matcher.get_error())
-    allowed = torch.zeros(len(logits), dtype=torch.bool)
-    bits = np.unpackbits(bitmask, bitorder="little")[: len(logits)]
-    allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
-    return logits.masked_fill(~allowed, -torch.inf)
+    try:
+        return schema_matcher.mask_logits(logits, matcher)
+    except InputError as error:
+        raise grammar_error(str(error)) from error
 
 
 def adjust_logits(

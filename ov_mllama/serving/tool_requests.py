@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from ov_mllama.serving.grammars import Grammar, bounded, closed, grammar_of
+from ov_mllama.chat.schemas import closed
+from ov_mllama.serving.grammars import Grammar, bounded, grammar_of
 from ov_mllama.serving.protocol import ApiError, ChatCompletionRequest, brief
 
 # as the chat template writes the calls of earlier turns

@@ -601,7 +601,7 @@ def test_a_page_is_shown_and_keeps_settings_only_once_it_was_opened(kept):
         assert await pages.poll("", "", "", request) == gr.skip()
         await pages.choose("", request, *GenerationSettings())
         opened, former, *settings = await pages.open("", request)
-        assert (bool(opened), former, settings) == (True, "", ["Be brief.", 7, 0, 0.9, "high"])
+        assert (bool(opened), former, settings) == (True, "", ["Be brief.", 7, 0, 0.9, "high", None, None, None, ""])
         assert await pages.poll(opened, "", "", request)
         return await pages.refresh("", request)
 

@@ -36,13 +36,15 @@ def test_edit_event_of_no_question_changes_nothing(demo, url, says, index):
 @pytest.mark.parametrize(
     "wishes",
     [
-        ["x" * 10**6, 8, 0, 0.9, "high"],
-        ["", "many", 0, 0.9, "high"],
-        ["", 10**9, 0, 0.9, "high"],
-        ["", 8, -1, 0.9, "high"],
-        ["", 8, 0, 7, "high"],
-        ["", 8, 0, 0.9, "highest"],
-        [None] * 5,
+        ["x" * 10**6, 8, 0, 0.9, "high", *SETTINGS[5:]],
+        ["", "many", 0, 0.9, "high", *SETTINGS[5:]],
+        ["", 10**9, 0, 0.9, "high", *SETTINGS[5:]],
+        ["", 8, -1, 0.9, "high", *SETTINGS[5:]],
+        ["", 8, 0, 7, "high", *SETTINGS[5:]],
+        ["", 8, 0, 0.9, "highest", *SETTINGS[5:]],
+        ["", 8, 0, 0.9, "high", 0, None, None, ""],
+        ["", 8, 0, 0.9, "high", None, None, None, "{"],
+        [None] * 9,
     ],
 )
 def test_settings_out_of_bounds_are_refused(demo, url, says, wishes):

@@ -92,7 +92,7 @@ def victim(target: Target, question: str) -> dict[str, str]:
     call(client, target, "open", "", session=session)
     upload = client.post("gradio_api/upload", files={"files": ("a.png", SAMPLE)}).json()[0]
     message = {"text": question, "files": [{"path": upload, "meta": {"_type": "gradio.FileData"}}]}
-    call(client, target, "ask", message, "", 8, 0, 0.9, "high", session=session)
+    call(client, target, "ask", message, "", 8, 0, 0.9, "high", None, None, None, "", session=session)
     deadline = time.monotonic() + 60
     while "Yes." not in (shown := json.dumps(call(client, target, "refresh", "", session=session))):
         assert time.monotonic() < deadline
@@ -482,7 +482,7 @@ class Forger:
         file = self.pick(path, {"path": path}, {"path": path, "meta": {"_type": "gradio.FileData"}}, {"url": path})
         message = self.pick({"text": "hi", "files": [file]}, {"text": self.value(), "files": self.value()}, file, None)
         data: list = {
-            "ask": [message, "", 8, 0, 0.9, "high"],
+            "ask": [message, "", 8, 0, 0.9, "high", None, None, None, ""],
             "api_chat": [message, "", 8, 0, 0.9, "low"],
             "on_typing": [message, "high"],
             "poll": ["opened", victim["chat"], ""],
@@ -494,7 +494,7 @@ class Forger:
             "import_chat": [file],
             "flip": [self.pick("0 1", "0 -1", "999999 1")],
             "refresh": [""],
-            "choose": ["opened", "", 8, 0, 0.9, "high"],
+            "choose": ["opened", "", 8, 0, 0.9, "high", None, None, None, ""],
         }.get(named, [])
         if self.random.random() < 0.3:
             data = [self.value() for _ in range(self.random.randrange(7))]

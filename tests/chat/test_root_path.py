@@ -4,7 +4,6 @@ import re
 
 import httpx
 import pytest
-from reverse_proxy import proxied
 
 from chat_client import Client, launched, png
 from chat_page import SELF, WHO, Tab, expect, path_of
@@ -16,6 +15,7 @@ from ov_mllama.runtime.errors import InputError
 from ov_mllama.serving.app import create_app, mount_chat, parse_arguments
 from ov_mllama.serving.paths import ProxiedPath
 from ov_mllama.serving.scheduler import Scheduler
+from reverse_proxy import proxied
 
 PATH, SAMPLE = "/proxy/7860", demo_samples()[0]
 

@@ -92,7 +92,7 @@ def test_schema_that_becomes_too_complex_is_an_error_of_its_own_answer_only(clie
             return getattr(self.matcher, name)
 
     monkeypatch.setattr(
-        "ov_mllama.serving.sampling.LLMatcher",
+        "ov_mllama.chat.schema_matcher.LLMatcher",
         FailsLater := type(
             "FailsLater",
             (),
