@@ -278,4 +278,6 @@ def connect(demo: gr.Blocks, part: SimpleNamespace, pages: Pages) -> None:
     on(part.preset.input, presets.apply_preset, [part.preset, *part.settings], part.settings)
     on(part.save_preset.click, presets.save_preset, [part.preset, *part.settings], [part.preset])
     on(part.delete_preset.click, presets.delete_preset, [part.preset], [part.preset])
-    gr.on([], pages.api_chat, [part.box, *part.settings], part.hidden, api_name="chat")
+    # without those whose component is empty: clients would have to give them
+    basic = [setting for setting in part.settings if setting not in part.advanced]
+    gr.on([], pages.api_chat, [part.box, *basic], part.hidden, api_name="chat")

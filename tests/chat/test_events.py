@@ -56,8 +56,8 @@ def test_settings_out_of_bounds_are_refused(demo, url, says, wishes):
 
 def test_texts_without_end_are_refused(demo, url, says):
     client = Client(demo, url).open()
-    assert client.call("ask", {"text": "word " * 200_000, "files": []}, *SETTINGS) is None
-    assert client.call("api_chat", {"text": "word " * 200_000, "files": []}, *SETTINGS) is None
+    assert client.call("ask", {"text": "word " * 200_000, "files": []}, *SETTINGS[:5]) is None
+    assert client.call("api_chat", {"text": "word " * 200_000, "files": []}, *SETTINGS[:5]) is None
     says.text = "Yes."
     client.call("ask", {"text": "hi", "files": []}, *SETTINGS)
     wait_until(lambda: "Yes." in client.shown())
