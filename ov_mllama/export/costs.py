@@ -27,9 +27,6 @@ TAKING_OVER_MEMORY_BYTES = 2.5e9  # of one matrix at a time, the largest of whic
 # Compression of the language model's weights, bytes per weight
 INT8_BYTES_PER_WEIGHT = 1.02  # with its share of scales and zero points
 INT4_SAVING = 0.47  # share of the INT8 size that INT4 with a scale per 64 weights saves
-INT4_BYTES_PER_WEIGHT = INT8_BYTES_PER_WEIGHT * (1 - INT4_SAVING)
-# ... of a checkpoint's own forms: float32 scales of 32 or 16 values, and zero points; a sixth of a Q4_K_M is in 6 bit
-OWN_BYTES_PER_WEIGHT = {"q4_k_m": 0.84, "q8_0": 1.13}
 LM_HEAD_BYTES_PER_WEIGHT = 10.9  # peak while the head is compressed: float32, integers, and intermediate results
 AWQ_BYTES_PER_WEIGHT = 4  # of the scaled 16-bit copies of the two larger matrices of each MLP, per weight of one matrix
 PACKED_BYTES_PER_WEIGHT = 2.3  # of layers while NNCF runs the uncompressed model: 16 bit, repacked by the plugin
@@ -53,10 +50,9 @@ LOAD_S_PER_BYTE = 5.2e-9  # of reading weights and having the plugin repack them
 
 # ---- Seconds of answering: shares of the measured speed, fitted with `benchmarks.predictions` (docs/costs.md) ----
 
-ATTENTION_EFFICIENCY = 0.7  # of 16-bit products, in the vision encoder's attention; its matrices reach all
-PROMPT_EFFICIENCY = 0.85  # of products, at a step of PROMPT tokens
-READ_EFFICIENCY = 0.7  # of memory's speed, at a token in 16 bit
-NOT_OVERLAPPED = 0.6  # of the shorter of reading and computing, at a token in 8 or 4 bit
+ATTENTION_EFFICIENCY = 0.85  # of 16-bit products, in the vision encoder's attention; its matrices reach all
+PROMPT_EFFICIENCY = 0.95  # of products, at a step of PROMPT tokens
+READ_EFFICIENCY = 0.9  # of memory's speed, at a token in 16 bit; in 8 and 4 bits all of the measured products
 PREDICTION_ERROR = 0.3  # relative, of the seconds of answering
 
 
@@ -261,13 +257,10 @@ def head_seconds(config: MllamaConfig | LlamaConfig, speed: Speed, form: str) ->
 
 
 def step_seconds(count: float, speed: Speed, form: str) -> float:
-    """Return the seconds of multiplying one token by so many weights, once they are read and decompressed."""
+    """Return the seconds of multiplying one token by so many weights, read from memory."""
     if form == "16 bit":
         return count * 2 / speed.read / READ_EFFICIENCY
-    in_8_or_4_bit = INT8_BYTES_PER_WEIGHT if form == "int8" else INT4_BYTES_PER_WEIGHT
-    size = OWN_BYTES_PER_WEIGHT.get(form, in_8_or_4_bit)
-    shorter, longer = sorted((size / speed.read, 1 / speed.rate("language", form, TOKEN)))
-    return count * (longer + NOT_OVERLAPPED * shorter)
+    return count / speed.rate("language", form, TOKEN)
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Speed of this machine's CPU, measured once through OpenVINO in a second or two: matrix products and memory reads.
+"""Speed of this machine's CPU, measured once through OpenVINO in a few seconds: matrix products and memory reads.
 
 Each product is computed as a model's are: in the precision of `devices.choose`, with OpenVINO's threads and kernels, so
 that cores, affinity, quotas and instructions count as far as OpenVINO uses them.
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 WIDTHS = {"vision": ((5120, 1280), (1280, 5120)), "language": ((8192, 4096),)}
 TOKEN, PROMPT, IMAGE = 1, 128, 400  # rows of activations: a token, a step of a prompt, enough of an image
 READ_BYTES = 1 << 28  # read to measure memory: more than caches hold
+TOKEN_BYTES = 1 << 27  # of matrices for a token, which come from memory each time: likewise
 ROUNDS, LEAST_S = 3, 0.08  # each product is repeated so often, and so long
 BUSY_PERCENT, BUSY_S = 25, 0.1  # of all CPUs, over so many seconds: then others are computing
 # Stamps (`ir.ir_stamp`) of the measured formats
@@ -53,7 +54,7 @@ PRODUCTS = [("vision", form, IMAGE) for form in ("16 bit", "int8")]
 PRODUCTS += [
     ("language", form, rows) for form in FORMATS for rows in ROWS["language"] if (form, rows) != ("16 bit", TOKEN)
 ]
-METHOD = 2  # raise when measurements change: older ones in the cache no longer count
+METHOD = 3  # raise when measurements change: older ones in the cache no longer count
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,13 @@ def measure(cpu: Cpu | None = None) -> Speed:
     """Measure this machine's speed."""
     cpu, busy = cpu or Cpu.here(), is_busy()
     products, threads = {}, 1
-    for part, form in dict.fromkeys(product[:2] for product in PRODUCTS):
-        compiled = ov.Core().compile_model(matrices(part, form), "CPU", choose(part, FORMATS[form], cpu=cpu).properties)
+    for part, form, rows in PRODUCTS:
+        model = matrices(part, form) if rows > TOKEN else token_matrices(form)
+        compiled = ov.Core().compile_model(model, "CPU", choose(part, FORMATS[form], cpu=cpu).properties)
         threads = compiled.get_property("INFERENCE_NUM_THREADS")
-        count = sum(rows * columns for rows, columns in WIDTHS[part])
-        for rows in (rows for rows in ROWS[part] if (part, form, rows) in PRODUCTS):
-            seconds = seconds_of(compiled, np.ones((1, rows, WIDTHS[part][0][1]), np.float32), busy)
-            products[name_of(part, form, rows)] = rows * count / seconds
+        count = len(model.outputs) * sum(rows * columns for rows, columns in WIDTHS[part])
+        seconds = seconds_of(compiled, np.ones((1, rows, WIDTHS[part][0][1]), np.float32), busy)
+        products[name_of(part, form, rows)] = rows * count / seconds
     # OpenVINO does not count a quota: its threads run until that is used up, and then wait
     share = min(1.0, quota() / threads)
     return Speed(threads, share * measure_read(busy), {name: share * rate for name, rate in products.items()})
@@ -139,6 +140,15 @@ def matrices(part: str, form: str) -> ov.Model:
     for shape in WIDTHS[part]:
         result = op.gelu(op.matmul(result, weights(shape, FORMATS[form]), False, True), "erf")
     return ov.Model([result], [given])
+
+
+def token_matrices(form: str) -> ov.Model:
+    """Return products of one input with TOKEN_BYTES of matrices of the language model in a format of FORMATS."""
+    (shape,) = WIDTHS["language"]
+    bits = 4 if STORED[FORMATS[form]["format"]][0].bitwidth == 4 else 8
+    count = -(-TOKEN_BYTES * 8 // (bits * math.prod(shape)))
+    given = op.parameter([1, -1, shape[1]], np.float32)
+    return ov.Model([op.matmul(given, weights(shape, FORMATS[form]), False, True) for _ in range(count)], [given])
 
 
 def weights(shape: tuple[int, int], stamp: dict[str, str]) -> ov.Output:

@@ -17,6 +17,7 @@ from ov_mllama.runtime.measure import FORMATS, cache_file, speed_here
 SMALL = {
     "WIDTHS": {"vision": ((256, 128), (128, 256)), "language": ((256, 128),)},
     "READ_BYTES": 1 << 16,
+    "TOKEN_BYTES": 1 << 15,
     "LEAST_S": 0,
     "BUSY_S": 0.01,
 }
