@@ -17,9 +17,9 @@ from chat_page import SELF, WHO, path_of, wait_until
 from conftest import demo_samples
 from openai_client import BEARER, HTTP, about, complete, is_busy, raises, served, user
 from openai_client import text as text_part
+from ov_mllama.chat.schemas import closed
 from ov_mllama.runtime.errors import OutOfMemoryError
 from ov_mllama.serving.app import create_app, parse_arguments
-from ov_mllama.serving.grammars import closed
 from ov_mllama.serving.loading import Gate
 from ov_mllama.serving.ollama_protocol import Options
 from ov_mllama.serving.protocol import NEUTRAL
