@@ -48,7 +48,8 @@ class HeatMaps:
             await self.pages.choose_option(chosen, request, *settings)
             return [gr.Column(visible=False), gr.skip(), gr.skip()]
         turns = self._turns(request)
-        words = [(word, f"{key_of(turns)} {index}") for index, (word, _) in enumerate(self._words(turns))]
+        found = await asyncio.to_thread(self._words, turns)
+        words = [(word, f"{key_of(turns)} {index}") for index, (word, _) in enumerate(found)]
         return [gr.Column(visible=True), gr.Radio(words, value=None), ""]
 
     async def show(self, choice: str, request: gr.Request) -> str:
@@ -59,7 +60,7 @@ class HeatMaps:
         """
         turns = self._turns(request)
         found = re.fullmatch("([0-9a-f]{64}) ([0-9]{1,6})", choice) if isinstance(choice, str) else None
-        words = self._words(turns) if found and found[1] == key_of(turns) else []
+        words = await asyncio.to_thread(self._words, turns) if found and found[1] == key_of(turns) else []
         if not found or int(found[2]) >= len(words):
             raise user_error("The answer that is shown has no such word: press Where it looked again.")
         word, tokens = words[int(found[2])]
@@ -71,7 +72,9 @@ class HeatMaps:
     def _turns(self, request: gr.Request) -> list[Turn]:
         """Return the turns of a page's conversation, whose last answer is complete."""
         talk = self.pages.page(request).conversation
-        if not talk.turns or self.chat.answering(talk):
+        if not talk.turns:
+            raise user_error("There is no answer yet.")
+        if self.chat.answering(talk):
             raise user_error("Wait until the answer is complete.")
         return [*talk.turns]
 
@@ -99,23 +102,30 @@ class HeatMaps:
         tile = model.config.vision_config.image_size
         images = [at_detail(load_image(path), detail, tile) for path, detail in zip(pictures, details, strict=True)]
         maps = image_attention(model, inputs, queries, tokens, images)
-        return "".join(figure(image, heat, word) for image, heat in zip(images, maps, strict=True) if heat is not None)
+        seen = [(image, heat) for image, heat in zip(images, maps, strict=True) if heat is not None]
+        highest = max((float(heat.max()) for _, heat in seen), default=0)
+        return "".join(figure(image, heat, word, highest) for image, heat in seen)
 
 
-def figure(image: Image.Image, heat: np.ndarray, word: str) -> str:
-    """Return an image with a heat map as HTML: the image is a data URL, so there is no file that others could read."""
+def figure(image: Image.Image, heat: np.ndarray, word: str, highest: float) -> str:
+    """Return an image with a heat map as HTML: the image is a data URL, so there is no file that others could read.
+
+    Args:
+        highest: of all images' maps, which share their colours.
+    """
     file = io.BytesIO()
-    overlaid(image, heat).save(file, "JPEG", quality=85)
+    overlaid(image, heat, highest).save(file, "JPEG", quality=85)
     source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    text = html.escape(f"For “{word}” it looked most at the {place_of_peak(heat)} of the picture.")
+    more = "most" if heat.max() >= highest else "less than at another picture, most"
+    text = html.escape(f"For “{word}” it looked {more} at the {place_of_peak(heat)} of the picture.")
     return f'<figure><img src="{source}" alt="Heat map. {text}"><figcaption>{text}</figcaption></figure>'
 
 
-def overlaid(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """Return an image, of MAX_EDGE at most, in grey below a heat map's colours."""
+def overlaid(image: Image.Image, heat: np.ndarray, highest: float) -> Image.Image:
+    """Return an image, of MAX_EDGE at most, in grey below a heat map's colours, from 0 to `highest`."""
     small = image.convert("RGB")
     small.thumbnail((MAX_EDGE, MAX_EDGE))
-    relative = Image.fromarray(heat / max(float(heat.max()), 1e-9)).resize(small.size, Image.Resampling.BILINEAR)
+    relative = Image.fromarray(heat / max(highest, 1e-9)).resize(small.size, Image.Resampling.BILINEAR)
     level = np.clip(np.asarray(relative), 0, 1)
     stops = np.linspace(0, 1, len(INFERNO))
     colours = np.stack([np.interp(level, stops, part) for part in zip(*INFERNO, strict=True)], axis=-1)
@@ -156,6 +166,7 @@ def connect_panel(page: SimpleNamespace, maps: HeatMaps, on) -> None:
     on(part.words.input, maps.show, [part.words], [part.view])
     chatbot = page.chatbot
     changes = [page.box.submit, page.new.click, page.temporary.click, page.flip.click]
+    changes += [page.delete.click, page.delete_selected.click, page.load.upload, chatbot.example_select]
     changes += [chatbot.retry, chatbot.undo, chatbot.edit, *(group.input for group in page.groups)]
     # not through `on`, which would clear the error of the same event's other handler
     options = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

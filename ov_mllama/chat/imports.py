@@ -148,7 +148,7 @@ def checked_export(content: object) -> tuple[str, list[tuple[Turn, list[str]]]]:
     turns = fields.get("turns")
     if not isinstance(turns, list) or not 0 < len(turns) <= MAX_TURNS:
         raise InputError(f"The export has no turns, or more than {MAX_TURNS}.")
-    return checked_text(fields, "title", MAX_TITLE), [checked_turn(turn) for turn in turns]
+    return checked_text(fields, "title", MAX_TITLE).strip(), [checked_turn(turn) for turn in turns]
 
 
 def checked_turn(fields: object) -> tuple[Turn, list[str]]:

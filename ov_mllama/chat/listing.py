@@ -4,7 +4,7 @@ import asyncio
 import datetime
 import logging
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import gradio as gr
@@ -38,8 +38,12 @@ class ChatList(NamedTuple):
     searched: bool
     selecting: bool
 
-    def updates(self) -> list:
-        """Return updates for the components of `sidebar.list_outputs`."""
+    def updates(self, ticked: Collection[str]) -> list:
+        """Return updates for the components of `sidebar.list_outputs`.
+
+        Args:
+            ticked: ids of the chats that are selected.
+        """
         radios = [
             gr.Radio(rows, label=heading, visible=True, value=self._selected(rows))
             for heading, rows in ([] if self.selecting else self.groups)
@@ -51,7 +55,7 @@ class ChatList(NamedTuple):
             *hidden,
             gr.Button(visible=self.more),
             gr.Markdown(visible=self.searched and not chats),
-            gr.CheckboxGroup(chats, value=[], visible=self.selecting),
+            gr.CheckboxGroup(chats, value=[key for _, key in chats if key in ticked], visible=self.selecting),
             gr.Button(visible=self.selecting),
             gr.Button("Cancel" if self.selecting else "Select", visible=self.selecting or bool(chats)),
         ]
@@ -86,8 +90,7 @@ class ListTabs(Tabs):
     async def reopen(self, key: str, request: gr.Request) -> None:
         """Show an earlier conversation."""
         page = self.page(request)
-        stored = await self._read(self.conversations.get, key, page.owner) if isinstance(key, str) else None
-        await self._show(page, stored or Conversation(page.owner))
+        await self._show(page, await self.stored(key, page.owner) or Conversation(page.owner))
 
     async def search(self, query: str, request: gr.Request) -> None:
         """List the chats that match a query."""
@@ -109,7 +112,11 @@ class ListTabs(Tabs):
     async def select(self, request: gr.Request) -> None:
         """Begin to select several chats, or cancel it."""
         page = self.page(request)
-        page.selecting = not page.selecting
+        page.selecting, page.ticked = not page.selecting, set()
+
+    async def tick(self, keys: list, request: gr.Request) -> None:
+        """Note which chats are selected, for the next change of the list."""
+        self.page(request).ticked = {key for key in keys[:MAX_DELETED] if isinstance(key, str)}
 
     async def delete_selected(self, keys: list, sure: str, request: gr.Request) -> None:
         """Delete several conversations and their images, if their owner has confirmed it; others' are ignored."""
@@ -120,7 +127,7 @@ class ListTabs(Tabs):
             texts = {key for key in keys if isinstance(key, str) and key.isascii()}
             found = [await self._read(self.conversations.get, key, page.owner) for key in texts]
             await self._delete([talk for talk in found if talk])
-            page.selecting = False
+            page.selecting, page.ticked = False, set()
 
     async def _delete(self, talks: Iterable[Conversation]) -> None:
         """Delete conversations and their images, what the model has encoded of these included."""

@@ -19,7 +19,7 @@ from ov_mllama.chat.listing import ChatList, ListTabs
 from ov_mllama.chat.page_input import bounded_text, checked_settings, images_of, text_of, user_error
 from ov_mllama.chat.render import describe_model, detail_choices, escape_markup, to_gradio, write_export
 from ov_mllama.chat.store import MAX_TITLE, Conversation
-from ov_mllama.chat.tabs import Page
+from ov_mllama.chat.tabs import Page, key_of
 from ov_mllama.chat.turns import WAITING, Turn
 from ov_mllama.chat.variants import Variants
 from ov_mllama.runtime.images import DETAILS, PictureError, load_image
@@ -28,6 +28,7 @@ from ov_mllama.runtime.inference import Progress
 POLL_S = 0.3  # during an answer; about one token of the 11B
 IDLE_POLL_S = 1.0  # else, for changes in other tabs
 MAX_PROGRAM_TURNS = 200
+LOST = "The connection was lost, and with it the temporary chat: this is a new one."
 TEMPORARY = "**Temporary chat:** it is not stored, and ends with this tab."
 
 
@@ -49,7 +50,7 @@ class Pages(ListTabs, Variants):
             page.conversation = Conversation(page.owner)
         talk, running = page.conversation, self.chat.answering(page.conversation)
         progress = "Stopping ..." if running and running.task.cancelling() else str(running and running.progress)
-        key = talk.id if talk.turns and not talk.temporary else ""
+        key = key_of(talk)
         states = self.chat.prefetcher.states(page.key)
         pictures = [f"Picture{'s' * (len(states) > 1)}: {', '.join(states)}"] * bool(states)
         hidden = bool(running) and all(turn.state != WAITING for turn in talk.turns)
@@ -77,7 +78,10 @@ class Pages(ListTabs, Variants):
         """
         if not opened:
             return gr.skip()
-        page = self._pages.get(self._key(request)) or await self.connect(key, request)
+        page = self._pages.get(self._key(request))
+        if page is None:
+            page = await self.connect(key, request)
+            page.error = LOST * page.conversation.temporary
         await self._list_chats(page)
         current = version == str(page.version) and self._state(page) == page.shown
         return gr.skip() if current else secrets.token_hex(8)
@@ -94,7 +98,14 @@ class Pages(ListTabs, Variants):
         page.shown, page.version = self._state(page), page.version + 1
         messages, busy, pinned, *texts, details, chats = page.shown
         box, pin = gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy), "Unpin" if pinned else "Pin"
-        updates = [[messages], [box], [pin], *([text] for text in texts), [gr.Radio(details)], chats.updates()]
+        updates = [
+            [messages],
+            [box],
+            [pin],
+            *([text] for text in texts),
+            [gr.Radio(details)],
+            chats.updates(page.ticked),
+        ]
         changed = zip(updates, page.shown, before, strict=True)
         timer = gr.Timer(POLL_S if busy else IDLE_POLL_S) if busy != before[1] else gr.skip()
         parts = (part if now != then else gr.skip() for group, now, then in changed for part in group)
@@ -118,6 +129,9 @@ class Pages(ListTabs, Variants):
             raise user_error(f"The picture could not be read or stored ({error.strerror}): try again.") from error
         except MemoryError as error:
             raise user_error("There is too little memory to open the picture: close other programs.") from error
+        if talk.deleted or (talk.temporary and page.conversation is not talk):  # while the images were stored
+            await asyncio.to_thread(self.conversations.delete_pictures, talk)
+            raise user_error("This chat has ended meanwhile: ask in another one.")
         if self.chat.answering(talk):
             raise user_error("One answer at a time: stop this one first, or wait for its end.")
         remarks = [remark for _, remark in stored if remark]
@@ -138,11 +152,15 @@ class Pages(ListTabs, Variants):
         text, images = self.examples[index]
         await self._ask(text, images, request, settings)
 
-    async def rename(self, name: str, request: gr.Request) -> str:
-        """Rename the conversation, to its first question if the name is empty; return its name."""
+    async def rename(self, name: str, key: str, request: gr.Request) -> str:
+        """Rename the conversation, to its first question if the name is empty; return its name.
+
+        Args:
+            key: of the one that was renamed: another may be shown by now.
+        """
         talk = self.page(request).conversation
         name = bounded_text(name, MAX_TITLE, "name")
-        if talk.turns and name != talk.name:
+        if talk.turns and key == key_of(talk) and name != talk.name:
             talk.title = name.strip()
             self.chat.save(talk)
         return talk.name
@@ -166,9 +184,9 @@ class Pages(ListTabs, Variants):
     async def on_typing(self, message: dict | None, detail: str, request: gr.Request) -> None:
         """Prefetch the images in the text box of a connected page. An invalid one is left to the question's error."""
         key = self._key(request)
-        if self._pages.get(key):
+        if page := self._pages.get(key):
             try:
-                images = images_of(message)
+                images = [] if page.conversation.temporary else images_of(message)  # or their encoded form would stay
             except gr.Error:
                 images = []
             images = [image for image in images if image not in pdfs_of(images)]  # their pages follow

@@ -60,6 +60,9 @@ def connect_list(part: SimpleNamespace, pages: ListTabs, on: Callable) -> None:
     on(part.more.click, pages.show_more)
     on(part.select.click, pages.select)
     on(part.delete_selected.click, pages.delete_selected, [part.selected, part.hidden[0]], js=CONFIRM_SEVERAL)
+    # without a poll, whose answer might overtake the next tick
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    part.selected.input(pages.tick, [part.selected], trigger_mode="always_last", **quiet)
     on(part.pin.click, pages.pin)
     on(part.load.upload, pages.import_chat, [part.load])
     for group in part.groups:

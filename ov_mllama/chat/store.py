@@ -109,7 +109,7 @@ class Conversations:
         """Delete the pictures of temporary conversations, when the program ends."""
         for conversation in list(self._open.values()):
             if conversation.temporary:
-                shutil.rmtree(self.pictures / conversation.id, ignore_errors=True)
+                self.delete_pictures(conversation)
 
     def pin(self, conversation: Conversation, pinned: bool) -> None:
         """Pin a stored conversation to the top of its owner's list, or unpin it."""
@@ -245,7 +245,11 @@ class Conversations:
                     each.deleted = False
                 raise
         for each in conversations:
-            shutil.rmtree(self.pictures / each.id, ignore_errors=True)
+            self.delete_pictures(each)
+
+    def delete_pictures(self, conversation: Conversation) -> None:
+        """Delete the pictures of a conversation that has none any more."""
+        shutil.rmtree(self.pictures / conversation.id, ignore_errors=True)
 
     def _delete_rows(self, *conversations: Conversation) -> None:
         with self._database() as database:

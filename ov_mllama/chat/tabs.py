@@ -15,6 +15,12 @@ from ov_mllama.chat.store import Conversation
 MAX_PAGES, MAX_PROGRAMS = 1000, 100  # remembered; the least recently used are evicted
 FORMER_TOKEN = re.compile("[0-9a-f]{32}")  # in the browser's local storage, of earlier versions
 OPENED = "opened"
+TEMPORARY_KEY = "temporary"  # a tab with it begins a new temporary chat when it is loaded, or connects again
+
+
+def key_of(talk: Conversation) -> str:
+    """Return a conversation's key in the page's URL; "" for one without turns."""
+    return TEMPORARY_KEY if talk.temporary else talk.id if talk.turns else ""
 
 
 class Page:
@@ -27,7 +33,7 @@ class Page:
         shown: what it shows already, by output of `refresh`.
         version: of `shown`.
         error: of the last event, such as a rejected question.
-        query, limit, selecting: of its list of chats, as the user has set them.
+        query, limit, selecting, ticked: of its list of chats, as the user has set them.
         groups, more: chats of the list, and whether there are more; as `search.grouped` returns them.
         pinned: whether `conversation` is pinned.
         listed_as: what `groups`, `more` and `pinned` depend on.
@@ -39,6 +45,7 @@ class Page:
         self.version = 0
         self.error, self.query, self.limit = "", "", MAX_LISTED
         self.selecting = self.more = self.pinned = False
+        self.ticked: set[str] = set()
         self.groups: list[tuple[str, list[tuple[str, str]]]] = []
         self.listed_as: tuple | None = None
 
@@ -85,9 +92,17 @@ class Tabs:
         owner, session = self._key(request)
         if owner is None:
             raise user_error("The page needs a cookie to find your chats: allow it, or open it in its own tab.")
-        stored = await self._read(self.conversations.get, key, owner) if key else None
-        page = self._pages[owner, session] = Page(owner, session, stored or Conversation(owner))
+        if key == TEMPORARY_KEY:
+            shown = self.conversations.begin_temporary(owner)
+        else:
+            shown = await self.stored(key, owner) or Conversation(owner)
+        page = self._pages[owner, session] = Page(owner, session, shown)
         return page
+
+    async def stored(self, key: object, owner: str) -> Conversation | None:
+        """Return an owner's stored conversation by its id; None if there is none."""
+        found = await self._read(self.conversations.get, key, owner) if isinstance(key, str) and key else None
+        return found if found and not found.temporary else None
 
     @staticmethod
     async def _read(function, *arguments):

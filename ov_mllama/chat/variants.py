@@ -9,7 +9,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from ov_mllama.chat.answers import GenerationSettings
-from ov_mllama.chat.page_input import MAX_QUESTION, bounded_text, checked_settings, user_error
+from ov_mllama.chat.page_input import MAX_QUESTION, bounded_text, checked_settings, images_of, text_of, user_error
 from ov_mllama.chat.render import CONTINUE, LOOK_CLOSER, to_gradio, unrender_answer
 from ov_mllama.chat.store import Conversation
 from ov_mllama.chat.tabs import Tabs
@@ -62,8 +62,9 @@ class Variants(Tabs):
         elif last and chosen.value == CONTINUE and last.can_continue:
             self.chat.begin(talk, checked)
 
-    async def undo(self, request: gr.Request):
-        """Move the last question back into the text box."""
+    async def undo(self, message: dict | None, request: gr.Request):
+        """Move the last question back into the text box, before what is in it."""
+        draft, files = text_of(message), images_of(message)
         talk = await self._stopped(request)
         if not talk.turns:
             return gr.skip()
@@ -71,7 +72,10 @@ class Variants(Tabs):
         self.chat.save(talk)
         pictures = [picture for picture in turn.pictures if picture.is_file()]
         copies = [await asyncio.to_thread(save_file_to_cache, picture, get_upload_folder()) for picture in pictures]
-        return {"text": turn.question, "files": copies}
+        if not talk.turns:  # it is in no list, so nobody could delete them
+            await asyncio.to_thread(self.conversations.delete_pictures, talk)
+        text = "\n".join(filter(None, (turn.question, draft)))
+        return {"text": text, "files": [*copies, *map(str, files)]}
 
     async def edit(self, edited: gr.EditData, request: gr.Request, *settings) -> None:
         """Answer a question's new text, with its images; or replace an answer's text."""

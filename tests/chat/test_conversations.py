@@ -614,7 +614,7 @@ def test_what_is_no_longer_there_is_said(kept, tmp_path):
 
     async def ask():
         await pages.open("", request)
-        assert await pages.undo(request) == gr.skip()
+        assert await pages.undo(None, request) == gr.skip()
         await pages.retry(request, *GenerationSettings())
         await pages.ask({"text": "?", "files": [str(tmp_path / "gone.png")]}, request, *GenerationSettings())
 

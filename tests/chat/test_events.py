@@ -61,7 +61,7 @@ def test_texts_without_end_are_refused(demo, url, says):
     says.text = "Yes."
     client.call("ask", {"text": "hi", "files": []}, *SETTINGS)
     wait_until(lambda: "Yes." in client.shown())
-    assert client.call("rename", "n" * 10_000) is None
+    assert client.call("rename", "n" * 10_000, "") is None
     assert "nnnnn" not in client.shown()
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import sqlite3
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
@@ -18,6 +19,7 @@ from chat_client import SETTINGS, Client, asked, png
 from chat_page import SELF, WHO, expect, path_of, wait_until
 from conftest import demo_samples
 from ov_mllama.chat.answers import Chat
+from ov_mllama.chat.decoding import GenerationSettings
 from ov_mllama.chat.migrations import MIGRATIONS
 from ov_mllama.chat.owners import COOKIE
 from ov_mllama.chat.pages import Pages
@@ -308,7 +310,7 @@ def test_temporary_chat_is_stored_nowhere(store):
     tab.call("pin")
     tab.pages.chat.flush()
     shown = tab.call("refresh", "")
-    assert (shown[5], "not stored" in shown[7], shown[6]) == ("", True, "A secret?")
+    assert (shown[5], "not stored" in shown[7], shown[6]) == ("temporary", True, "A secret?")
     assert (found(store, ""), tab.listed()) == ([], [])
     del chat, shown
     tab.call("begin_new")
@@ -336,6 +338,75 @@ def test_pictures_of_a_temporary_chat_go_with_it(store, leave):
     if leave == "delete":
         tab.call("refresh", "")
     assert not picture.exists()
+
+
+def test_temporary_tab_stays_temporary_when_it_connects_again(store):
+    tab = Tab(store)
+    tab.call("begin_temporary")
+    chat = tab.page.conversation
+    chat.turns = [Turn("A secret?", [], "Yes.", "", ANSWERED)]
+    key = tab.call("refresh", "")[5]
+    tab.pages._pages.clear()  # as a restart of the server does
+    assert tab.call("poll", "opened", key, "")
+    assert tab.page.conversation.temporary
+    assert tab.page.conversation is not chat
+    assert "The connection was lost, and with it the temporary chat" in tab.call("refresh", "")[7]
+    store._open[chat.id] = chat
+    for again in (tab.pages.connect(chat.id, REQUEST), tab.pages.reopen(chat.id, REQUEST)):
+        asyncio.run(again)
+        assert tab.page.conversation is not chat  # nobody else may end it
+
+
+def test_pictures_are_not_encoded_ahead_for_a_temporary_chat(store, monkeypatch):
+    tab, ahead = Tab(store), []
+    monkeypatch.setattr("ov_mllama.chat.pages.images_of", lambda message: [Path("a.png")])
+    tab.pages.chat.prefetcher.prefetch = lambda key, images, detail="high": ahead.append(images)
+    tab.call("on_typing", {}, "high")
+    tab.call("begin_temporary")
+    tab.call("on_typing", {}, "high")
+    assert ahead == [[Path("a.png")], []]
+
+
+def test_selection_stays_when_the_list_changes(store):
+    one, _ = talk(store, "One?"), talk(store, "Two?")
+    tab = Tab(store)
+    tab.call("select")
+    tab.call("tick", [one.id, 5])
+    talk(store, "Three?")
+    (boxes,) = [part for part in tab.call("refresh", "") if isinstance(part, gr.CheckboxGroup)]
+    assert boxes.value == [one.id]
+    assert len(boxes.choices) == 3
+
+
+def test_late_rename_does_not_reach_another_chat(store):
+    tab, one, two = Tab(store), talk(store, "One?"), talk(store, "Two?")
+    tab.call("reopen", two.id)
+    assert tab.call("rename", "Mine", one.id) == two.name == "Two?"
+    assert tab.call("rename", "Mine", two.id) == "Mine"
+
+
+def test_undo_leaves_a_draft_in_the_box_and_no_folder(store):
+    tab, chat = Tab(store), talk(store, "One?")
+    picture = store.store_image(chat, Image.new("RGB", (9, 9)), "a")
+    chat.turns[0].pictures = [picture]
+    tab.call("reopen", chat.id)
+    box = tab.call("undo", {"text": "My draft", "files": []})
+    assert (box["text"], len(box["files"])) == ("One?\nMy draft", 1)
+    assert not picture.parent.exists()
+
+
+def test_question_to_a_chat_that_is_deleted_meanwhile_leaves_nothing(store):
+    tab, chat = Tab(store), talk(store, "One?")
+    tab.call("reopen", chat.id)
+
+    def slow(conversation, image):
+        store.delete(conversation)
+        return store.store_image(conversation, Image.new("RGB", (9, 9)), "a"), ""
+
+    tab.pages._store = slow
+    with pytest.raises(gr.Error, match="has ended meanwhile"):
+        asyncio.run(tab.pages._ask("And?", [Path("a.png")], REQUEST, GenerationSettings()))
+    assert not (store.pictures / chat.id).exists()
 
 
 # ---- Strangers, and a browser ---------------------------------------------------------------------------------------
@@ -397,14 +468,15 @@ def test_chats_are_found_pinned_and_deleted_on_the_page(page, demo):
     page.ask(WHO)
     page.expect_answers(SELF, "tokens per second")
     expect(page.history).to_have_text([SAMPLE["question"], WHO])
-    assert "chat=" not in tab.url
+    assert tab.url.endswith("?chat=temporary")
 
     tab.get_by_role("button", name="Select").click()
     for question in (SAMPLE["question"], WHO):
         tab.get_by_role("checkbox", name=question).check()
     said = []
     tab.once("dialog", lambda dialog: (said.append(dialog.message), dialog.accept()))
-    tab.get_by_role("button", name="Delete selected").click()
+    with tab.expect_event("dialog"):
+        tab.get_by_role("button", name="Delete selected").click()
     expect(page.history).to_have_count(0)
     assert said == ["Delete 2 chats and their pictures for good?"]
     expect(page.user).to_have_text([WHO])  # of the temporary chat

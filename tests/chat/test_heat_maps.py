@@ -96,7 +96,7 @@ def test_only_the_owner_gets_a_map(maps):
         asyncio.run(maps.show("0" * 64 + " 0", request("b")))
     asyncio.run(maps.pages.connect(maps.pages.page(request("a")).conversation.id, request("b")))
     for event in (maps.choose_option(OPTION, request("b")), maps.show("0" * 64 + " 0", request("b"))):
-        with pytest.raises(gr.Error, match="Wait until"):  # the page of another has an empty conversation
+        with pytest.raises(gr.Error, match="no answer yet"):  # the page of another has an empty conversation
             asyncio.run(event)
 
 
@@ -157,10 +157,12 @@ def test_colours_and_words_for_a_map():
     assert place_of_peak(heat) == "top right"
     heat[45, 30] = 2
     assert place_of_peak(heat) == "centre"
-    colours = np.asarray(overlaid(Image.new("RGB", (60, 90), "white"), heat)).astype(int)
+    colours = np.asarray(overlaid(Image.new("RGB", (60, 90), "white"), heat, 2)).astype(int)
     assert colours[45, 30].sum() > colours[80, 5].sum() + 200
-    assert overlaid(Image.new("RGB", (2000, 1000)), heat).size == (640, 320)
-    assert overlaid(Image.new("RGB", (20, 10)), np.zeros((9, 9), np.float32)).size == (20, 10)  # no peak
+    assert overlaid(Image.new("RGB", (2000, 1000)), heat, 2).size == (640, 320)
+    assert overlaid(Image.new("RGB", (20, 10)), np.zeros((9, 9), np.float32), 0).size == (20, 10)  # no peak
+    less = np.asarray(overlaid(Image.new("RGB", (60, 90), "white"), heat / 2, 2)).astype(int)  # than at another image
+    assert less[45, 30].sum() < colours[45, 30].sum() - 200
 
 
 def test_panel_on_the_page(page, model):

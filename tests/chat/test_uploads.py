@@ -86,7 +86,7 @@ def test_question_taken_back_is_asked_again_with_its_picture(demo, url, says, fo
     client.call("ask", {"text": "What?", "files": [{"path": client.upload("a.png", png()), "meta": META}]}, *SETTINGS)
     wait_until(lambda: "Yes." in client.shown())
     (picture,) = client.pictures()
-    ((box),) = client.call("undo")
+    ((box),) = client.call("undo", {"text": "", "files": []})
     assert box["text"] == "What?"
     client.call("ask", {"text": "Again?", "files": box["files"]}, *SETTINGS)
     wait_until(lambda: "Again?" in client.shown())
