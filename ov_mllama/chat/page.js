@@ -154,6 +154,18 @@
       area.dispatchEvent(new Event("input", { bubbles: true }));
     }
   };
+  // An edit ends with the chat or variant that it began in: Gradio leaves it open at the same place of another one
+  let begunIn = "";
+  const place = () => location.search +
+    [...document.querySelectorAll("[name=flip]")].map((button) => button.value + button.parentElement.innerText);
+  document.addEventListener("click", ({ target }) => {
+    if (target.closest("[role=log] [aria-label=Edit]")) begunIn = place();
+  }, true);
+  const endStrayEdit = () => {
+    if (!document.querySelector(".message-row")) begunIn = "ended";  // a new chat
+    if (document.querySelector(".edit-textarea") && place() !== begunIn)
+      document.querySelector("[role=log] [aria-label=Cancel]")?.click();
+  };
   if (navigator.clipboard) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
     navigator.clipboard.writeText = (text) => write(withoutJoiners(decode(text)));
@@ -214,6 +226,7 @@
   new MutationObserver(() => {
     follow();
     decodeEdited();
+    endStrayEdit();
     nameFlips();
     for (const title of document.querySelectorAll(".thought-group .title[role]"))
       for (const name of ["role", "tabindex"]) title.removeAttribute(name);

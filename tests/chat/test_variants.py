@@ -552,5 +552,20 @@ def test_edited_answer_is_shown_as_typed_and_continued_in_place(page, says):
     page.expect_answers("It is a cat.", "2/2")
     expect(page.bot.first).to_have_text("It is a cat.")
     expect(page.user).to_have_count(1)
+    page.press("Edit", "-left")
     page.tab.get_by_role("button", name="Next answer").click()
     page.expect_answers("no", "1/2")
+    expect(area).to_have_count(0)  # or it would be an edit of this answer
+
+    page.press("Edit", "-right")
+    area.fill("Odd?!")
+    page.new_chat()
+    says.text = "Another"
+    page.ask("Other?")
+    page.expect_answers("Another", "1 s")
+    expect(area).to_have_count(0)
+    page.press("Edit", "-right")
+    expect(area).to_have_value("Other?")
+    page.history.filter(has_text="Odd?").click()
+    page.expect_answers("no", "1/2")
+    expect(area).to_have_count(0)
