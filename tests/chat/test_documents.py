@@ -186,7 +186,14 @@ def test_files_are_pasted_anywhere_once(page, pdf):
 def test_region_of_a_picture_is_added_in_its_own_pixels(page, says):
     says.text = "Small print."
     page.attach(path_of(SAMPLE))
-    page.tab.locator(".thumbnail-item img").focus()
+    added, dialog = page.tab.locator(".thumbnail-item img"), page.tab.locator("dialog.picture")
+    shown = added.bounding_box()
+    page.tab.mouse.click(shown["x"] + shown["width"] / 2, shown["y"] + shown["height"] / 2)
+    expect(dialog).to_be_visible()
+    page.tab.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(added).to_have_count(1)
+    added.focus()
     page.tab.keyboard.press("Enter")
     picture, region = page.tab.locator("dialog.picture img"), page.tab.locator("dialog.picture .region")
     width, height = SAMPLE["image"].size

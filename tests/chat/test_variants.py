@@ -545,8 +545,10 @@ def test_edited_answer_is_shown_as_typed_and_continued_in_place(page, says):
     area = page.tab.locator(".edit-textarea")
     expect(area).to_have_value(ODD)
     area.fill("It is")
-    page.tab.get_by_label("Submit").first.click()
+    page.tab.get_by_label("Submit").first.focus()
+    page.tab.keyboard.press("Enter")
     page.expect_answers("It is", "Edited")
+    expect(page.box).to_be_focused()
     says.text = " a cat."
     page.tab.get_by_role("button", name=CONTINUE).click()
     page.expect_answers("It is a cat.", "2/2")
