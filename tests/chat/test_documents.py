@@ -147,6 +147,10 @@ def test_pages_of_a_dropped_pdf_are_chosen_and_asked_about(page, pdf, says):
     added, pages = page.tab.locator(".thumbnail-item img"), page.tab.locator("[data-page]")
     expect(pages).to_have_count(3)
     expect(added).to_have_count(1)
+    before = page.tab.viewport_size
+    page.tab.set_viewport_size({"width": 390, "height": 780})
+    expect(page.send).to_be_in_viewport(ratio=1)
+    page.tab.set_viewport_size(before)
     page.tab.get_by_role("button", name="Page 3").focus()
     page.tab.keyboard.press("Enter")
     page.box.press_sequentially(" colours?")
