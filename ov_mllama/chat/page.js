@@ -154,6 +154,18 @@
       area.dispatchEvent(new Event("input", { bubbles: true }));
     }
   };
+  // An edit ends with the chat or variant that it began in: Gradio leaves it open at the same place of another one
+  let begunIn = "";
+  const place = () => location.search +
+    [...document.querySelectorAll("[name=flip]")].map((button) => button.value + button.parentElement.innerText);
+  document.addEventListener("click", ({ target }) => {
+    if (target.closest("[role=log] [aria-label=Edit]")) begunIn = place();
+  }, true);
+  const endStrayEdit = () => {
+    if (!document.querySelector(".message-row")) begunIn = "ended";  // a new chat
+    if (document.querySelector(".edit-textarea") && place() !== begunIn)
+      document.querySelector("[role=log] [aria-label=Cancel]")?.click();
+  };
   if (navigator.clipboard) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
     navigator.clipboard.writeText = (text) => write(withoutJoiners(decode(text)));
@@ -170,8 +182,8 @@
 
   // Buttons that flip between variants (render.py, layout.py FLIP); the focus stays where the page draws them anew
   let flipped = "";
-  document.addEventListener("click", ({ target }) => {
-    if (target.id === "flip") return;
+  document.addEventListener("click", ({ target, isTrusted }) => {
+    if (!isTrusted) return;  // of this script
     flipped = target.name === "flip" ? target.value : "";
     if (!flipped) return;
     const sender = document.querySelector("#flip");
@@ -185,6 +197,18 @@
     }
     if (flipped && document.activeElement === document.body)
       document.querySelector(`[name=flip][value="${flipped}"]`)?.focus({ preventScroll: true });
+  };
+  // The focus of a button that goes away with what it closes, submits or deletes goes on to the next thing to do
+  let closed = "";
+  const NEXT = { ".looked-head button": ".options .option:last-of-type" };
+  for (const button of [".top button", "[role=log] [aria-label=Submit]"]) NEXT[button] = ".multimodal-textbox textarea";
+  document.addEventListener("click", ({ target, isTrusted }) => {
+    if (isTrusted) closed = Object.keys(NEXT).find((button) => target.closest(button)) ?? "";
+  }, true);
+  const passFocus = () => {
+    const { activeElement: focused, body } = document;
+    if (!closed || focused !== body && focused.checkVisibility({ visibilityProperty: true })) return;
+    document.querySelector(NEXT[closed])?.focus({ preventScroll: true });
   };
   // Status lines do not fold, and are no buttons
   const inStatus = (event) => { if (event.target.closest?.(".thought-group .title")) event.stopPropagation(); };
@@ -214,7 +238,9 @@
   new MutationObserver(() => {
     follow();
     decodeEdited();
+    endStrayEdit();
     nameFlips();
+    passFocus();
     for (const title of document.querySelectorAll(".thought-group .title[role]"))
       for (const name of ["role", "tabindex"]) title.removeAttribute(name);
     oneTabStop();

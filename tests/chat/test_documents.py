@@ -147,6 +147,10 @@ def test_pages_of_a_dropped_pdf_are_chosen_and_asked_about(page, pdf, says):
     added, pages = page.tab.locator(".thumbnail-item img"), page.tab.locator("[data-page]")
     expect(pages).to_have_count(3)
     expect(added).to_have_count(1)
+    before = page.tab.viewport_size
+    page.tab.set_viewport_size({"width": 390, "height": 780})
+    expect(page.send).to_be_in_viewport(ratio=1)
+    page.tab.set_viewport_size(before)
     page.tab.get_by_role("button", name="Page 3").focus()
     page.tab.keyboard.press("Enter")
     page.box.press_sequentially(" colours?")
@@ -186,7 +190,14 @@ def test_files_are_pasted_anywhere_once(page, pdf):
 def test_region_of_a_picture_is_added_in_its_own_pixels(page, says):
     says.text = "Small print."
     page.attach(path_of(SAMPLE))
-    page.tab.locator(".thumbnail-item img").focus()
+    added, dialog = page.tab.locator(".thumbnail-item img"), page.tab.locator("dialog.picture")
+    shown = added.bounding_box()
+    page.tab.mouse.click(shown["x"] + shown["width"] / 2, shown["y"] + shown["height"] / 2)
+    expect(dialog).to_be_visible()
+    page.tab.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(added).to_have_count(1)
+    added.focus()
     page.tab.keyboard.press("Enter")
     picture, region = page.tab.locator("dialog.picture img"), page.tab.locator("dialog.picture .region")
     width, height = SAMPLE["image"].size

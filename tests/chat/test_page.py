@@ -247,6 +247,11 @@ def test_everything_is_reached_and_done_with_a_keyboard(page):
     page.history.last.locator("input").focus()
     page.tab.keyboard.press("Space")
     page.expect_answers(SAMPLE["answer"], "1 picture")
+    page.tab.once("dialog", lambda dialog: dialog.accept())
+    page.tab.get_by_role("button", name="Delete").focus()
+    page.tab.keyboard.press("Enter")
+    expect(page.bot).to_have_count(0)
+    expect(page.box).to_be_focused()
 
 
 def test_what_a_screen_reader_says(page):
