@@ -1,4 +1,4 @@
-"""Where an answer looked: heat maps of the cross-attention over its pictures, for a word that the user chooses.
+"""Heat maps of an answer's cross-attention over its pictures, for a word that the user chooses.
 
 answers.py -> recorded_queries.py -> a panel below the chat: the answer's words, and the pictures
 """

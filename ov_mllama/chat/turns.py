@@ -52,7 +52,7 @@ class Turn:
 
     @property
     def can_continue(self) -> bool:
-        """Whether the model may write more of the answer."""
+        """True if the model may write more of the answer."""
         return bool(self.answer) and self.state not in (WAITING, ANSWERED) and not self.answer.startswith(OPENING)
 
     def again(self, **changes) -> "Turn":

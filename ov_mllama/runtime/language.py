@@ -157,7 +157,7 @@ class OVLanguageModel:
 
     @property
     def gives_queries(self) -> bool:
-        """Whether the IR returns its cross-attention's queries; those of earlier versions do not."""
+        """True if the IR returns its cross-attention's queries; those of earlier versions do not."""
         return any(QUERIES in port.get_names() for port in self.compiled.outputs)
 
     @property
