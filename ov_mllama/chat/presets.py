@@ -5,7 +5,7 @@ import json
 import gradio as gr
 
 from ov_mllama.chat.decoding import GenerationSettings
-from ov_mllama.chat.page_input import bounded_text, checked_settings, restored, user_error
+from ov_mllama.chat.page_input import bounded_text, checked_settings, user_error
 from ov_mllama.chat.store import Conversations
 from ov_mllama.chat.tabs import Tabs
 
@@ -66,12 +66,12 @@ class PresetEvents:
 
     async def apply_preset(self, name: str | None, request: gr.Request, *settings) -> list:
         """Return the settings with a preset's, and save them as the owner's; an unknown name changes nothing."""
-        page, checked = self.tabs.page(request), restored(settings)  # which may replace an invalid one
+        page = self.tabs.page(request)
         presets = await self.tabs._read(self.store.of, page.owner)  # noqa: SLF001
         if not isinstance(name, str) or name not in presets:
-            return [gr.skip()] * len(checked)
+            return [gr.skip()] * len(settings)
         chosen = {each: value for each, value in presets[name].items() if each in APPLIED}
-        applied = checked_settings(checked._replace(**chosen))
+        applied = checked_settings(GenerationSettings(*settings)._replace(**chosen))  # it may replace an invalid one
         await self.tabs._read(self.tabs.conversations.save_settings, page.owner, applied._asdict())  # noqa: SLF001
         return [*applied]
 

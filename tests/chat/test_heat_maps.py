@@ -1,4 +1,4 @@
-"""Where an answer looked: what is recorded, who may see it, and the panel on the page."""
+"""Heat maps of answers: what is recorded, who may see it, and the panel on the page."""
 
 import asyncio
 import base64

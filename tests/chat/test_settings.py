@@ -162,6 +162,8 @@ def test_presets_are_applied_saved_and_deleted(demo, url):
     creative = [*DEFAULTS._replace(system="Brief.", detail="low", temperature=0.8, top_p=0.95)]
     assert client.call("apply_preset", "Creative", *now) == creative
     assert client.call("open", "")[2:] == creative
+    invalid = [*DEFAULTS._replace(system="Brief.", detail="low", top_k=0)]
+    assert client.call("apply_preset", "Creative", *invalid) == creative  # it replaces top-k, and nothing else is lost
     assert "Mine" in json.dumps(client.call("save_preset", " Mine ", *creative))
     assert "Mine" in json.dumps(client.call("list_presets"))
     assert client.call("apply_preset", "Mine", *DEFAULTS) == [

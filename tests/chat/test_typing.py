@@ -1,4 +1,4 @@
-"""What is typed is what is shown: words that an input method composes, right-to-left text; what is announced."""
+"""Typed text and its display: words that an input method composes, right-to-left text; what is announced."""
 
 import pytest
 

@@ -75,7 +75,7 @@ def test_map_is_the_mean_of_the_weights_of_patches(pair, case, canvas, size):
 
 
 def test_queries_do_not_depend_on_how_the_answer_was_computed(pair, monkeypatch):
-    """Whether with drafts, of which some are rejected, in chunks, or with all logits."""
+    """The same with drafts, of which some are rejected, in chunks, or with all logits."""
     inputs = pair.inputs("large")
     plain = recorded(pair.ov, inputs, max_new_tokens=12)
     assert sorted(plain.rows) == [*range(-1, 11)]
